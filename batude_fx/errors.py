@@ -1,0 +1,40 @@
+"""The exceptions of batude_fx: one root, and a message that says what, where, both numbers and the way out.
+
+```
+BatudeError
+├── BudgetError         a budget that cannot be read, or that no plan can meet
+├── DiscoveryError      a model without convolutions, or one that does not run on the example input
+├── SelectionError      an include/exclude pattern or an override that matches nothing
+├── CalibrationError    calibration images that are empty, of the wrong shape, or not finite
+├── UnsupportedError    a convolution, dtype or device that cannot be handled exactly
+└── SavedModelError     a folder that is missing, broken, foreign or unsafe
+```
+"""
+
+
+class BatudeError(Exception):
+    """Root of every error that batude_fx raises on purpose."""
+
+
+class BudgetError(BatudeError):
+    """A budget that cannot be read, or that no plan can meet; then the message names the smallest reachable one."""
+
+
+class DiscoveryError(BatudeError):
+    """A model without convolutions, or one that does not run on the example input."""
+
+
+class SelectionError(BatudeError):
+    """An include or exclude pattern, or an override, that matches no site."""
+
+
+class CalibrationError(BatudeError):
+    """Calibration images that are empty, of the wrong shape, or not finite."""
+
+
+class UnsupportedError(BatudeError):
+    """A convolution, dtype or device that cannot be handled exactly."""
+
+
+class SavedModelError(BatudeError):
+    """A folder that is missing, broken, foreign or unsafe to read."""
