@@ -1,4 +1,4 @@
-"""Layers in Tucker-2 form, with the interface of the dense layer they replace, and how each dense class is read.
+"""Layers in Tucker-2 form, with the interface of the dense layer they replace.
 
 A convolution becomes `factor_in` (1x1), `core` (k x k) and `factor_out` (1x1). Parts that a degenerate form drops are
 `nn.Identity`, so they leave no key in the `state_dict`. Stride, padding, padding mode, dilation and output padding sit
@@ -9,161 +9,296 @@ Applications", ICLR 2016, https://arxiv.org/abs/1511.06530, section 3. Here also
 group), transposed convolutions and weight-standardized ones, whose standardization is applied once and for all.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from typing import cast
 
-import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.linear import Linear as TimmLinear
-from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import is_parametrized
-from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 
 from batude_fx.errors import UnsupportedError
-
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (*_PLAIN, *_TRANSPOSED, nn.Linear)
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
+from batude_fx.handlers import (
+    PLAIN_CONVOLUTIONS,
+    Handler,
+    canonical_bias,
+    canonical_weight,
+    from_canonical,
+    handler_of,
+    register,
+    skip_reason,
+    to_canonical,
 )
+from batude_fx.sites import Ranks
+from batude_fx.tucker import Factors
+
+__all__ = [
+    "Handler",
+    "TuckerConv",
+    "TuckerConvTranspose",
+    "TuckerLinear",
+    "TuckerModule",
+    "build",
+    "canonical_bias",
+    "canonical_weight",
+    "register",
+    "skip_reason",
+    "tucker_conv",
+]
 
 
-def _own_weight(layer: nn.Module) -> Tensor:
-    return cast("Tensor", layer.weight)
-
-
-def _torch_class(layer: nn.Module) -> type[nn.Module]:
-    return next(base for base in type(layer).__mro__ if base in _LAYERS)
-
-
-def _nothing(_layer: nn.Module) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Handler:
-    """How the layers of one exact class are read and executed.
+class TuckerModule(nn.Module):
+    """A layer in Tucker-2 form; made by `build` or `tucker_conv`.
 
     Attributes:
-        weight: Gives the effective dense weight, the one the layer really convolves with, in the layer's own layout.
-            By default `layer.weight`.
-        core: Gives the class of the part that carries stride and padding; its weight is used as it is. By default
-            the PyTorch class that the layer derives from.
-        refuse: Gives the reason why a layer cannot be replaced exactly, or None. By default None.
+        factor_in: C_in to groups * r_in channels; `nn.Identity` where mode 1 keeps its full rank.
+        core: groups * r_in to groups * r_out channels; `nn.Identity` at a pointwise layer.
+        factor_out: groups * r_out to C_out channels; `nn.Identity` where mode 0 keeps its full rank.
+        groups: Number of groups, the same in all parts.
+        kernel_size: As in the dense layer; `()` for a linear one.
+        transposed: Whether the dense layer is a transposed convolution.
     """
 
-    weight: Callable[[nn.Module], Tensor] = _own_weight
-    core: Callable[[nn.Module], type[nn.Module]] = _torch_class
-    refuse: Callable[[nn.Module], str | None] = _nothing
+    def __init__(self, factor_in: nn.Module, core: nn.Module, factor_out: nn.Module) -> None:
+        super().__init__()
+        self.factor_in = factor_in
+        self.core = core
+        self.factor_out = factor_out
+        self.groups: int = getattr(self._carrier, "groups", 1)
+        self.kernel_size: tuple[int, ...] = getattr(self._carrier, "kernel_size", ())
+        self.transposed: bool = getattr(self._carrier, "transposed", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the three parts: (N, C_in, in...) to (N, C_out, out...)."""
+        x = self.factor_in(x)  # (N, groups * r_in, in...), at a pointwise layer (N, groups * r, out...)
+        x = self.core(x)  # (N, groups * r_out, out...)
+        return cast("Tensor", self.factor_out(x))  # (N, C_out, out...)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the parts stand for, in the layout of the dense layer; computed at each access."""
+        dense = from_canonical(_compose(self._parts()), self)
+        return dense.reshape(*dense.shape[:2], *self.kernel_size)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, (C_out,), a parameter of the last part; or None."""
+        return cast("Tensor | None", self._last.bias)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The Tucker-2 ranks, per group."""
+        parts = self._parts()
+        if parts.core is not None:
+            return Ranks(rank_out=parts.core.shape[1], rank_in=parts.core.shape[2])
+        rank = cast("Tensor", parts.factor_in).shape[2]
+        return Ranks(rank_out=rank, rank_in=rank)
+
+    def factors(self) -> Factors:
+        """The parts as tensors: detached views, so that writing to them changes this module."""
+        parts = vars(self._parts())
+        return Factors(**{name: None if part is None else part.detach() for name, part in parts.items()})
+
+    def load_factors_(self, factors: Factors) -> None:
+        """Copy tensors into the parts, converted to their dtype and device.
+
+        Raises:
+            UnsupportedError: When a part is missing, superfluous or of another shape; then nothing was copied.
+        """
+        pairs = [(name, getattr(factors, name), part) for name, part in vars(self.factors()).items()]
+        for name, new, part in pairs:
+            given, expected = _shape(new), _shape(part)
+            if given != expected:
+                raise UnsupportedError(
+                    f"{name} is {given} where {type(self).__name__}({self.extra_repr()}) has {expected}; "
+                    "build the module with the ranks of these factors."
+                )
+        for _, new, part in pairs:
+            if part is not None:
+                part.copy_(new)
+
+    @property
+    def _carrier(self) -> nn.Module:
+        """The part that has the kernel, stride and padding of the dense layer."""
+        return self.factor_in if isinstance(self.core, nn.Identity) else self.core
+
+    @property
+    def _last(self) -> nn.Module:
+        return self.core if isinstance(self.factor_out, nn.Identity) else self.factor_out
+
+    def _parts(self) -> Factors:
+        """Views of the parameters."""
+        factor_in, core, factor_out = (
+            None if isinstance(part, nn.Identity) else to_canonical(cast("Tensor", part.weight), part)
+            for part in (self.factor_in, self.core, self.factor_out)
+        )
+        return Factors(
+            factor_in=None if factor_in is None else factor_in.view(factor_in.shape[:3]).mT,
+            core=core,
+            factor_out=None if factor_out is None else factor_out.view(factor_out.shape[:3]),
+            bias=self.bias,
+        )
 
 
-_HANDLERS: dict[type[nn.Module], Handler] = {}
+class TuckerConv(TuckerModule):
+    """A convolution in Tucker-2 form, with the attributes of the `nn.Conv1d/2d/3d` it replaces."""
+
+    def __init__(self, factor_in: nn.Module, core: nn.Module, factor_out: nn.Module) -> None:
+        super().__init__(factor_in, core, factor_out)
+        first = cast("nn.Conv2d", self.core if isinstance(factor_in, nn.Identity) else factor_in)
+        carrier = cast("nn.Conv2d", self._carrier)
+        self.in_channels = first.in_channels
+        self.out_channels = cast("nn.Conv2d", self._last).out_channels
+        self.stride = carrier.stride
+        self.padding = carrier.padding
+        self.dilation = carrier.dilation
+        self.output_padding = carrier.output_padding
+        self.padding_mode = carrier.padding_mode
+
+    def extra_repr(self) -> str:
+        """Channels, kernel, stride, groups and ranks."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"groups={self.groups}, rank_out={self.ranks.rank_out}, rank_in={self.ranks.rank_in}"
+        )
 
 
-def register(layer_type: type[nn.Module], handler: Handler) -> None:
-    """Teach batude_fx a class of convolution or linear layer; subclasses of it stay unknown.
+class TuckerConvTranspose(TuckerConv):
+    """A transposed convolution in Tucker-2 form, with the attributes of the `nn.ConvTranspose1d/2d/3d` it replaces."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the three parts: (N, C_in, in...) to (N, C_out, out...), `out` as `output_size` asks where given."""
+        if isinstance(self.core, nn.Identity):
+            x = self.factor_in(x, output_size)  # (N, groups * r, out...)
+        else:
+            x = self.factor_in(x)  # (N, groups * r_in, in...)
+            x = self.core(x, output_size)  # (N, groups * r_out, out...)
+        return cast("Tensor", self.factor_out(x))  # (N, C_out, out...)
+
+
+class TuckerLinear(TuckerModule):
+    """A linear layer as two thin ones, with the attributes of the `nn.Linear` it replaces."""
+
+    def __init__(self, factor_in: nn.Module, core: nn.Module, factor_out: nn.Module) -> None:
+        super().__init__(factor_in, core, factor_out)
+        self.in_features = cast("nn.Linear", factor_in).in_features
+        self.out_features = cast("nn.Linear", factor_out).out_features
+
+    def extra_repr(self) -> str:
+        """Features and rank."""
+        return f"{self.in_features}, {self.out_features}, rank={self.ranks.rank_out}"
+
+
+def build(layer: nn.Module, ranks: Ranks, *, add_bias: bool = False) -> TuckerModule:
+    """The Tucker form of a layer, with uninitialised weights, on the layer's device and in its dtype.
+
+    The `training` flag, `requires_grad` and a channels-last memory format are those of the layer. The random state
+    is left alone.
 
     Args:
-        layer_type: A subclass of `nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d` or `nn.Linear`.
-        handler: How its layers are read and executed. It replaces the one registered before, if any.
+        layer: A convolution or linear layer that has no `skip_reason`; the meta device is fine.
+        ranks: Per group. A full rank drops its factor; both full leave a core only, which is the dense layer.
+            At a pointwise layer both are equal.
+        add_bias: Give it a bias even where the layer has none.
 
     Raises:
-        UnsupportedError: When `layer_type` derives from none of these.
-
-    Example:
-        ```python
-        class ScaledConv2d(nn.Conv2d):
-            scale = 0.5
-
-            def forward(self, x):
-                return self._conv_forward(x, self.scale * self.weight, self.bias)
-
-
-        batude_fx.register(ScaledConv2d, Handler(weight=lambda layer: layer.scale * layer.weight))
-        ```
+        UnsupportedError: When the layer has a `skip_reason`, or the ranks do not fit it.
     """
-    if not issubclass(layer_type, _LAYERS):
-        names = ", ".join(layer.__name__ for layer in _LAYERS)
-        raise UnsupportedError(f"{layer_type.__name__} cannot be registered: it derives from none of {names}.")
-    _HANDLERS[layer_type] = handler
+    core_type = handler_of(layer).core(layer)
+    _check_ranks(layer, ranks)
+    bias = add_bias or canonical_bias(layer) is not None
+    if isinstance(layer, nn.Linear):
+        module: TuckerModule = TuckerLinear(
+            _empty(nn.Linear, layer, layer.in_features, ranks.rank_in, bias=False),
+            nn.Identity(),
+            _empty(nn.Linear, layer, ranks.rank_out, layer.out_features, bias=bias),
+        )
+    else:
+        module = _build_conv(cast("nn.Conv2d", layer), core_type, ranks, bias=bias)
+    _copy_settings_(module, layer)
+    return module
 
 
-def _standardized_weight(layer: nn.Module) -> Tensor:
-    """The weight as timm's weight-standardized convolutions compute it in each forward pass."""
-    conv = cast("ScaledStdConv2d", layer)
-    scaled = isinstance(layer, ScaledStdConv2d | ScaledStdConv2dSame)
-    flat = conv.weight.reshape(1, conv.out_channels, -1)  # (1, C_out, C_in / groups * K)
-    gain = (conv.gain * conv.scale).view(-1) if scaled else None  # (C_out,)
-    return F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=conv.eps).view_as(conv.weight)
+def tucker_conv(layer: nn.Module, ranks: Ranks, factors: Factors) -> TuckerModule:
+    """The Tucker form of a layer with the given factors: `build`, then `load_factors_`.
 
-
-def _padded_same(layer: nn.Module) -> type[nn.Module]:
-    # TensorFlow's "same" never pads a 1x1 kernel, whatever its stride.
-    dynamic = getattr(layer, "same_pad", True) and prod(cast("nn.Conv2d", layer).kernel_size) > 1
-    return Conv2dSame if dynamic else nn.Conv2d
-
-
-def _pointwise_upsampling(layer: nn.Module) -> str | None:
-    conv = cast("nn.ConvTranspose2d", layer)
-    moved = prod(conv.stride) > 1 or any(conv.padding) or any(conv.output_padding)
-    if moved and prod(conv.kernel_size) == 1:
-        return "transposed 1x1 kernel with stride or padding: mostly writes zeros, a pair of 1x1 gains nothing"
-    return None
-
-
-for _class in (*_PLAIN, nn.Linear, TimmLinear, Conv3DSimple, Conv3DNoTemporal):
-    register(_class, Handler())
-for _class in _TRANSPOSED:
-    register(_class, Handler(refuse=_pointwise_upsampling))
-register(Conv2dSame, Handler(core=_padded_same))
-for _class in (StdConv2d, ScaledStdConv2d):
-    register(_class, Handler(weight=_standardized_weight))
-for _class in (StdConv2dSame, ScaledStdConv2dSame):
-    register(_class, Handler(weight=_standardized_weight, core=_padded_same))
-register(
-    NonDynamicallyQuantizableLinear,
-    Handler(refuse=lambda _: "its weight is read by MultiheadAttention, the layer itself is never called"),
-)
-
-
-def skip_reason(layer: nn.Module) -> str | None:
-    """Why this layer cannot be replaced exactly, or None when it can.
-
-    A hook on the layer itself is a reason: it was written for the dense layer, and whether it still makes sense on a
-    Tucker form only its author knows. Hooks on all other modules, its parents included, are no obstacle.
-
-    Args:
-        layer: Any module.
+    Raises:
+        UnsupportedError: When the layer has a `skip_reason`, or ranks, factors and layer do not fit each other.
     """
-    if is_parametrized(layer):
-        return "parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
-    handler = _HANDLERS.get(type(layer))
-    if handler is None:
-        return f"no handler for class {type(layer).__name__}; register one with batude_fx.register"
-    if hooks := [name.strip("_") for name in _HOOKS if getattr(layer, name)]:
-        return f"has {', '.join(hooks).replace('_', ' ')}; remove them to replace it"
-    if "forward" in vars(layer):
-        return "its forward method was replaced on the instance"
-    weight = cast("Tensor", layer.weight)
-    if not weight.is_floating_point():
-        return f"weight of dtype {weight.dtype}, not a real floating-point one"
-    return handler.refuse(layer)
+    module = build(layer, ranks, add_bias=factors.bias is not None)
+    module.load_factors_(factors)
+    return module
 
 
-def _handler(layer: nn.Module) -> Handler:
-    if reason := skip_reason(layer):
-        raise UnsupportedError(f"{layer} cannot be replaced exactly: {reason}.")
-    return _HANDLERS[type(layer)]
+def _build_conv(conv: nn.Conv2d, core_type: type[nn.Module], ranks: Ranks, *, bias: bool) -> TuckerConv:
+    pointwise = PLAIN_CONVOLUTIONS[len(conv.kernel_size) - 1]
+    groups = conv.groups
+    drop_in = ranks.rank_in == conv.in_channels // groups
+    drop_out = ranks.rank_out == conv.out_channels // groups
+    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": groups}
+    if conv.padding_mode != "zeros":
+        geometry["padding_mode"] = conv.padding_mode
+    if conv.transposed:
+        geometry["output_padding"] = conv.output_padding
+    middle_in, middle_out = groups * ranks.rank_in, groups * ranks.rank_out
+
+    def factor_out() -> nn.Module:
+        return _empty(pointwise, conv, middle_out, conv.out_channels, 1, groups=groups, bias=bias)
+
+    form = TuckerConvTranspose if conv.transposed else TuckerConv
+    if prod(conv.kernel_size) == 1:
+        # Stride and padding come first, so that both parts run on the smaller output.
+        first = _empty(core_type, conv, conv.in_channels, middle_in, conv.kernel_size, bias=False, **geometry)
+        return form(first, nn.Identity(), factor_out())
+    return form(
+        nn.Identity()
+        if drop_in
+        else _empty(pointwise, conv, conv.in_channels, middle_in, 1, groups=groups, bias=False),
+        # A bias before the last part would leak into the zero-padded border.
+        _empty(core_type, conv, middle_in, middle_out, conv.kernel_size, bias=bias and drop_out, **geometry),
+        nn.Identity() if drop_out else factor_out(),
+    )
+
+
+def _empty(layer_type: type[nn.Module], like: nn.Module, *args: object, **kwargs: object) -> nn.Module:
+    """A layer without initialisation, with the device and dtype of `like`'s weight."""
+    weight = cast("Tensor", like.weight)
+    with torch.device("meta"):
+        layer = layer_type(*args, **kwargs)
+    return layer.to(weight.dtype).to_empty(device=weight.device)
+
+
+def _copy_settings_(module: TuckerModule, layer: nn.Module) -> None:
+    weight, bias = cast("Tensor", layer.weight), cast("Tensor | None", layer.bias)
+    module.train(layer.training).requires_grad_(weight.requires_grad)
+    if bias is not None:
+        cast("Tensor", module.bias).requires_grad_(bias.requires_grad)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if last is not None and weight.is_contiguous(memory_format=last) and not weight.is_contiguous():
+        module.to(memory_format=last)
+
+
+def _check_ranks(layer: nn.Module, ranks: Ranks) -> None:
+    _, full_out, full_in, *kernel = to_canonical(cast("Tensor", layer.weight), layer).shape
+    if prod(kernel) == 1:
+        full_out = full_in = min(full_out, full_in)
+        if ranks.rank_out != ranks.rank_in:
+            raise UnsupportedError(f"{ranks} do not fit {layer}: a pointwise layer has a single rank; make them equal.")
+    if not (1 <= ranks.rank_out <= full_out and 1 <= ranks.rank_in <= full_in):
+        raise UnsupportedError(
+            f"{ranks} do not fit {layer}: per group, rank_out is 1 to {full_out} and rank_in is 1 to {full_in}."
+        )
+
+
+def _compose(factors: Factors) -> Tensor:
+    """The dense weight (groups, C_out, C_in, k...) of some factors."""
+    factor_in, core, factor_out = factors.factor_in, factors.core, factors.factor_out
+    if core is None:
+        return cast("Tensor", factor_out) @ cast("Tensor", factor_in).mT
+    if factor_in is not None:
+        core = torch.einsum("goi...,gci->goc...", core, factor_in)
+    if factor_out is not None:
+        core = torch.einsum("goi...,gco->gci...", core, factor_out)
+    return core
+
+
+def _shape(part: Tensor | None) -> str:
+    return "missing" if part is None else str(tuple(part.shape))
