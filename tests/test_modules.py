@@ -3,9 +3,9 @@
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -46,15 +46,13 @@ class Case:
 
     layer: nn.Module
     ranks: Ranks
-    x: Tensor
-
-    def __repr__(self) -> str:
-        return f"{self.layer}, {self.ranks}, x={tuple(self.x.shape)}"
+    x: Tensor = field(repr=False)
 
 
 def leading(matrix: Tensor, rank: int) -> Tensor:
     """Leading left singular vectors of a batch of matrices, (groups, rows, rank)."""
-    return torch.linalg.svd(matrix, full_matrices=False)[0][:, :, :rank]
+    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=True)[0]
+    return vectors[:, :, :rank]
 
 
 def hosvd(weight: Tensor, ranks: Ranks, bias: Tensor | None) -> Factors:
@@ -112,7 +110,8 @@ def ranks_for(draw: st.DrawFn, c_out: int, c_in: int, *, pointwise: bool) -> Ran
 def paddings(draw: st.DrawFn, kernel: tuple[int, ...], *, same: bool) -> int | tuple[int, ...] | str:
     names = ["valid", "same"] if same else ["valid"]
     each = st.tuples(*(st.integers(0, 2) for _ in kernel))
-    return draw(st.one_of(st.integers(0, 2), each, st.sampled_from(names)))
+    padding: int | tuple[int, ...] | str = draw(st.one_of(st.integers(0, 2), each, st.sampled_from(names)))
+    return padding
 
 
 @st.composite
@@ -210,7 +209,7 @@ def test_a_linear_layer_of_this_rank_is_reproduced_exactly(
 
 @pytest.mark.parametrize("layer_type", [Conv3DSimple, Conv3DNoTemporal])
 def test_torchvisions_video_convolutions(layer_type: type[nn.Conv3d]) -> None:
-    layer = layer_type(4, 6, stride=2).double()  # type: ignore[arg-type,call-arg]
+    layer = layer_type(4, 6, stride=2).double()  # type: ignore[call-arg]
     ranks = Ranks(2, 3)
     set_low_rank_weight(layer, ranks, seed=0)
     assert_same_function(Case(layer, ranks, torch.randn(2, 4, 5, 6, 7, dtype=torch.float64)))
@@ -238,7 +237,7 @@ def test_a_tucker_convolution_has_the_interface_of_the_dense_one(case: Case) -> 
     assert_equal(small.weight, layer.weight)
     assert small.ranks == case.ranks
     assert (small.bias is None) == (layer.bias is None)
-    assert layer.bias is None or torch.equal(small.bias, layer.bias)
+    assert layer.bias is None or torch.equal(cast("Tensor", small.bias), layer.bias)
 
 
 @given(convolutions())
@@ -250,7 +249,7 @@ def test_only_the_parts_that_are_needed_exist_and_only_the_last_has_a_bias(case:
         parts = ["factor_in", "factor_out"]
     else:
         parts = ["factor_in"] * (case.ranks.rank_in < c_in) + ["core"] + ["factor_out"] * (case.ranks.rank_out < c_out)
-    biases = [f"{parts[-1]}.bias"] if case.layer.bias is not None else []
+    biases = [f"{parts[-1]}.bias"] if canonical_bias(case.layer) is not None else []
     assert sorted(small.state_dict()) == sorted([*(f"{part}.weight" for part in parts), *biases])
 
 
@@ -328,11 +327,11 @@ def test_channels_last_layers_get_channels_last_parts(dims: int) -> None:
     ranks = Ranks(3, 2)
     set_low_rank_weight(layer, ranks, seed=0)
     layer.to(memory_format=memory_format)
-    small: Any = decomposed(layer, ranks)
-    assert small.core.weight.is_contiguous(memory_format=memory_format)
-    assert not small.core.weight.is_contiguous()
+    weight = cast("Tensor", decomposed(layer, ranks).core.weight)
+    assert weight.is_contiguous(memory_format=memory_format)
+    assert not weight.is_contiguous()
     assert_same_function(Case(layer, ranks, torch.randn(2, 12, *(5,) * dims, dtype=torch.float64)))
-    assert decomposed(nn.Conv2d(4, 4, 3).double(), ranks).core.weight.is_contiguous()
+    assert cast("Tensor", decomposed(nn.Conv2d(4, 4, 3), ranks).core.weight).is_contiguous()
 
 
 @given(convolutions())
@@ -411,7 +410,7 @@ class Halved(nn.Conv2d):
     """A user's class: convolves with half its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight / 2, self.bias)
+        return cast("Tensor", self._conv_forward(x, self.weight / 2, self.bias))
 
 
 def test_a_class_of_the_user_is_unknown_until_registered() -> None:
@@ -446,14 +445,18 @@ def with_forward_hook() -> nn.Module:
 
 def with_state_dict_hook() -> nn.Module:
     layer = nn.Conv2d(4, 6, 3)
-    layer.register_state_dict_post_hook(lambda *_: None)
+    layer.register_state_dict_post_hook(lambda *_: None)  # type: ignore[no-untyped-call]
     return layer
 
 
 def with_other_forward() -> nn.Module:
-    layer: Any = nn.Conv2d(4, 6, 3)
-    layer.forward = lambda x: x
+    layer = nn.Conv2d(4, 6, 3)
+    layer.__dict__["forward"] = lambda x: x
     return layer
+
+
+def pruned() -> nn.Module:
+    return cast("nn.Module", prune.l1_unstructured(nn.Conv2d(4, 6, 3), "weight", 0.5))  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
@@ -464,7 +467,7 @@ def with_other_forward() -> nn.Module:
         (with_forward_hook, "has forward hooks; remove them"),
         (with_state_dict_hook, "has state dict hooks; remove them"),
         (with_other_forward, "forward method was replaced"),
-        (lambda: prune.l1_unstructured(nn.Conv2d(4, 6, 3), "weight", 0.5), "has forward pre hooks"),
+        (pruned, "has forward pre hooks"),
         (lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), "remove_parametrizations"),
         (lambda: nn.MultiheadAttention(4, 2).out_proj, "read by MultiheadAttention"),
         (lambda: nn.ConvTranspose2d(4, 6, 1, stride=2), "transposed 1x1 kernel"),

@@ -1,0 +1,88 @@
+"""Put other modules into a copy of a model: at every name they are known by, with everything else kept.
+
+The copy is `copy.deepcopy` told in advance what the copies of the replaced modules are. So shared modules stay shared,
+references from parents, lists and bound hooks all lead to the replacement, and dense weights that are about to
+disappear are never copied.
+"""
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from batude_fx.errors import BatudeError, SelectionError
+from batude_fx.modules import build
+from batude_fx.sites import Ranks
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def replace(model: ModelT, modules: Mapping[str, nn.Module]) -> ModelT:
+    """A deep copy of the model with some submodules replaced, under all their names.
+
+    Hooks of the model and of untouched submodules come along, and so do `training` flags and shared parameters.
+    Hooks of a replaced module go with it (`modules.skip_reason` refuses layers that have some).
+
+    Args:
+        model: Any module; it is left as it is, also when an error is raised.
+        modules: Qualified name to new module. They are put in as they are, not copied. A module that has several
+            names needs one of them.
+
+    Returns:
+        A model of the same class.
+
+    Raises:
+        SelectionError: When the model has no submodule of that name.
+        BatudeError: When the model cannot be copied, or a replacement did not reach the copy.
+    """
+    old_modules = _named_modules(model, modules)
+    new_of: dict[int, nn.Module] = {}
+    for name, new in modules.items():
+        if new_of.setdefault(id(old_modules[name]), new) is not new:
+            raise SelectionError(f"{name!r} is another name of a module that is replaced already; give one of them.")
+    try:
+        # deepcopy adds its own entries, of other types, to the memo it is given.
+        replaced = copy.deepcopy(model, {**new_of})
+    except (RuntimeError, TypeError) as error:
+        raise BatudeError(
+            f"{type(model).__name__} cannot be copied: {error}. Detach the tensors it holds that are the result of a "
+            "computation (`tensor.detach()`), and drop handles to files, locks and processes, then try again."
+        ) from error
+    _check(replaced, {name: new_of[id(old)] for name, old in old_modules.items() if id(old) in new_of})
+    return replaced
+
+
+def build_skeleton(model: ModelT, ranks: Mapping[str, Ranks], biased: Collection[str] = ()) -> ModelT:
+    """A deep copy of the model with sites in Tucker form, their weights uninitialised: ready for a `state_dict`.
+
+    Args:
+        model: The dense model, left as it is.
+        ranks: Site name to its ranks, per group.
+        biased: Names of the sites that have a bias although the dense layer may have none.
+
+    Raises:
+        SelectionError: When the model has no submodule of that name.
+        UnsupportedError: When a site cannot be replaced exactly, or the ranks do not fit it.
+        BatudeError: When the model cannot be copied.
+    """
+    layers = _named_modules(model, ranks)
+    return replace(model, {name: build(layers[name], r, add_bias=name in biased) for name, r in ranks.items()})
+
+
+def _named_modules(model: nn.Module, wanted: Collection[str]) -> dict[str, nn.Module]:
+    """All submodules under all their names, after a check that the wanted names are among them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if missing := [name for name in wanted if name not in modules]:
+        raise SelectionError(f"{type(model).__name__} has no submodule {missing[0]!r}; see model.named_modules().")
+    return modules
+
+
+def _check(replaced: nn.Module, expected: Mapping[str, nn.Module]) -> None:
+    found = dict(replaced.named_modules(remove_duplicate=False))
+    for name, module in expected.items():
+        if found.get(name) is not module:
+            raise BatudeError(
+                f"the copy of {type(replaced).__name__} does not hold the replacement at {name!r}: it lies inside "
+                "another replaced module, or a parent has a __deepcopy__ that ignores its memo. Exclude that name."
+            )
