@@ -1,0 +1,266 @@
+"""Surgery: the copy has the replacements at every alias and all else as before; the input model is not touched."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
+from batude_fx.modules import TuckerModule, build
+from batude_fx.sites import Ranks
+from batude_fx.surgery import build_skeleton, replace
+
+
+class Scale(nn.Module):
+    """A layer with a parameter that tells it from all others."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Net(nn.Module):
+    """Two names for one convolution, a plain reference to it, a tied weight and a hook that is a bound method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.again: nn.Module = self.body[0]
+        self.plain = [self.again]
+        self.tied = nn.Conv2d(4, 4, 3)
+        self.tied.weight = cast("nn.Conv2d", self.again).weight
+        self.calls: list[int] = []
+        self.body.register_forward_hook(self.count)
+        self.body[1].eval()
+
+    def count(self, *_: object) -> None:
+        self.calls.append(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.first(x))
+        return cast("Tensor", self.plain[0](self.tied(self.again(x))))
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """Everything that must not change: modules and tensors by identity, their bytes, flags and hooks."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        [(name, id(module), module.training, list(module._forward_hooks.values())) for name, module in modules],
+        [(name, id(tensor), tensor.data_ptr(), tensor.detach().numpy().tobytes()) for name, tensor in tensors],
+        [(name, tensor.requires_grad, tensor._version) for name, tensor in tensors],
+    ]
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A tree of layers, some of them shared, and replacements for some of the layers under any of their names."""
+    pool: list[nn.Module] = [Scale(1.0 + index) for index in range(draw(st.integers(1, 4)))]
+
+    def block(depth: int) -> nn.Module:
+        parts = [
+            block(depth + 1) if depth < 2 and draw(st.booleans()) else draw(st.sampled_from(pool))
+            for _ in range(draw(st.integers(1, 3)))
+        ]
+        module = nn.Sequential(OrderedDict((f"part{index}", part) for index, part in enumerate(parts)))
+        return module.train(draw(st.booleans()))
+
+    model = block(0)
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Scale):
+            names.setdefault(id(module), []).append(name)
+    taken = draw(st.lists(st.sampled_from(sorted(names)), unique=True))
+    return model, {draw(st.sampled_from(names[key])): Scale(-10.0 - i).eval() for i, key in enumerate(taken)}
+
+
+@given(trees())
+@settings(max_examples=100, deadline=None)
+def test_the_copy_equals_one_edited_by_hand(tree: tuple[nn.Module, dict[str, nn.Module]]) -> None:
+    model, modules = tree
+    before = snapshot(model)
+    small = replace(model, modules)
+    assert snapshot(model) == before
+
+    by_hand = copy.deepcopy(model)
+    old = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    for name, module in old.items():
+        new = next((modules[other] for other in modules if old[other] is module), None)
+        if new is not None:
+            parent, _, attribute = name.rpartition(".")
+            setattr(by_hand.get_submodule(parent), attribute, new)
+    assert str(small) == str(by_hand)
+    assert [(name, m.training) for name, m in small.named_modules()] == [
+        (name, m.training) for name, m in by_hand.named_modules()
+    ]
+    assert list(small.state_dict()) == list(by_hand.state_dict())
+    assert all(torch.equal(value, by_hand.state_dict()[key]) for key, value in small.state_dict().items())
+    assert torch.equal(small(torch.ones(2)), by_hand(torch.ones(2)))
+    assert all(small.get_submodule(name) is module for name, module in modules.items())
+
+
+def test_every_reference_leads_to_the_replacement_and_the_rest_is_kept() -> None:
+    model = Net()
+    before = snapshot(model)
+    new = nn.Conv2d(4, 4, 3)
+    small = replace(model, {"again": new})
+    assert type(small) is Net
+    assert small.again is small.body[0] is small.plain[0] is new
+    assert torch.equal(small.tied.weight, model.tied.weight)  # tied to a weight that is gone: it keeps its own copy
+    assert [(name, m.training) for name, m in small.named_modules()] == [
+        (name, m.training) for name, m in model.named_modules()
+    ]
+    small(torch.randn(1, 3, 16, 16))
+    assert small.calls == [1]  # the hook is bound to the copy, not to the model
+    assert model.calls == []
+    assert snapshot(model) == before
+
+
+def test_model_and_copy_share_no_memory_and_ties_stay_tied() -> None:
+    model = Net()
+    small = replace(model, {"first": nn.Conv2d(3, 4, 3)})
+    assert small.tied.weight is small.body[0].weight
+    ours, theirs = ({tensor.data_ptr() for tensor in net.state_dict().values()} for net in (small, model))
+    assert not ours & theirs
+
+
+def test_what_is_replaced_is_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    copied: list[int] = []
+    original: Callable[..., nn.Parameter] = nn.Parameter.__deepcopy__
+
+    def spy(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+        copied.append(id(parameter))
+        return original(parameter, memo)
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", spy)
+    replace(model, {"0": nn.Identity()})
+    assert sorted(copied) == sorted(id(parameter) for parameter in model[1].parameters())
+
+
+def test_a_graph_module_can_be_operated_on() -> None:
+    traced = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    small = replace(traced, {"0": Scale(2.0)})
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(small(x), (2 * x).relu())
+
+
+def test_the_root_itself_can_be_replaced() -> None:
+    new = nn.Identity()
+    assert replace(cast("nn.Module", nn.Conv2d(3, 4, 3)), {"": new}) is new
+
+
+class Stubborn(nn.Module):
+    """Copies itself without the memo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stubborn":
+        return Stubborn()
+
+
+class Locked(nn.Conv2d):
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Locked":
+        raise TypeError("cannot pickle '_thread.lock' object")
+
+
+def with_non_leaf() -> nn.Module:
+    model = Net()
+    model.kept = model.first.weight * 2
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "modules", "error", "message"),
+    [
+        (Net(), {"body.7": nn.Identity()}, SelectionError, r"Net has no submodule 'body\.7'"),
+        (Net(), {"again": nn.Identity(), "body.0": nn.ReLU()}, SelectionError, r"'body\.0' is another name"),
+        (Net(), {"body": nn.Identity(), "body.1": nn.ReLU()}, BatudeError, r"replacement at 'body\.1'"),
+        (nn.Sequential(Stubborn()), {"0.conv": nn.Identity()}, BatudeError, r"'0\.conv'.*__deepcopy__"),
+        (with_non_leaf(), {"first": nn.Identity()}, BatudeError, r"Net cannot be copied: .*detach"),
+        (nn.Sequential(nn.ReLU(), Locked(3, 4, 3)), {"0": nn.Identity()}, BatudeError, r"cannot be copied: .*lock"),
+    ],
+)
+def test_errors_say_what_to_do_and_leave_the_model_alone(
+    model: nn.Module, modules: dict[str, nn.Module], error: type[BatudeError], message: str
+) -> None:
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        replace(model, modules)
+    assert snapshot(model) == before
+
+
+def test_the_same_replacement_may_be_given_under_two_names() -> None:
+    new = nn.Conv2d(4, 4, 3)
+    assert replace(Net(), {"again": new, "body.0": new}).plain[0] is new
+
+
+def test_a_timm_model_stays_one() -> None:
+    model = timm.create_model("resnet10t", num_classes=7).eval()
+    model.get_submodule("layer1").train()
+    before = snapshot(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and "layer" in name]
+    small = build_skeleton(model, {name: Ranks(8, 8) for name in names})
+    assert snapshot(model) == before
+    assert type(small) is type(model)
+    assert all(isinstance(small.get_submodule(name), TuckerModule) for name in names)
+    # The parts take over the flag of their layer, wherever the model is in training.
+    assert all(part.training == ("layer1" in name) for name, part in small.named_modules() if name)
+    network: Any = small
+    assert network.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 512, 2, 2)
+    network.reset_classifier(3)
+    assert small.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    assert model.num_classes == 7
+
+
+def test_hooks_of_a_timm_feature_network_work_in_the_copy() -> None:
+    model = timm.create_model("resnet10t", features_only=True, feature_cls="hook").eval()
+    x = torch.randn(1, 3, 64, 64)
+    name = next(name for name, _ in model.named_modules() if name.endswith("layer4.0.downsample.1"))
+    small = replace(model, {name: copy.deepcopy(model.get_submodule(name))})
+    assert all(torch.equal(a, b) for a, b in zip(small(x), model(x), strict=True))
+    with torch.no_grad():
+        cast("nn.Conv2d", small.get_submodule(name)).weight.zero_()
+    equal = [torch.equal(a, b) for a, b in zip(small(x), model(x), strict=True)]
+    assert equal == [True, True, True, True, False]
+
+
+def test_a_skeleton_takes_the_state_dict_of_the_compressed_model() -> None:
+    model = Net()
+    ranks = {"first": Ranks(2, 3), "body.0": Ranks(2, 2)}
+    small = replace(model, {name: build(model.get_submodule(name), r) for name, r in ranks.items()})
+    for parameter in small.parameters():
+        nn.init.normal_(parameter)
+    skeleton = build_skeleton(Net(), ranks)
+    skeleton.load_state_dict(small.state_dict())
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(skeleton(x), small(x))
+
+
+def test_a_skeleton_can_have_more_biases_than_the_dense_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False))
+    skeleton = build_skeleton(model, {"0": Ranks(2, 3), "1": Ranks(2, 2)}, biased=["1"])
+    assert [name for name in skeleton.state_dict() if name.endswith("bias")] == ["1.factor_out.bias"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error"), [({"nowhere": Ranks(1, 1)}, SelectionError), ({"body.1": Ranks(1, 1)}, UnsupportedError)]
+)
+def test_a_skeleton_refuses_what_is_not_there(ranks: dict[str, Ranks], error: type[BatudeError]) -> None:
+    with pytest.raises(error):
+        build_skeleton(Net(), ranks)
