@@ -39,6 +39,7 @@ class ConvSite:
             `"child"` (traced in a child, as the root cannot be traced), `"tree"` (only the module tree has it).
         aliases: Further qualified names of the same module.
         skip_reason: Why the site stays dense, or None where it can be replaced.
+        has_bias: Whether the dense layer has a bias.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ConvSite:
     found_by: FoundBy
     aliases: tuple[str, ...] = ()
     skip_reason: str | None = None
+    has_bias: bool = False
 
     @property
     def group_in_channels(self) -> int:

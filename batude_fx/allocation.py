@@ -1,0 +1,198 @@
+"""Sites, losses and limits to ranks: a multiple-choice knapsack. Integers and arrays; no model in sight.
+
+Every site offers its rank pairs, dense included, each with a cost and a loss; one option per site is picked so that
+the sum of losses is small and the sum of costs stays within the limits. A Lagrange multiplier, found by bisection,
+gives a point on the convex hull of all solutions; what it leaves unspent is then spent move by move.
+
+Source: P. Sinha, A. Zoltners, "The multiple-choice knapsack problem", Operations Research 27(3), 1979;
+H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batude_fx.errors import BudgetError
+from batude_fx.sites import ConvSite
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SiteLoss:
+    """What one site would lose at each rank; the loss of a rank pair is the sum over both modes.
+
+    Attributes:
+        out: (c_out + 1,) loss of keeping r directions of mode 0, r = 0 ... c_out, with c_out per group; the last is 0.
+        in_: (c_in + 1,) likewise for mode 1; zeros at a pointwise site, whose one rank `out` already judges.
+    """
+
+    out: Floats
+    in_: Floats
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one site can be: row 0 is dense, the others are rank pairs that cost less.
+
+    Attributes:
+        ranks: (n, 2) rank_out and rank_in per group; row 0 holds the full ranks and means "leave it dense".
+        costs: (n, 2) flops and parameters.
+        losses: (n,).
+    """
+
+    ranks: Integers
+    costs: Integers
+    losses: Floats
+
+
+def rank_candidates(channels: int, groups: int, round_to: int) -> list[int]:
+    """Ranks per group of one mode: multiples of `round_to` over all groups together, and the full rank."""
+    step = round_to // gcd(groups, round_to)
+    return [*range(step, channels, step), channels]
+
+
+def site_options(site: ConvSite, loss: SiteLoss, round_to: int) -> Options:
+    """All rank pairs of one site that need fewer flops than the dense layer, and the dense layer itself."""
+    c_out, c_in, groups = site.group_out_channels, site.group_in_channels, site.groups
+    kernel = int(np.prod(site.kernel_size, dtype=np.int64))
+    positions = site.positions_in if site.transposed else site.positions_out
+    dense = np.array([[positions, 1]], np.int64) * (kernel * groups * c_in * c_out)
+    if site.is_pointwise:
+        rank = np.array([r for r in rank_candidates(min(c_in, c_out), groups, round_to) if r < min(c_in, c_out)], np.int64)
+        ranks = np.stack([rank, rank], axis=1)
+        costs = np.array([[site.positions_out, 1]], np.int64) * (groups * rank * (c_in + c_out))[:, None]
+    else:
+        ranks = np.array(
+            [
+                (r_out, r_in)
+                for r_out in rank_candidates(c_out, groups, round_to)
+                for r_in in rank_candidates(c_in, groups, round_to)
+            ],
+            np.int64,
+        )
+        r_out, r_in = ranks.T
+        first = groups * c_in * r_in * (r_in < c_in)
+        core = groups * kernel * r_in * r_out
+        last = groups * c_out * r_out * (r_out < c_out)
+        flops = site.positions_in * first + positions * core + site.positions_out * last
+        costs = np.stack([flops, first + core + last], axis=1)
+    cheaper = costs[:, 0] < dense[0, 0]
+    ranks, costs = ranks[cheaper], costs[cheaper]
+    losses = loss.out[ranks[:, 0]] + loss.in_[ranks[:, 1]]
+    return Options(
+        ranks=np.concatenate([np.array([[c_out, c_in]], np.int64), ranks]),
+        costs=np.concatenate([dense, costs]),
+        losses=np.concatenate([np.zeros(1), losses]),
+    )
+
+
+def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
+    """Pick one option per site: the smallest sum of losses that can be found with every cost inside its capacity.
+
+    Args:
+        options: What each site can be.
+        capacity: (2,) most flops and most parameters of all sites together.
+
+    Returns:
+        The row picked in each site's options; row 0 is dense.
+
+    Raises:
+        BudgetError: When no choice fits.
+    """
+    best: list[int] | None = None
+    for weights in _price_directions(options, capacity):
+        fronts = [_pareto_front(option, weights) for option in options]
+        picked = _lagrangian(options, fronts, capacity, weights)
+        if picked is None:
+            continue
+        picked = _spend_remainder(options, picked, capacity)
+        if best is None or _total_loss(options, picked) < _total_loss(options, best):
+            best = picked
+    if best is None:
+        raise BudgetError(f"no choice of ranks fits {capacity.tolist()} flops and parameters")
+    return best
+
+
+def smallest_costs(options: Sequence[Options]) -> Integers:
+    """(2,) the fewest flops, and the fewest parameters, that any choice of ranks needs; each on its own."""
+    return np.sum([option.costs.min(axis=0) for option in options], axis=0, dtype=np.int64)
+
+
+def _price_directions(options: Sequence[Options], capacity: Integers) -> list[Floats]:
+    """Prices of a flop and a parameter to try; a single limit needs a single direction."""
+    dense = np.sum([option.costs[0] for option in options], axis=0, dtype=np.float64)
+    unit = 1 / np.maximum(dense, 1)
+    binding = capacity < dense
+    if binding.all():
+        return [unit * (share, 1 - share) for share in np.linspace(0, 1, 11)]
+    return [unit * (binding if binding.any() else np.array([True, False]))]
+
+
+def _pareto_front(option: Options, weights: Floats) -> Integers:
+    """Rows that no other row beats in both price and loss, from the cheapest to the dense one."""
+    prices = option.costs @ weights
+    order = np.lexsort((option.losses, prices))
+    losses = option.losses[order]
+    better = np.concatenate([[True], losses[1:] < np.minimum.accumulate(losses)[:-1]])
+    return order[better]
+
+
+def _lagrangian(
+    options: Sequence[Options], fronts: Sequence[Integers], capacity: Integers, weights: Floats
+) -> list[int] | None:
+    """Minimise loss + multiplier * price at every site, with the smallest multiplier that meets the capacity."""
+    width = max(len(front) for front in fronts)
+    losses = np.full((len(fronts), width), np.inf)
+    prices = np.zeros((len(fronts), width))
+    costs = np.zeros((len(fronts), width, 2), np.int64)
+    for row, (option, front) in enumerate(zip(options, fronts, strict=True)):
+        losses[row, : len(front)] = option.losses[front]
+        costs[row, : len(front)] = option.costs[front]
+        prices[row, : len(front)] = option.costs[front] @ weights
+    sites = np.arange(len(fronts))
+
+    def choose(multiplier: float) -> tuple[Integers, bool]:
+        column = np.argmin(losses + multiplier * prices, axis=1)
+        return column, bool((costs[sites, column].sum(axis=0) <= capacity).all())
+
+    # Above this price even the largest saving of loss does not pay for the smallest step in cost.
+    finite = losses[np.isfinite(losses)]
+    high = 1.0
+    while not choose(high)[1]:
+        high *= 4
+        if high > 1e30 * max(1.0, float(finite.max())):
+            return None
+    low = 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if choose(middle)[1] else (middle, high)
+    column, _ = choose(high)
+    return [int(front[c]) for front, c in zip(fronts, column, strict=True)]
+
+
+def _spend_remainder(options: Sequence[Options], picked: list[int], capacity: Integers) -> list[int]:
+    """Take the move with the most loss saved per unit of remaining capacity, until no move fits."""
+    site_of = np.concatenate([np.full(len(option.losses), site) for site, option in enumerate(options)])
+    first = np.cumsum([0, *(len(option.losses) for option in options)])
+    losses = np.concatenate([option.losses for option in options])
+    costs = np.concatenate([option.costs for option in options])
+    at = first[:-1] + np.array(picked)
+    while True:
+        slack = capacity - costs[at].sum(axis=0)
+        extra = costs - costs[at][site_of]
+        saved = losses[at][site_of] - losses
+        usable = (extra <= slack).all(axis=1) & (saved > 0)
+        if not usable.any():
+            return [int(index - start) for index, start in zip(at, first[:-1], strict=True)]
+        share = np.maximum(extra / np.maximum(slack, 1), 1e-12).max(axis=1)
+        move = int(np.argmax(np.where(usable, saved / share, -np.inf)))
+        at[site_of[move]] = move
+
+
+def _total_loss(options: Sequence[Options], picked: Sequence[int]) -> float:
+    return float(sum(option.losses[row] for option, row in zip(options, picked, strict=True)))

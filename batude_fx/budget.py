@@ -1,0 +1,104 @@
+"""What the user may spend: `0.5`, `"2.5x"`, `"40%"`, `"0.9GFLOPs"`, or several limits at once, read into one type."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from batude_fx.errors import BudgetError
+
+_FORMS = 'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute count ("0.9GFLOPs")'
+_NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
+_SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
+    """Read one limit; exactly one of (fraction that remains, absolute count) is not None."""
+    text = text.strip().lower()
+    if match := re.fullmatch(rf"{_NUMBER}x", text):
+        return (1 / factor if (factor := float(match[1])) > 0 else math.inf), None
+    if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
+        return float(match[1]) / 100, None
+    if match := re.fullmatch(rf"{_NUMBER}\s*([kmgt]?){unit}s?", text):
+        return None, int(float(match[1]) * _SCALES[match[2]])
+    if re.fullmatch(_NUMBER, text):
+        return float(text), None
+    raise ValueError(f"cannot read {text!r}")
+
+
+def _checked(limit: float | str | None, unit: str) -> float | str | None:
+    if limit is None:
+        return None
+    keep, count = _keep_or_count(str(limit), unit)
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(f"{limit!r} keeps {keep:g} of the {unit}s; the fraction that remains must be inside (0, 1)")
+    if count is not None and count <= 0:
+        raise ValueError(f"{limit!r} is not a positive count")
+    return limit
+
+
+class Budget(BaseModel):
+    """Limits on the whole compressed model; all of them hold at once.
+
+    Attributes:
+        flops: Multiply-adds of one run of the example input, as fvcore counts them: a fraction that remains (0.5),
+            a factor ("2.5x"), a percentage ("40%") or an absolute count ("0.9GFLOPs").
+        params: Parameters, in the same forms; absolute counts are written "12MParams".
+
+    Raises:
+        BudgetError: From `Budget.parse`, when a limit cannot be read or lies outside (0, 1).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    flops: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "flop"))] = None
+    params: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "param"))] = None
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> "Budget":
+        if self.flops is None and self.params is None:
+            raise ValueError("no limit given; set flops, params or both")
+        return self
+
+    @classmethod
+    def parse(cls, budget: "Budget | float | str") -> "Budget":
+        """Read what the user wrote; a bare number or text is a flops limit.
+
+        Raises:
+            BudgetError: When it cannot be read, with the forms that can.
+        """
+        if isinstance(budget, Budget):
+            return budget
+        try:
+            return cls(flops=budget)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise BudgetError(f"budget {budget!r}: {reason}. Write {_FORMS}.") from None
+
+    def limits(self, dense_flops: int, dense_params: int) -> "Limits":
+        """The absolute limits for a model of `dense_flops` and `dense_params`."""
+        return Limits(
+            flops=_absolute(self.flops, "flop", dense_flops), params=_absolute(self.params, "param", dense_params)
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Absolute limits, None where there is none.
+
+    Attributes:
+        flops: Most multiply-adds.
+        params: Most parameters.
+    """
+
+    flops: int | None
+    params: int | None
+
+
+def _absolute(limit: float | str | None, unit: str, dense: int) -> int | None:
+    if limit is None:
+        return None
+    keep, count = _keep_or_count(str(limit), unit)
+    return count if keep is None else math.floor(keep * dense)
