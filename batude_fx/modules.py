@@ -9,6 +9,7 @@ Applications", ICLR 2016, https://arxiv.org/abs/1511.06530, section 3. Here also
 group), transposed convolutions and weight-standardized ones, whose standardization is applied once and for all.
 """
 
+from functools import partial
 from math import prod
 from typing import cast
 
@@ -207,7 +208,7 @@ def build(layer: nn.Module, ranks: Ranks, *, add_bias: bool = False) -> TuckerMo
     bias = add_bias or canonical_bias(layer) is not None
     if isinstance(layer, nn.Linear):
         module: TuckerModule = TuckerLinear(
-            _empty(nn.Linear, layer, layer.in_features, ranks.rank_in, bias=False),
+            _empty(core_type, layer, layer.in_features, ranks.rank_in, bias=False),
             nn.Identity(),
             _empty(nn.Linear, layer, ranks.rank_out, layer.out_features, bias=bias),
         )
@@ -229,33 +230,28 @@ def tucker_conv(layer: nn.Module, ranks: Ranks, factors: Factors) -> TuckerModul
 
 
 def _build_conv(conv: nn.Conv2d, core_type: type[nn.Module], ranks: Ranks, *, bias: bool) -> TuckerConv:
-    pointwise = PLAIN_CONVOLUTIONS[len(conv.kernel_size) - 1]
-    groups = conv.groups
-    drop_in = ranks.rank_in == conv.in_channels // groups
-    drop_out = ranks.rank_out == conv.out_channels // groups
-    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": groups}
-    if conv.padding_mode != "zeros":
-        geometry["padding_mode"] = conv.padding_mode
-    if conv.transposed:
-        geometry["output_padding"] = conv.output_padding
-    middle_in, middle_out = groups * ranks.rank_in, groups * ranks.rank_out
-
-    def factor_out() -> nn.Module:
-        return _empty(pointwise, conv, middle_out, conv.out_channels, 1, groups=groups, bias=bias)
-
+    one_by_one = partial(_empty, PLAIN_CONVOLUTIONS[len(conv.kernel_size) - 1], conv, kernel_size=1, groups=conv.groups)
+    geometry = partial(_empty, core_type, conv, kernel_size=conv.kernel_size, **_geometry(conv))
     form = TuckerConvTranspose if conv.transposed else TuckerConv
+    c_in, c_out = conv.in_channels, conv.out_channels
+    r_in, r_out = conv.groups * ranks.rank_in, conv.groups * ranks.rank_out
     if prod(conv.kernel_size) == 1:
         # Stride and padding come first, so that both parts run on the smaller output.
-        first = _empty(core_type, conv, conv.in_channels, middle_in, conv.kernel_size, bias=False, **geometry)
-        return form(first, nn.Identity(), factor_out())
+        return form(geometry(c_in, r_in, bias=False), nn.Identity(), one_by_one(r_out, c_out, bias=bias))
+    # A bias before the last part would leak into the zero-padded border.
     return form(
-        nn.Identity()
-        if drop_in
-        else _empty(pointwise, conv, conv.in_channels, middle_in, 1, groups=groups, bias=False),
-        # A bias before the last part would leak into the zero-padded border.
-        _empty(core_type, conv, middle_in, middle_out, conv.kernel_size, bias=bias and drop_out, **geometry),
-        nn.Identity() if drop_out else factor_out(),
+        nn.Identity() if r_in == c_in else one_by_one(c_in, r_in, bias=False),
+        geometry(r_in, r_out, bias=bias and r_out == c_out),
+        nn.Identity() if r_out == c_out else one_by_one(r_out, c_out, bias=bias),
     )
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, object]:
+    """Constructor arguments of the part that carries the geometry."""
+    names = ["stride", "padding", "dilation", "groups"]
+    # Subclasses have constructors that know only the arguments they need.
+    names += ["padding_mode"] * (conv.padding_mode != "zeros") + ["output_padding"] * conv.transposed
+    return {name: getattr(conv, name) for name in names}
 
 
 def _empty(layer_type: type[nn.Module], like: nn.Module, *args: object, **kwargs: object) -> nn.Module:

@@ -309,6 +309,12 @@ def test_build_keeps_device_dtype_and_flags(device: str, dtype: torch.dtype, lay
     assert build(layer.train(), Ranks(4, 2)).core.training
 
 
+def test_a_pointwise_same_convolution_needs_no_dynamic_padding() -> None:
+    """TensorFlow's "same" never pads a 1x1 kernel; a 3x3 one it does."""
+    assert type(build(Conv2dSame(4, 6, 1, stride=2), Ranks(2, 2)).factor_in) is nn.Conv2d
+    assert type(build(Conv2dSame(4, 6, 3, stride=2), Ranks(2, 2)).core) is Conv2dSame
+
+
 def test_a_bias_can_be_added_where_the_dense_layer_has_none() -> None:
     layer = nn.Conv2d(4, 6, 3, bias=False, dtype=torch.float64)
     ranks = Ranks(6, 2)  # without `factor_out`: the core is last
