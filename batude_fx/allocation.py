@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batude_fx.errors import BudgetError
+from batude_fx.flops import dense_cost, tucker_cost
 from batude_fx.sites import ConvSite
 
 Floats = NDArray[np.float64]
@@ -37,17 +38,26 @@ class SiteLoss:
 
 @dataclass(frozen=True)
 class Options:
-    """What one site can be: row 0 is dense, the others are rank pairs that cost less.
+    """What one site can be: dense, or one of the rank pairs that need fewer flops.
 
     Attributes:
-        ranks: (n, 2) rank_out and rank_in per group; row 0 holds the full ranks and means "leave it dense".
+        ranks: (n, 2) rank_out and rank_in per group; the full ranks mean "leave it dense".
         costs: (n, 2) flops and parameters.
-        losses: (n,).
+        losses: (n,), 0 for the dense one.
+        dense: (2,) flops and parameters of the dense site.
     """
 
     ranks: Integers
     costs: Integers
     losses: Floats
+    dense: Integers
+
+    def only(self, rank_out: int, rank_in: int) -> "Options | None":
+        """The same site with these ranks and no other choice; None where they are not among the options."""
+        rows = np.flatnonzero((self.ranks == (rank_out, rank_in)).all(axis=1))
+        if not len(rows):
+            return None
+        return Options(ranks=self.ranks[rows], costs=self.costs[rows], losses=self.losses[rows], dense=self.dense)
 
 
 def rank_candidates(channels: int, groups: int, round_to: int) -> list[int]:
@@ -56,38 +66,32 @@ def rank_candidates(channels: int, groups: int, round_to: int) -> list[int]:
     return [*range(step, channels, step), channels]
 
 
-def site_options(site: ConvSite, loss: SiteLoss, round_to: int) -> Options:
-    """All rank pairs of one site that need fewer flops than the dense layer, and the dense layer itself."""
+def site_options(site: ConvSite, loss: SiteLoss, round_to: int, *, adds_bias: bool = False) -> Options:
+    """All rank pairs of one site that need fewer flops than the dense layer, and the dense layer itself.
+
+    Args:
+        site: Any site that can be replaced.
+        loss: Of the same site.
+        round_to: Multiple of the ranks, all groups together.
+        adds_bias: Whether the replacement has a bias even where the dense layer has none.
+    """
     c_out, c_in, groups = site.group_out_channels, site.group_in_channels, site.groups
-    kernel = int(np.prod(site.kernel_size, dtype=np.int64))
-    positions = site.positions_in if site.transposed else site.positions_out
-    dense = np.array([[positions, 1]], np.int64) * (kernel * groups * c_in * c_out)
     if site.is_pointwise:
-        rank = np.array([r for r in rank_candidates(min(c_in, c_out), groups, round_to) if r < min(c_in, c_out)], np.int64)
+        rank = np.array(rank_candidates(min(c_in, c_out), groups, round_to)[:-1], np.int64)
         ranks = np.stack([rank, rank], axis=1)
-        costs = np.array([[site.positions_out, 1]], np.int64) * (groups * rank * (c_in + c_out))[:, None]
     else:
-        ranks = np.array(
-            [
-                (r_out, r_in)
-                for r_out in rank_candidates(c_out, groups, round_to)
-                for r_in in rank_candidates(c_in, groups, round_to)
-            ],
-            np.int64,
-        )
-        r_out, r_in = ranks.T
-        first = groups * c_in * r_in * (r_in < c_in)
-        core = groups * kernel * r_in * r_out
-        last = groups * c_out * r_out * (r_out < c_out)
-        flops = site.positions_in * first + positions * core + site.positions_out * last
-        costs = np.stack([flops, first + core + last], axis=1)
-    cheaper = costs[:, 0] < dense[0, 0]
+        candidates = rank_candidates(c_out, groups, round_to), rank_candidates(c_in, groups, round_to)
+        ranks = np.stack(np.meshgrid(*candidates, indexing="ij"), axis=-1).reshape(-1, 2)
+    costs = np.stack(tucker_cost(site, ranks[:, 0], ranks[:, 1]), axis=1)  # (n, 2)
+    dense = np.array(dense_cost(site), np.int64)
+    cheaper = costs[:, 0] < dense[0]
     ranks, costs = ranks[cheaper], costs[cheaper]
-    losses = loss.out[ranks[:, 0]] + loss.in_[ranks[:, 1]]
+    costs[:, 1] += site.out_channels * (adds_bias and not site.has_bias)
     return Options(
         ranks=np.concatenate([np.array([[c_out, c_in]], np.int64), ranks]),
-        costs=np.concatenate([dense, costs]),
-        losses=np.concatenate([np.zeros(1), losses]),
+        costs=np.concatenate([dense[None], costs]),
+        losses=np.concatenate([np.zeros(1), loss.out[ranks[:, 0]] + loss.in_[ranks[:, 1]]]),
+        dense=dense,
     )
 
 
@@ -99,11 +103,13 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
         capacity: (2,) most flops and most parameters of all sites together.
 
     Returns:
-        The row picked in each site's options; row 0 is dense.
+        The row picked in each site's options.
 
     Raises:
         BudgetError: When no choice fits.
     """
+    if not options:
+        return []
     best: list[int] | None = None
     for weights in _price_directions(options, capacity):
         fronts = [_pareto_front(option, weights) for option in options]
@@ -120,12 +126,12 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
 
 def smallest_costs(options: Sequence[Options]) -> Integers:
     """(2,) the fewest flops, and the fewest parameters, that any choice of ranks needs; each on its own."""
-    return np.sum([option.costs.min(axis=0) for option in options], axis=0, dtype=np.int64)
+    return np.sum([np.zeros(2, np.int64), *(option.costs.min(axis=0) for option in options)], axis=0, dtype=np.int64)
 
 
 def _price_directions(options: Sequence[Options], capacity: Integers) -> list[Floats]:
     """Prices of a flop and a parameter to try; a single limit needs a single direction."""
-    dense = np.sum([option.costs[0] for option in options], axis=0, dtype=np.float64)
+    dense = np.sum([option.dense for option in options], axis=0, dtype=np.float64)
     unit = 1 / np.maximum(dense, 1)
     binding = capacity < dense
     if binding.all():
@@ -160,12 +166,10 @@ def _lagrangian(
         column = np.argmin(losses + multiplier * prices, axis=1)
         return column, bool((costs[sites, column].sum(axis=0) <= capacity).all())
 
-    # Above this price even the largest saving of loss does not pay for the smallest step in cost.
-    finite = losses[np.isfinite(losses)]
     high = 1.0
     while not choose(high)[1]:
         high *= 4
-        if high > 1e30 * max(1.0, float(finite.max())):
+        if high > 1e60:  # noqa: PLR2004 - no saving of loss pays such a price: nothing fits
             return None
     low = 0.0
     for _ in range(100):

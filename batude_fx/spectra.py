@@ -11,14 +11,15 @@ The weights-only loss is the bound of De Lathauwer et al. 2000, property 10.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batude_fx.allocation import SiteLoss
-from batude_fx.sites import ConvSite, Ranks
-from batude_fx.tucker import Factors, leading_modes, mode_product, mode_spectrum
+from batude_fx.allocation import Floats, SiteLoss
+from batude_fx.sites import Ranks
+from batude_fx.tucker import Factors, leading_modes, mode_product, mode_spectrum, unfold
 
 # Relative to the mean eigenvalue. Directions that the calibration images do not use must not count as free: users have
 # other images. Chosen on held-out photos, see docs/calibration.md.
@@ -27,7 +28,7 @@ DAMPING = 1e-2
 
 @dataclass(frozen=True)
 class Metric:
-    """How errors at one site are weighed.
+    """How errors at one site are weighed; made by `calibration`.
 
     Attributes:
         covariance_in: (groups, C_in, C_in) centred covariance of the input channels.
@@ -42,31 +43,43 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Modes:
+    """Directions of one channel mode, from the one whose loss would hurt most to the one that hurts least.
+
+    Attributes:
+        energy: (groups, C) what cutting each direction costs.
+        encode: (groups, C, C) row i gives the coordinate along direction i.
+        decode: (groups, C, C) column i is direction i; `decode @ encode` is the identity.
+    """
+
+    energy: Tensor
+    encode: Tensor
+    decode: Tensor
+
+    def tail(self) -> Floats:
+        """(C + 1,) half of the energy cut off when r directions remain, r = 0 ... C, all groups together."""
+        energy = self.energy.sum(0).double().cpu().numpy()
+        return np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / 2
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """The decomposition of one site at all ranks at once.
 
     Attributes:
-        energy_out: (groups, C_out) loss that each direction of mode 0 stands for, the largest first.
-        energy_in: (groups, C_in) likewise for mode 1. At a pointwise site only the smaller mode has one.
-        encode_out: (groups, C_out, C_out) rows map an output to its coordinate along each direction of mode 0.
-        decode_out: (groups, C_out, C_out) columns map the coordinates back.
-        encode_in: (groups, C_in, C_in) rows map an input to its coordinate along each direction of mode 1.
-        decode_in: (groups, C_in, C_in) columns map the coordinates back.
+        out: Directions of the output channels; at a pointwise site None unless it is the smaller mode.
+        in_: Directions of the input channels; at a pointwise site None unless it is the smaller mode.
     """
 
-    energy_out: Tensor | None
-    energy_in: Tensor | None
-    encode_out: Tensor | None
-    decode_out: Tensor | None
-    encode_in: Tensor | None
-    decode_in: Tensor | None
+    out: Modes | None
+    in_: Modes | None
 
-    def loss(self, site: ConvSite) -> SiteLoss:
-        """The loss of every rank of both modes: half of the energy that is cut off."""
-        out, in_ = (None if energy is None else _tail(energy) for energy in (self.energy_out, self.energy_in))
-        if site.is_pointwise:
-            return SiteLoss(out=_defined(out, in_), in_=np.zeros_like(_defined(out, in_)))
-        return SiteLoss(out=_defined(out, in_), in_=_defined(in_, out))
+    def loss(self) -> SiteLoss:
+        """The loss of every rank of both modes."""
+        if self.out is not None and self.in_ is not None:
+            return SiteLoss(out=self.out.tail(), in_=self.in_.tail())
+        only = (self.out or cast("Modes", self.in_)).tail()
+        return SiteLoss(out=only, in_=np.zeros_like(only))
 
     def factors(self, weight: Tensor, ranks: Ranks) -> Factors:
         """Factors of the weight at some ranks.
@@ -78,29 +91,101 @@ class Spectrum:
         Returns:
             Factors without a bias, in the weight's dtype.
         """
-        wide = weight.to(_working_dtype(weight))
-        _, c_out, c_in, *kernel = weight.shape
-        if all(extent == 1 for extent in kernel):
-            return self._pair(wide.flatten(2), ranks.rank_out, weight.dtype)
-        core, factor_out, factor_in = wide, None, None
-        if ranks.rank_out < c_out and self.encode_out is not None and self.decode_out is not None:
-            core = mode_product(core, self.encode_out[:, : ranks.rank_out], 0)
-            factor_out = self.decode_out[..., : ranks.rank_out].to(weight.dtype)
-        if ranks.rank_in < c_in and self.encode_in is not None and self.decode_in is not None:
-            core = mode_product(core, self.decode_in[..., : ranks.rank_in].mT, 1)
-            factor_in = self.encode_in[:, : ranks.rank_in].mT.to(weight.dtype)
-        return Factors(factor_in=factor_in, core=core.to(weight.dtype), factor_out=factor_out, bias=None)
+        if self.out is None or self.in_ is None:
+            return self._pair(weight.flatten(2), ranks.rank_out)
+        core, factor_out, factor_in = weight, None, None
+        if ranks.rank_out < weight.shape[1]:
+            core = mode_product(core, self.out.encode[:, : ranks.rank_out], 0)
+            factor_out = self.out.decode[..., : ranks.rank_out]
+        if ranks.rank_in < weight.shape[2]:
+            core = mode_product(core, self.in_.decode[..., : ranks.rank_in].mT, 1)
+            factor_in = self.in_.encode[:, : ranks.rank_in].mT
+        return Factors(factor_in=factor_in, core=core, factor_out=factor_out, bias=None)
 
-    def _pair(self, weight: Tensor, rank: int, dtype: torch.dtype) -> Factors:
-        if self.encode_out is not None and self.decode_out is not None:
-            factor_out = self.decode_out[..., :rank]
-            factor_in = (self.encode_out[:, :rank] @ weight).mT
+    def _pair(self, weight: Tensor, rank: int) -> Factors:
+        if self.out is not None:
+            factor_out = self.out.decode[..., :rank]
+            factor_in = (self.out.encode[:, :rank] @ weight).mT
         else:
-            assert self.encode_in is not None and self.decode_in is not None  # noqa: S101, PT018 - for the type checker
-            factor_out = weight @ self.decode_in[..., :rank]
-            factor_in = self.encode_in[:, :rank].mT
-        # Both parts get the same scale, or training and half precision suffer.
+            modes = cast("Modes", self.in_)
+            factor_out = weight @ modes.decode[..., :rank]
+            factor_in = modes.encode[:, :rank].mT
+        # Equal norms: a metric can put all of the scale into one part, which starves the other in training.
         scale = (factor_out.norm() / factor_in.norm()).sqrt()
-        return Factors(
-            factor_in=(factor_in * scale).to(dtype), core=None, factor_out=(factor_out / scale).to(dtype), bias=None
-        )
+        return Factors(factor_in=factor_in * scale, core=None, factor_out=factor_out / scale, bias=None)
+
+
+def weight_spectrum(weight: Tensor, *, pointwise: bool) -> Spectrum:
+    """The spectrum from the weight alone: squared singular values of the unfoldings, relative to the weight's energy.
+
+    Args:
+        weight: (groups, C_out, C_in, k...).
+        pointwise: Whether all k are 1.
+    """
+    _, c_out, c_in, *_ = weight.shape
+    energy = weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def modes(mode: int) -> Modes:
+        values, vectors = mode_spectrum(weight, mode)
+        return Modes(energy=2 * values / energy, encode=vectors.mT, decode=vectors)
+
+    if pointwise:
+        return Spectrum(out=modes(0), in_=None) if c_out <= c_in else Spectrum(out=None, in_=modes(1))
+    return Spectrum(out=modes(0), in_=modes(1))
+
+
+def metric_spectrum(weight: Tensor, metric: Metric, *, pointwise: bool) -> Spectrum:
+    """The spectrum in the metric of a site: what the network's output loses, second order, per image.
+
+    Args:
+        weight: (groups, C_out, C_in, k...).
+        metric: Of the same site.
+        pointwise: Whether all k are 1.
+    """
+    _, c_out, c_in, *_ = weight.shape
+    root_in, inverse_in = _roots(metric.covariance_in)
+    root_out, inverse_out = _roots(_sensitivity(metric))
+    weighed = mode_product(mode_product(weight, root_out, 0), root_in, 1)  # (groups, C_out, C_in, k...)
+
+    def modes(gram: Tensor, root: Tensor, inverse: Tensor, *, inner: bool) -> Modes:
+        values, vectors = leading_modes(gram)
+        # Outputs are encoded by what matters (root) and decoded back; inputs are encoded by whitening, and the
+        # weight absorbs the root.
+        to, back = (vectors.mT @ inverse, root @ vectors) if inner else (vectors.mT @ root, inverse @ vectors)
+        return Modes(energy=values, encode=to, decode=back)
+
+    if pointwise:
+        flat = weighed.flatten(2)
+        if c_out <= c_in:
+            return Spectrum(out=modes(flat @ flat.mT, root_out, inverse_out, inner=False), in_=None)
+        return Spectrum(out=None, in_=modes(flat.mT @ flat, root_in, inverse_in, inner=True))
+    # Neighbouring positions of an image are alike, which covariance_in does not see but covariance_out does.
+    flat_in = unfold(weighed, 1)
+    return Spectrum(
+        out=modes(root_out @ metric.covariance_out @ root_out, root_out, inverse_out, inner=False),
+        in_=modes(flat_in @ flat_in.mT, root_in, inverse_in, inner=True),
+    )
+
+
+def _sensitivity(metric: Metric) -> Tensor:
+    """Where no gradient arrives, every output direction matters alike, and the site's whole variance counts as 1."""
+    if metric.sensitivity_out is not None:
+        return metric.sensitivity_out
+    covariance = metric.covariance_out
+    total = covariance.diagonal(dim1=-2, dim2=-1).sum().clamp_min(torch.finfo(covariance.dtype).tiny)
+    return (
+        torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device).expand_as(covariance) / total
+    )
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root and inverse square root of damped moment matrices (groups, n, n)."""
+    tiny = torch.finfo(moment.dtype).tiny
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny**0.5)  # (groups,)
+    values, vectors = torch.linalg.eigh(moment + DAMPING * mean[:, None, None] * _identity(moment))
+    root = values.clamp_min(DAMPING / 2 * mean[:, None]).sqrt()[:, None, :]  # (groups, 1, n)
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 Floats = NDArray[np.float32]
 
 LEAVES = 160
+_CHECKED = 0.3  # share of the gratings that are checks
 _SMALLEST, _LARGEST = 0.02, 0.6  # radii, as fractions of the image's shorter side
 _REACH = 2.9  # no shape reaches further than this many radii: stretched by 2, corner of a square
 
@@ -86,7 +87,7 @@ def _draw_leaves(size: tuple[int, int], rng: np.random.Generator) -> _Leaves:
     axes = np.stack([np.stack([cos * stretch, -sin * stretch], 1), np.stack([sin / stretch, cos / stretch], 1)], 1)
     # Photographs are mostly grey: one grey level, with a smaller departure that is warm or cold more often than not.
     grey, warmth, tint = rng.uniform(0, 1, (n, 1)), rng.normal(0, 0.12, (n, 1)), rng.normal(0, 0.08, (n, 3))
-    checks = rng.uniform(0, 1, n) < 0.3
+    checks = rng.uniform(0, 1, n) < _CHECKED
     frequency = rng.uniform(3, 15, (n, 2)) * np.stack([np.ones(n), checks], 1)
     leaves = _Leaves(
         middle=_float(rng.uniform(0, 1, (n, 2)) * np.array(size) / min(size)),
@@ -107,7 +108,7 @@ def _radii(rng: np.random.Generator) -> NDArray[np.float64]:
     power_law = (_LARGEST**-2 + rng.uniform(0, 1, LEAVES) * (_SMALLEST**-2 - _LARGEST**-2)) ** -0.5
     # Power-law draws are nearly all tiny: half of the leaves are drawn uniformly in log radius.
     log_uniform = _SMALLEST * (_LARGEST / _SMALLEST) ** rng.uniform(0, 1, LEAVES)
-    radius = np.where(rng.uniform(0, 1, LEAVES) < 0.5, power_law, log_uniform)
+    radius = np.where(rng.permutation(LEAVES) % 2, power_law, log_uniform)
     return radius[np.argsort(-radius - 0.15 * rng.uniform(0, 1, LEAVES))]
 
 

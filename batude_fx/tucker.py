@@ -60,8 +60,8 @@ def mode_product(weight: Tensor, matrix: Tensor, mode: int) -> Tensor:
         The weight with `rows` channels along that mode.
     """
     moved = weight.movedim(mode + 1, 1)
-    product = (matrix @ moved.flatten(2)).unflatten(2, moved.shape[2:])
-    return product.movedim(1, mode + 1)
+    product = matrix @ moved.flatten(2)  # (groups, rows, C_other * K)
+    return product.view(*product.shape[:2], *moved.shape[2:]).movedim(1, mode + 1)
 
 
 def leading_modes(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def hosvd(weight: Tensor, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, 
 
 
 def hooi(weight: Tensor, rank_out: int, rank_in: int, *, sweeps: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """Higher-order orthogonal iteration, started from the HOSVD: the best factors of these ranks, up to a local optimum.
+    """Higher-order orthogonal iteration from the HOSVD on: the best factors of these ranks, up to a local optimum.
 
     Returns:
         As `hosvd`.

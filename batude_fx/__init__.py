@@ -1,0 +1,45 @@
+"""Compress timm and torchvision networks to a budget with Tucker-2 decompositions.
+
+```python
+import timm, batude_fx
+
+model = timm.create_model("resnet50", pretrained=True)
+small = batude_fx.compress(model, 0.5)  # the same class, half of the flops
+```
+"""
+
+from batude_fx.budget import Budget
+from batude_fx.compression import Plan, compress, plan
+from batude_fx.discovery import discover
+from batude_fx.errors import (
+    BatudeError,
+    BudgetError,
+    CalibrationError,
+    DiscoveryError,
+    SavedModelError,
+    SelectionError,
+    UnsupportedError,
+)
+from batude_fx.handlers import Handler, register
+from batude_fx.sites import ConvSite, Ranks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatudeError",
+    "Budget",
+    "BudgetError",
+    "CalibrationError",
+    "ConvSite",
+    "DiscoveryError",
+    "Handler",
+    "Plan",
+    "Ranks",
+    "SavedModelError",
+    "SelectionError",
+    "UnsupportedError",
+    "compress",
+    "discover",
+    "plan",
+    "register",
+]
