@@ -1,0 +1,47 @@
+"""Budgets: every form a user may write, and a clear refusal of every other."""
+
+import pytest
+from pydantic import ValidationError
+
+from batude_fx import Budget, BudgetError
+
+
+@pytest.mark.parametrize(
+    ("written", "flops"),
+    [
+        (0.5, 500_000_000),
+        ("0.5", 500_000_000),
+        ("2.5x", 400_000_000),
+        (" 40 % ", 400_000_000),
+        ("0.9GFLOPs", 900_000_000),
+        ("900 mflops", 900_000_000),
+        ("1e6flops", 1_000_000),
+    ],
+)
+def test_a_budget_in_any_form_is_a_limit_on_flops(written: float | str, flops: int) -> None:
+    limits = Budget.parse(written).limits(dense_flops=10**9, dense_params=10**7)
+    assert limits.flops == flops
+    assert limits.params is None
+
+
+def test_several_limits_hold_at_once() -> None:
+    limits = Budget(flops=0.5, params="2MParams").limits(dense_flops=1001, dense_params=10**7)
+    assert (limits.flops, limits.params) == (500, 2_000_000)
+
+
+@pytest.mark.parametrize(
+    "written", ["abc", 0, 1, 1.5, -0.5, "0.5x", "1x", "0x", "120%", float("nan"), float("inf"), "", "0flops"]
+)
+def test_anything_else_is_refused_in_one_line_with_the_way_out(written: float | str) -> None:
+    with pytest.raises(BudgetError) as error:
+        Budget.parse(written)
+    assert "\n" not in str(error.value)
+    assert repr(written) in str(error.value)
+    assert "2.5x" in str(error.value)
+
+
+def test_a_budget_needs_a_limit_and_knows_its_fields() -> None:
+    with pytest.raises(ValidationError, match="no limit given"):
+        Budget()
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Budget(flop=0.5)  # type: ignore[call-arg]

@@ -1,0 +1,168 @@
+"""Calibration: statistics against plain formulas on a net that is small enough to keep everything, and bad input."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from batude_fx.calibration import image_batches, mixed, normalized_by, statistics, synthetic_batches
+from batude_fx.errors import CalibrationError
+from batude_fx.sites import ConvSite
+from batude_fx.synthetic import dead_leaves
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def _site(name: str, layer: nn.Conv2d) -> ConvSite:
+    return ConvSite(
+        name, "Conv2d", layer.in_channels, layer.out_channels, (3, 3), layer.groups,
+        transposed=False, positions_in=49, positions_out=49, calls=1, found_by="fx",
+    )  # fmt: skip
+
+
+def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
+    sites = [_site(name, net[int(name)]) for name in ("0", "3")]  # type: ignore[arg-type]
+    return dict(statistics(net, sites, [(batch,) for batch in images.split(4)]))
+
+
+def test_statistics_are_the_covariances_of_all_positions() -> None:
+    net = _net().double().eval()
+    images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
+    measured = statistics(net, [_site("0", net[0]), _site("3", net[3])], [(b,) for b in images.split(4)])  # type: ignore[arg-type]
+    first = images.movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(measured["0"].metric.covariance_in[0], first.T.cov(correction=0))
+    torch.testing.assert_close(measured["0"].mean_input, images.mean(0))
+    hidden = net[:3](images)
+    for group in (0, 1):
+        grouped = hidden[:, 3 * group : 3 * group + 3].movedim(1, -1).flatten(0, 2)
+        torch.testing.assert_close(measured["3"].metric.covariance_in[group], grouped.T.cov(correction=0))
+    out = net[:4](images).movedim(1, -1).flatten(0, 2)[:, 4:]
+    torch.testing.assert_close(measured["3"].metric.covariance_out[1], out.T.cov(correction=0))
+
+
+def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
+    net = _net().double().eval()
+    images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
+    measured = statistics(net, [_site("3", net[3])], [(b,) for b in images.split(500)])["3"]  # type: ignore[arg-type]
+    # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
+    centred = net[6].weight - net[6].weight.mean(0)  # type: ignore[operator]
+    expected = (centred.T @ centred / 25).detach()
+    assert measured.metric.sensitivity_out is not None
+    for group in (0, 1):
+        block = expected[4 * group : 4 * group + 4, 4 * group : 4 * group + 4]
+        torch.testing.assert_close(measured.metric.sensitivity_out[group], block, atol=0.1 * block.max().item(), rtol=0)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    net = _net().train()
+    net[0].weight.requires_grad_(False)  # noqa: FBT003
+    net[1].eval()
+    before = copy.deepcopy(net.state_dict())
+    _statistics(net, torch.randn(8, 3, 7, 7))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert [module.training for module in net] == [True, False, True, True, True, True, True]
+    assert not net[0].weight.requires_grad
+    assert net[3].weight.requires_grad
+    assert all(not module._forward_hooks for module in net)  # noqa: SLF001
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
+    net = _net().eval()
+    images = torch.randn(32, 3, 7, 7) * 5 + 3
+    adapted = normalized_by(net, [(images,)])
+    after = adapted[:2](images)
+    torch.testing.assert_close(after.mean((0, 2, 3)), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.std((0, 2, 3)), torch.ones(6), atol=1e-2, rtol=0)
+    assert torch.equal(net[1].running_mean, torch.zeros(6))  # type: ignore[arg-type]
+
+
+def test_mixing_statistics_with_themselves_changes_nothing() -> None:
+    net = _net().eval()
+    sites = [_site("0", net[0])]  # type: ignore[arg-type]
+    measured = statistics(net, sites, [(torch.randn(8, 3, 7, 7),)])
+    both = mixed(measured, measured)["0"].metric
+    torch.testing.assert_close(both.covariance_in, measured["0"].metric.covariance_in)
+    assert both.sensitivity_out is not None
+    torch.testing.assert_close(both.sensitivity_out, measured["0"].metric.sensitivity_out)
+
+
+def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:
+    inputs = (torch.zeros(1, 3, 7, 7),)
+    images = torch.randn(20, 3, 7, 7)
+    pairs = [(part, torch.zeros(len(part))) for part in images.split(5)]
+    for source in (images, list(images.split(7)), iter(images.split(7)), pairs):
+        batches = [batch[0] for batch in image_batches(source, inputs)]
+        assert torch.equal(torch.cat(batches), images)  # type: ignore[arg-type]
+        assert max(len(batch) for batch in batches) <= 8  # type: ignore[arg-type]
+
+
+def _one_nan() -> Iterator[Tensor]:
+    images = torch.zeros(2, 3, 7, 7)
+    images[1, 0, 0, 0] = float("nan")
+    yield images
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (torch.zeros(4, 1, 7, 7), r"shape \(4, 1, 7, 7\), the model takes \(N, 3, 7, 7\)"),
+        (torch.zeros(3, 7, 7), "unsqueeze"),
+        (torch.zeros(4, 3, 7, 7, dtype=torch.uint8), "normalize"),
+        (_one_nan(), "NaN"),
+        (["a.jpg"], "is a str, not a tensor"),
+    ],
+)
+def test_bad_images_are_refused_in_one_line(source: object, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message) as error:
+        list(image_batches(source, (torch.zeros(1, 3, 7, 7),)))  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_loader_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="empty"):
+        statistics(_net(), [], [])
+
+
+def test_images_for_a_model_of_several_inputs_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="one tensor"):
+        list(image_batches(torch.zeros(4, 3, 7, 7), (torch.zeros(1, 3, 7, 7), torch.zeros(1, 3, 7, 7))))
+
+
+def test_synthetic_inputs_have_the_structure_of_the_example() -> None:
+    single = synthetic_batches(nn.Identity(), (torch.zeros(1, 1, 8, 9),))
+    assert sum(len(batch[0]) for batch in single) == 96  # type: ignore[arg-type]
+    assert single[0][0].shape == (8, 1, 8, 9)  # type: ignore[union-attr]
+    nested = synthetic_batches(nn.Identity(), ([torch.zeros(3, 8, 9)], torch.zeros(1, dtype=torch.long)))
+    assert nested[0][0][0].shape == (3, 8, 9)  # type: ignore[index]
+    assert nested[0][1].dtype == torch.long  # type: ignore[union-attr]
+    video = synthetic_batches(nn.Identity(), (torch.zeros(1, 3, 4, 8, 9),))
+    assert video[0][0].shape == (8, 3, 4, 8, 9)  # type: ignore[union-attr]
+
+
+def test_dead_leaves_are_reproducible_images() -> None:
+    images = dead_leaves(3, (24, 32), seed=1)
+    assert images.shape == (3, 3, 24, 32)
+    assert torch.equal(images[:2], dead_leaves(2, (24, 32), seed=1))
+    assert not torch.equal(images, dead_leaves(3, (24, 32), seed=2))
+    assert 0 <= images.min() <= images.max() <= 1
+    # Neighbouring pixels of photographs are alike, and so are their colour channels.
+    flat = (images - images.mean((2, 3), keepdim=True)).flatten(0, 1)
+    neighbours = torch.corrcoef(torch.stack([flat[..., 1:].flatten(), flat[..., :-1].flatten()]))[0, 1]
+    colours = torch.corrcoef(images.transpose(0, 1).flatten(1))
+    assert neighbours > 0.7
+    assert colours.min() > 0.5

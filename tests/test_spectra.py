@@ -1,0 +1,96 @@
+"""Spectra: factors that are exact at full rank, and losses that are the error they predict."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from batude_fx.sites import Ranks
+from batude_fx.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
+from batude_fx.tucker import Factors, mode_product
+
+
+def _tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _moment(groups: int, channels: int, seed: int) -> Tensor:
+    samples = _tensor(groups, 4 * channels, channels, seed=seed) * torch.logspace(0, -2, channels, dtype=torch.float64)
+    return samples.mT @ samples / samples.shape[1]
+
+
+def _dense(factors: Factors) -> Tensor:
+    if factors.core is None:
+        assert factors.factor_in is not None
+        assert factors.factor_out is not None
+        return factors.factor_out @ factors.factor_in.mT
+    dense = factors.core
+    if factors.factor_out is not None:
+        dense = mode_product(dense, factors.factor_out, 0)
+    return dense if factors.factor_in is None else mode_product(dense, factors.factor_in, 1)
+
+
+def _metric(groups: int, c_out: int, c_in: int, weight: Tensor, *, gradient: bool = True) -> Metric:
+    covariance_in = _moment(groups, c_in, 1)
+    flat = weight.flatten(2) if weight.ndim == 3 else weight.flatten(3).sum(-1)
+    covariance_out = flat @ covariance_in @ flat.mT
+    return Metric(covariance_in, covariance_out, _moment(groups, c_out, 2) if gradient else None)
+
+
+@pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
+@pytest.mark.parametrize(("c_out", "c_in"), [(6, 10), (10, 6)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_factors_at_the_largest_ranks_are_exact(
+    kernel: tuple[int, ...], c_out: int, c_in: int, calibrated: bool
+) -> None:
+    weight = _tensor(2, c_out, c_in, *kernel)
+    pointwise = kernel != (3, 3)
+    spectrum = (
+        metric_spectrum(weight, _metric(2, c_out, c_in, weight), pointwise=pointwise)
+        if calibrated
+        else weight_spectrum(weight, pointwise=pointwise)
+    )
+    full = min(c_out, c_in) if pointwise else None
+    ranks = Ranks(full or c_out, full or c_in)
+    torch.testing.assert_close(_dense(spectrum.factors(weight, ranks)).view_as(weight), weight, atol=1e-10, rtol=0)
+    assert spectrum.loss().out[-1] == 0
+    assert (spectrum.loss().out[:-1] >= spectrum.loss().out[1:]).all()
+
+
+def test_the_loss_of_a_linear_site_is_the_expected_squared_change_of_the_output() -> None:
+    weight = _tensor(1, 7, 9)
+    metric = _metric(1, 7, 9, weight)
+    assert metric.sensitivity_out is not None
+    spectrum = metric_spectrum(weight, metric, pointwise=True)
+    for rank in (1, 3, 6):
+        error = _dense(spectrum.factors(weight, Ranks(rank, rank))) - weight
+        expected = torch.einsum("goi,gij,gpj,gop->", error, metric.covariance_in, error, metric.sensitivity_out) / 2
+        # The metric is damped, which adds a little to every direction.
+        assert spectrum.loss().out[rank] == pytest.approx(expected.item(), rel=0.2)
+
+
+def test_weights_only_losses_are_discarded_energy() -> None:
+    weight = _tensor(1, 8, 5, 3, 3)
+    spectrum = weight_spectrum(weight, pointwise=False)
+    for rank in (1, 4, 7):
+        tail = torch.linalg.svdvals(weight[0].flatten(1))[rank:].square().sum() / weight.square().sum()
+        assert spectrum.loss().out[rank] == pytest.approx(tail.item())
+
+
+def test_a_site_that_no_gradient_reaches_is_judged_by_its_variance() -> None:
+    weight = _tensor(1, 7, 9)
+    metric = _metric(1, 7, 9, weight, gradient=False)
+    assert metric_spectrum(weight, metric, pointwise=True).loss().out[0] == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_metric_beats_the_plain_weights_where_inputs_are_correlated() -> None:
+    weight = _tensor(1, 16, 12, 3, 3)
+    metric = _metric(1, 16, 12, weight)
+    inputs = _tensor(200, 12, seed=5) * torch.logspace(0, -2, 12, dtype=torch.float64)
+
+    def error(spectrum: Spectrum) -> float:
+        change = (_dense(spectrum.factors(weight, Ranks(16, 6))) - weight)[0, :, :, 1, 1]
+        return float((inputs @ change.mT).norm())
+
+    assert error(metric_spectrum(weight, metric, pointwise=False)) < 0.5 * error(
+        weight_spectrum(weight, pointwise=False)
+    )
