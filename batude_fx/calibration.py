@@ -46,7 +46,7 @@ class SiteStatistics:
 
     Attributes:
         metric: In which the error of the site counts.
-        mean_input: (C_in, in...) the average input, for the bias: a convolution's mean output is its output for the
+        mean_input: (C_in, in...), or (..., C_in) for a linear layer: the average input, for the bias: a convolution's mean output is its output for the
             mean input, borders included.
     """
 
@@ -282,8 +282,8 @@ class _Sums:
             covariance_out=self.outputs.covariance(),
             sensitivity_out=self.gradients.products / images if self.gradients.count else None,
         )
-        mean_input = cast("Tensor", self.input_map) / self.maps
-        return SiteStatistics(metric=metric, mean_input=mean_input.movedim(0, self.channel_axis))
+        mean_input = cast("Tensor", self.input_map) / self.maps  # (C_in, in...)
+        return SiteStatistics(metric=metric, mean_input=mean_input.movedim(0, min(self.channel_axis, 0)))
 
 
 def _sample(positions: int, generator: torch.Generator) -> Tensor:

@@ -70,7 +70,7 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
 
     with _in_eval_mode(model), _quiet(), torch.no_grad():
         analysis = FlopCountAnalysis(model, example_inputs)
-        return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())  # noqa: FBT003
+        return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     net = _net().train()
-    net[0].weight.requires_grad_(False)  # noqa: FBT003
+    net[0].weight.requires_grad_(False)
     net[1].eval()
     before = copy.deepcopy(net.state_dict())
     _statistics(net, torch.randn(8, 3, 7, 7))
@@ -77,7 +77,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [module.training for module in net] == [True, False, True, True, True, True, True]
     assert not net[0].weight.requires_grad
     assert net[3].weight.requires_grad
-    assert all(not module._forward_hooks for module in net)  # noqa: SLF001
+    assert all(not module._forward_hooks for module in net)
     assert all(parameter.grad is None for parameter in net.parameters())
 
 

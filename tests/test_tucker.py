@@ -59,7 +59,7 @@ def test_hooi_is_as_good_as_tensorly(ranks: tuple[int, int]) -> None:
                 weight[group], ranks, modes=[0, 1], init="svd", n_iter_max=500, tol=1e-12
             )
             theirs = tl.tenalg.multi_mode_dot(tl_core, tl_factors, modes=[0, 1])
-        assert (ours[group] - weight[group]).norm() <= (theirs - weight[group]).norm() * (1 + 1e-6)
+        assert (ours[group] - weight[group]).norm() <= (theirs - weight[group]).norm() * (1 + 1e-6) + 1e-10
 
 
 def test_hosvd_at_full_rank_is_exact() -> None:
