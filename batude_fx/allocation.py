@@ -126,7 +126,7 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
 
 def smallest_costs(options: Sequence[Options]) -> Integers:
     """(2,) the fewest flops, and the fewest parameters, that any choice of ranks needs; each on its own."""
-    return np.sum([np.zeros(2, np.int64), *(option.costs.min(axis=0) for option in options)], axis=0, dtype=np.int64)
+    return sum((option.costs.min(axis=0) for option in options), start=np.zeros(2, np.int64))
 
 
 def _price_directions(options: Sequence[Options], capacity: Integers) -> list[Floats]:
@@ -145,7 +145,8 @@ def _pareto_front(option: Options, weights: Floats) -> Integers:
     order = np.lexsort((option.losses, prices))
     losses = option.losses[order]
     better = np.concatenate([[True], losses[1:] < np.minimum.accumulate(losses)[:-1]])
-    return order[better]
+    front: Integers = order[better]
+    return front
 
 
 def _lagrangian(

@@ -46,8 +46,8 @@ class SiteStatistics:
 
     Attributes:
         metric: In which the error of the site counts.
-        mean_input: (C_in, in...), or (..., C_in) for a linear layer: the average input, for the bias: a convolution's mean output is its output for the
-            mean input, borders included.
+        mean_input: (C_in, in...), or (..., C_in) for a linear layer: the average input. A convolution's output for the
+            mean input is its mean output, borders included, which is what the bias has to restore.
     """
 
     metric: Metric
@@ -73,12 +73,16 @@ def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[In
     images = 0
     with _frozen_parameters(model), _listening(model, sums, generator), torch.enable_grad():
         for batch in batches:
-            inputs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), batch)
+            inputs = tree_map_only(Tensor, _differentiable, batch)
             images += len(tree_leaves(batch)[0])
             _backward_random_combination(model(*inputs), generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
     return {name: site_sums.statistics(images) for name, site_sums in sums.items() if site_sums.maps}
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.is_floating_point())
 
 
 def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
@@ -102,7 +106,7 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
     for index, item in enumerate(source):
         batch = item if isinstance(item, Tensor) else item[0]
         _check_batch(batch, index, like)
-        for part in batch.split(_BATCH):
+        for part in torch.split(batch, _BATCH):
             yield (part.to(like),)
 
 
@@ -136,18 +140,18 @@ def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> lis
     like = _only_tensor(inputs)
     if like is not None:
         images = _synthetic_tensor(model, SYNTHETIC_IMAGES, like.shape[1:], seed).to(like)
-        return [(batch,) for batch in images.split(_BATCH)]
+        return [(batch,) for batch in torch.split(images, _BATCH)]
 
-    def one(tensor: Tensor, run: int) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        batch = tensor.shape[0] if tensor.ndim > 3 else 1  # noqa: PLR2004 - (C, H, W)
-        made = _synthetic_tensor(model, batch, tensor.shape[-3:], seed + run)
-        return made.view(tensor.shape).to(tensor)
+    def like_example(run: int) -> Inputs:
+        def one(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            batch = tensor.shape[0] if tensor.ndim > 3 else 1  # noqa: PLR2004 - (C, H, W)
+            return _synthetic_tensor(model, batch, tensor.shape[-3:], seed + run).view(tensor.shape).to(tensor)
 
-    return [
-        cast("Inputs", tree_map_only(Tensor, lambda tensor, run=run: one(tensor, run), inputs)) for run in range(_BATCH)
-    ]
+        return cast("Inputs", tree_map_only(Tensor, one, inputs))
+
+    return [like_example(run) for run in range(_BATCH)]
 
 
 def _synthetic_tensor(model: nn.Module, count: int, shape: Sequence[int], seed: int) -> Tensor:
@@ -236,7 +240,8 @@ class _Moments:
 
     def add(self, maps: Tensor, positions: Tensor, weight: float = 1.0) -> None:
         """Add the vectors at some positions of maps (N, C, P)."""
-        vectors = maps[..., positions].unflatten(1, self.total.shape).permute(1, 0, 3, 2).flatten(1, 2)  # (g, n, c)
+        sampled = maps[..., positions]  # (N, C, p)
+        vectors = sampled.view(len(sampled), *self.total.shape, -1).permute(1, 0, 3, 2).flatten(1, 2)  # (g, n, c)
         self.count += vectors.shape[1]
         self.total += vectors.sum(1)
         self.products.baddbmm_(vectors.mT, vectors, alpha=weight)
@@ -271,9 +276,11 @@ class _Sums:
         if y.requires_grad:
             # The sampled positions stand for all of them.
             weight = outputs.shape[2] / len(positions)
-            y.register_hook(
-                lambda grad: self.gradients.add(grad.movedim(self.channel_axis, 1).flatten(2), positions, weight)
-            )
+
+            def add_gradient(gradient: Tensor) -> None:
+                self.gradients.add(gradient.movedim(self.channel_axis, 1).flatten(2), positions, weight)
+
+            y.register_hook(add_gradient)  # type: ignore[no-untyped-call]
 
     def statistics(self, images: int) -> SiteStatistics:
         """What the sums amount to over so many images."""

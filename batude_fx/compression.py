@@ -267,7 +267,7 @@ def _allocate(
 ) -> tuple[list[int], tuple[int, int]]:
     """The row picked at each site, and flops and parameters of the whole compressed model."""
     whole = np.array(dense, np.int64)
-    fixed = whole - np.sum([np.zeros(2, np.int64), *(option.dense for option in options)], axis=0)
+    fixed = whole - sum((option.dense for option in options), start=np.zeros(2, np.int64))
     limits = budget.limits(*dense)
     limit = np.array([_UNLIMITED if most is None else most for most in (limits.flops, limits.params)], np.int64)
     smallest = fixed + allocation.smallest_costs(options)
@@ -280,9 +280,7 @@ def _allocate(
                 f"Use at least {keep:.4f}."
             )
     rows = allocation.allocate(options, limit - fixed)
-    total = fixed + np.sum(
-        [np.zeros(2, np.int64), *(o.costs[row] for o, row in zip(options, rows, strict=True))], axis=0
-    )
+    total = sum((option.costs[row] for option, row in zip(options, rows, strict=True)), start=fixed)
     return rows, (int(total[0]), int(total[1]))
 
 

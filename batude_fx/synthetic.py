@@ -10,13 +10,14 @@ band-limited texture inside each shape, mixed shape families, and a slight blur.
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 LEAVES = 160
 _CHECKED = 0.3  # share of the gratings that are checks
@@ -76,7 +77,7 @@ def _image(size: tuple[int, int], rng: np.random.Generator) -> Floats:
     light += leaves.stripes[top] * np.sin(leaves.frequency[top, 0] * u) * np.cos(leaves.frequency[top, 1] * v)
     image = _blurred(leaves.colour[top].transpose(2, 0, 1) + light)
     contrast = rng.uniform(0.7, 1.3)
-    return np.clip((image - 0.5) * contrast + 0.5, 0, 1).astype(np.float32)
+    return cast("Floats", np.clip((image - 0.5) * contrast + 0.5, 0, 1).astype(np.float32))
 
 
 def _draw_leaves(size: tuple[int, int], rng: np.random.Generator) -> _Leaves:

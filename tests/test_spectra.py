@@ -14,7 +14,8 @@ def _tensor(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _moment(groups: int, channels: int, seed: int) -> Tensor:
-    samples = _tensor(groups, 4 * channels, channels, seed=seed) * torch.logspace(0, -0.5, channels, dtype=torch.float64)
+    spread = torch.logspace(0, -0.5, channels, dtype=torch.float64)
+    samples = _tensor(groups, 4 * channels, channels, seed=seed) * spread
     return samples.mT @ samples / samples.shape[1]
 
 
