@@ -8,8 +8,8 @@ Source: P. Sinha, A. Zoltners, "The multiple-choice knapsack problem", Operation
 H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from math import gcd
 
 import numpy as np
@@ -43,7 +43,7 @@ class Options:
     Attributes:
         ranks: (n, 2) rank_out and rank_in per group; the full ranks mean "leave it dense".
         costs: (n, 2) flops and parameters.
-        losses: (n,), 0 for the dense one.
+        losses: (n,), 0 for the dense one, and for all before `judged`.
         dense: (2,) flops and parameters of the dense site.
     """
 
@@ -52,12 +52,19 @@ class Options:
     losses: Floats
     dense: Integers
 
+    def judged(self, loss: SiteLoss) -> "Options":
+        """The same options with the losses of their ranks."""
+        replaced = (self.costs != self.dense).any(axis=1)
+        losses = np.zeros(len(self.losses))
+        losses[replaced] = loss.out[self.ranks[replaced, 0]] + loss.in_[self.ranks[replaced, 1]]
+        return replace(self, losses=losses)
+
     def only(self, rank_out: int, rank_in: int) -> "Options | None":
         """The same site with these ranks and no other choice; None where they are not among the options."""
         rows = np.flatnonzero((self.ranks == (rank_out, rank_in)).all(axis=1))
         if not len(rows):
             return None
-        return Options(ranks=self.ranks[rows], costs=self.costs[rows], losses=self.losses[rows], dense=self.dense)
+        return replace(self, ranks=self.ranks[rows], costs=self.costs[rows], losses=self.losses[rows])
 
 
 def rank_candidates(channels: int, groups: int, round_to: int) -> list[int]:
@@ -66,12 +73,11 @@ def rank_candidates(channels: int, groups: int, round_to: int) -> list[int]:
     return [*range(step, channels, step), channels]
 
 
-def site_options(site: ConvSite, loss: SiteLoss, round_to: int, *, adds_bias: bool = False) -> Options:
-    """All rank pairs of one site that need fewer flops than the dense layer, and the dense layer itself.
+def site_options(site: ConvSite, round_to: int, *, adds_bias: bool = False) -> Options:
+    """All rank pairs of one site that need fewer flops than the dense layer, and the dense layer; not judged yet.
 
     Args:
         site: Any site that can be replaced.
-        loss: Of the same site.
         round_to: Multiple of the ranks, all groups together.
         adds_bias: Whether the replacement has a bias even where the dense layer has none.
     """
@@ -90,7 +96,7 @@ def site_options(site: ConvSite, loss: SiteLoss, round_to: int, *, adds_bias: bo
     return Options(
         ranks=np.concatenate([np.array([[c_out, c_in]], np.int64), ranks]),
         costs=np.concatenate([dense[None], costs]),
-        losses=np.concatenate([np.zeros(1), loss.out[ranks[:, 0]] + loss.in_[ranks[:, 1]]]),
+        losses=np.zeros(1 + len(ranks)),
         dense=dense,
     )
 
@@ -124,7 +130,7 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
     return best
 
 
-def smallest_costs(options: Sequence[Options]) -> Integers:
+def smallest_costs(options: Collection[Options]) -> Integers:
     """(2,) the fewest flops, and the fewest parameters, that any choice of ranks needs; each on its own."""
     return sum((option.costs.min(axis=0) for option in options), start=np.zeros(2, np.int64))
 

@@ -1,16 +1,17 @@
 """The two verbs: `plan` decides the ranks under a budget, `compress` also builds the network that has them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from batude_fx import allocation, flops
+from batude_fx import allocation
 from batude_fx.budget import Budget
 from batude_fx.calibration import (
     Images,
@@ -24,6 +25,7 @@ from batude_fx.calibration import (
 )
 from batude_fx.discovery import discover
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
+from batude_fx.flops import count_flops
 from batude_fx.handlers import canonical_bias, canonical_weight
 from batude_fx.modules import TuckerModule, tucker_conv
 from batude_fx.progress import track
@@ -37,6 +39,27 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
 _UNLIMITED = 2**60
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What planning knows of a site that can be replaced.
+
+    Attributes:
+        options: The ranks it may get.
+        spectrum: Its factors at all of them.
+        mean_input: Of the calibration images, or None without calibration.
+    """
+
+    options: allocation.Options
+    spectrum: Spectrum
+    mean_input: Tensor | None
+
+    def replacement(self, layer: nn.Module, ranks: Ranks) -> TuckerModule:
+        factors = replaced(self.spectrum.factors(canonical_weight(layer), ranks), bias=canonical_bias(layer))
+        if self.mean_input is None:
+            return tucker_conv(layer, ranks, factors)
+        return _with_mean_output(layer, ranks, factors, self.mean_input)
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,7 @@ class Plan:
         dense_params: Parameters of the model.
         params: Parameters of the compressed model.
         calibration: `"weights only"`, `"synthetic"` or `"images"`.
+        round_to: Multiple of the ranks.
     """
 
     model_name: str
@@ -66,8 +90,8 @@ class Plan:
     dense_params: int
     params: int
     calibration: str
-    _spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
-    _statistics: Mapping[str, SiteStatistics] = field(repr=False, compare=False)
+    round_to: int
+    _candidates: Mapping[str, _Candidate] = field(repr=False, compare=False)
 
     def apply(self, model: ModelT) -> ModelT:
         """The compressed copy of the model that this plan was made for.
@@ -77,24 +101,29 @@ class Plan:
             UnsupportedError: When a site has another shape than in the plan.
         """
         modules = dict(model.named_modules())
-        for name in self.ranks:
-            if name not in modules:
-                raise SelectionError(f"{type(model).__name__} has no site {name!r}; apply the plan to its own model.")
-        return replace(model, {name: self._replacement(name, modules[name]) for name in self.ranks})
+        if missing := [name for name in self.ranks if name not in modules]:
+            raise SelectionError(f"{type(model).__name__} has no site {missing[0]!r}; apply the plan to its own model.")
+        return replace(
+            model, {name: self._candidates[name].replacement(modules[name], r) for name, r in self.ranks.items()}
+        )
+
+    def at(self, budget: Budget | float | str) -> "Plan":
+        """The plan for another budget, from the same measurements: no image is looked at again.
+
+        Raises:
+            BudgetError: As `plan`.
+        """
+        budget = Budget.parse(budget)
+        ranks, losses, flops, params = _allocate(
+            self._candidates, budget, (self.dense_flops, self.dense_params), self.round_to
+        )
+        return replaced(self, budget=budget, ranks=ranks, losses=losses, flops=flops, params=params)
 
     def __str__(self) -> str:
         """The plan as a table."""
         from batude_fx.report import plan_table
 
         return plan_table(self)
-
-    def _replacement(self, name: str, layer: nn.Module) -> TuckerModule:
-        weight = canonical_weight(layer)
-        factors = self._spectra[name].factors(weight, self.ranks[name])
-        factors = replaced(factors, bias=canonical_bias(layer))
-        if name not in self._statistics:
-            return tucker_conv(layer, self.ranks[name], factors)
-        return _with_mean_output(layer, self.ranks[name], factors, self._statistics[name].mean_input)
 
 
 def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
@@ -136,38 +165,31 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         UnsupportedError: The model is in half precision or on the meta device.
     """
     budget = Budget.parse(budget)
-    _check_round_to(round_to)
+    if round_to < 1:
+        raise SelectionError(f"round_to={round_to} is not a rank multiple; use 1 or more, 8 by default.")
     _check_dtype(model)
     inputs = _arguments(model, example_inputs)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
-    eligible = [site for site in sites if site.skip_reason is None]
-    dense = flops.count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
-    measured = _measure(model, eligible, calibration, inputs)
-    spectra = {site.name: _spectrum(model, site, measured.get(site.name)) for site in eligible}
-    options = [
-        allocation.site_options(site, spectra[site.name].loss(), round_to, adds_bias=site.name in measured)
-        for site in eligible
-    ]
-    options = _fixed(options, eligible, ranks or {})
-    rows, costs = _allocate(options, budget, dense, round_to)
-    chosen = {
-        site.name: (Ranks(*option.ranks[row].tolist()), float(option.losses[row]))
-        for site, option, row in zip(eligible, options, rows, strict=True)
-        if (option.costs[row] != option.dense).any()
-    }
+    eligible = {site.name: site for site in sites if site.skip_reason is None}
+    options = _options(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
+    dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
+    _limits(options.values(), budget, dense, round_to)  # a budget out of reach is said before any image is looked at
+    measured = _measure(model, list(eligible.values()), calibration, inputs)
+    candidates = {name: _candidate(model, site, options[name], measured.get(name)) for name, site in eligible.items()}
+    picked, losses, flops, params = _allocate(candidates, budget, dense, round_to)
     return Plan(
         model_name=type(model).__name__,
         budget=budget,
         sites=sites,
-        ranks={name: site_ranks for name, (site_ranks, _) in chosen.items()},
-        losses={name: loss for name, (_, loss) in chosen.items()},
+        ranks=picked,
+        losses=losses,
         dense_flops=dense[0],
-        flops=costs[0],
+        flops=flops,
         dense_params=dense[1],
-        params=costs[1],
+        params=params,
         calibration=_label(calibration),
-        _spectra=spectra,
-        _statistics=measured,
+        round_to=round_to,
+        _candidates=candidates,
     )
 
 
@@ -192,11 +214,6 @@ def _arguments(model: nn.Module, example_inputs: Tensor | Inputs | None) -> Inpu
     if example_inputs is None:
         return default_inputs(model)
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-
-
-def _check_round_to(round_to: int) -> None:
-    if round_to < 1:
-        raise SelectionError(f"round_to={round_to} is not a rank multiple; use 1 or more, 8 by default.")
 
 
 def _check_dtype(model: nn.Module) -> None:
@@ -231,57 +248,69 @@ def _measure(
     return synthetic if own is None else mixed(own, synthetic)
 
 
-def _spectrum(model: nn.Module, site: ConvSite, measured: SiteStatistics | None) -> Spectrum:
+def _candidate(
+    model: nn.Module, site: ConvSite, options: allocation.Options, measured: SiteStatistics | None
+) -> _Candidate:
     weight = canonical_weight(model.get_submodule(site.name))
     if measured is None:
-        return weight_spectrum(weight, pointwise=site.is_pointwise)
-    return metric_spectrum(weight, measured.metric, pointwise=site.is_pointwise)
+        spectrum = weight_spectrum(weight, pointwise=site.is_pointwise)
+    else:
+        spectrum = metric_spectrum(weight, measured.metric, pointwise=site.is_pointwise)
+    return _Candidate(options.judged(spectrum.loss()), spectrum, None if measured is None else measured.mean_input)
 
 
-def _full(site: ConvSite) -> Ranks:
-    return Ranks(rank_out=site.group_out_channels, rank_in=site.group_in_channels)
-
-
-def _fixed(
-    options: Sequence[allocation.Options], sites: Sequence[ConvSite], ranks: Mapping[str, Ranks | None]
-) -> list[allocation.Options]:
-    """The options, with a single one left at every site whose ranks the user fixed."""
-    by_name = {site.name: (site, option) for site, option in zip(sites, options, strict=True)}
+def _options(
+    sites: Mapping[str, ConvSite], round_to: int, ranks: Mapping[str, Ranks | None], *, adds_bias: bool
+) -> dict[str, allocation.Options]:
+    """What each site can be, with a single choice left where the user fixed the ranks."""
+    if unknown := [name for name in ranks if name not in sites]:
+        raise SelectionError(f"ranks are given for {unknown[0]!r}, which is no replaceable site; see discover(model).")
+    options = {name: allocation.site_options(site, round_to, adds_bias=adds_bias) for name, site in sites.items()}
     for name, wanted in ranks.items():
-        if name not in by_name:
-            raise SelectionError(f"ranks are given for {name!r}, which is no replaceable site; see discover(model).")
-        site, option = by_name[name]
-        kept = wanted or _full(site)
-        single = option.only(kept.rank_out, kept.rank_in)
+        full = Ranks(rank_out=sites[name].group_out_channels, rank_in=sites[name].group_in_channels)
+        kept = wanted or full
+        single = options[name].only(kept.rank_out, kept.rank_in)
         if single is None:
             raise SelectionError(
-                f"{wanted} at {name!r} is not among its options: multiples of round_to up to {site.group_out_channels} "
-                f"out and {site.group_in_channels} in, per group, that need fewer flops than the dense layer."
+                f"{wanted} at {name!r} is not among its options: multiples of {round_to}, all groups together, up to "
+                f"{full} per group, that need fewer flops than the dense layer."
             )
-        by_name[name] = site, single
-    return [option for _, option in by_name.values()]
+        options[name] = single
+    return options
 
 
-def _allocate(
-    options: Sequence[allocation.Options], budget: Budget, dense: tuple[int, int], round_to: int
-) -> tuple[list[int], tuple[int, int]]:
-    """The row picked at each site, and flops and parameters of the whole compressed model."""
-    whole = np.array(dense, np.int64)
-    fixed = whole - sum((option.dense for option in options), start=np.zeros(2, np.int64))
+def _limits(
+    options: Collection[allocation.Options], budget: Budget, dense: tuple[int, int], round_to: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Flops and parameters of all that is not a site, and the most that the whole model may have of both."""
+    fixed = np.array(dense, np.int64) - sum((option.dense for option in options), start=np.zeros(2, np.int64))
     limits = budget.limits(*dense)
-    limit = np.array([_UNLIMITED if most is None else most for most in (limits.flops, limits.params)], np.int64)
+    most = np.array([_UNLIMITED if limit is None else limit for limit in (limits.flops, limits.params)], np.int64)
     smallest = fixed + allocation.smallest_costs(options)
-    for unit, need, allowed, full in zip(("flops", "params"), smallest.tolist(), limit.tolist(), dense, strict=True):
+    for unit, need, allowed, full in zip(("flops", "params"), smallest.tolist(), most.tolist(), dense, strict=True):
         if need > allowed:
-            keep = math.ceil(need / full * 1e4) / 1e4
             raise BudgetError(
                 f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
                 f"{round_to}) at all {len(options)} replaceable sites still need {need:,} of {full:,} {unit}. "
-                f"Use at least {keep:.4f}."
+                f"Use at least {math.ceil(need / full * 1e4) / 1e4:.4f}."
             )
-    rows = allocation.allocate(options, limit - fixed)
-    total = sum((option.costs[row] for option, row in zip(options, rows, strict=True)), start=fixed)
-    return rows, (int(total[0]), int(total[1]))
+    return fixed, most
+
+
+def _allocate(
+    candidates: Mapping[str, _Candidate], budget: Budget, dense: tuple[int, int], round_to: int
+) -> tuple[dict[str, Ranks], dict[str, float], int, int]:
+    """Ranks and losses of the sites that are replaced, and flops and parameters of the whole compressed model."""
+    options = [candidate.options for candidate in candidates.values()]
+    fixed, most = _limits(options, budget, dense, round_to)
+    rows = allocation.allocate(options, most - fixed)
+    ranks, losses, total = {}, {}, fixed
+    for name, option, row in zip(candidates, options, rows, strict=True):
+        total = total + option.costs[row]
+        if (option.costs[row] != option.dense).any():
+            rank_out, rank_in = option.ranks[row].tolist()
+            ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
+    return ranks, losses, int(total[0]), int(total[1])
 
 
 def _with_mean_output(layer: nn.Module, ranks: Ranks, factors: Factors, mean_input: Tensor) -> TuckerModule:

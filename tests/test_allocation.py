@@ -107,7 +107,7 @@ def test_the_options_of_a_site_need_fewer_flops_than_the_dense_layer() -> None:
         found_by="fx",
     )
     loss = SiteLoss(out=np.linspace(1, 0, 17), in_=np.linspace(2, 0, 33))
-    options = site_options(site, loss, 8, adds_bias=True)
+    options = site_options(site, 8, adds_bias=True).judged(loss)
     assert options.dense.tolist() == [100 * 9 * 32 * 16, 9 * 32 * 16]
     assert (options.costs[1:, 0] < options.dense[0]).all()
     row = options.ranks.tolist().index([8, 16])
