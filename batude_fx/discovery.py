@@ -1,23 +1,24 @@
 """Find every convolution of a model, with what its cost depends on and, where it must stay dense, the reason.
 
 The traced graph finds convolutions; the module tree is the safety net for what the graph cannot see. One run of the
-example input then gives every site its sizes and its calls. The only module that imports torch.fx.
+example input then gives every site its sizes and its calls, and shows which weights are used without their layer.
+The only module that imports torch.fx.
 
 Source: torchvision's `feature_extraction` (a tracer with chosen leaves), timm's lists of modules and functions that
 must not be traced.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from math import prod
+from math import inf, prod
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import get_notrace_functions, get_notrace_modules  # type: ignore[attr-defined]
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.modules.conv import _ConvNd
@@ -26,14 +27,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from batude_fx import handlers
+from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SelectionError
 from batude_fx.sites import ConvSite, FoundBy
 from batude_fx.zoo import example_inputs as default_inputs
 
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (_ConvNd,), "conv+linear": (_ConvNd, nn.Linear)}
-_FUNCTIONS = {
-    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-}  # fmt: skip
+_TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
 
 
 def discover(
@@ -47,14 +48,15 @@ def discover(
     """List every convolution of a model, each replaceable or with the reason why not.
 
     Args:
-        model: Any module; it is bit-identical afterwards.
+        model: Any module; it is bit-identical afterwards, also when an error is raised.
         example_inputs: Arguments of one run. By default what timm or torchvision knows of the model.
         layers: "conv", or "conv+linear" to list linear layers too.
         include: Globs over qualified names; sites that match none are listed as not included.
         exclude: Globs; sites that match one are listed as excluded.
 
     Returns:
-        The sites in the order of their first call; those that are never called come last.
+        The sites in the order of their first call; those that are never called come last. A convolution that is
+        called as a function is listed too, under the name of its weight or, where that has none, its shape.
 
     Raises:
         DiscoveryError: The model has no such layer, or does not run on the example input.
@@ -62,265 +64,316 @@ def discover(
     """
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
-    kinds = _LAYERS[layers]
-    found = _find(model, kinds)
-    measured, functional = _measure(model, found, example_inputs or default_inputs(model))
-    if not found and not functional:
-        hint = ' Use layers="conv+linear" for its linear layers.' if _has_linear(model, layers) else ""
-        raise DiscoveryError(f"{type(model).__name__} has no convolution that could be replaced.{hint}")
-    sites = [_site(layer, measured[name]) for name, layer in found.items()]
-    sites.sort(key=lambda site: measured[site.name].first_call)
-    selected = _select(sites, _patterns(include), _patterns(exclude))
-    return (*selected, *(_functional_site(name, calls) for name, calls in functional.items()))
+    if isinstance(example_inputs, Tensor):
+        raise DiscoveryError("example_inputs is a tensor; pass the tuple of what forward takes: (tensor,).")
+    _refuse_lazy(model)
+    with borrowed(model):
+        found = _find(model, _LAYERS[layers])
+        if not found and example_inputs is None:
+            raise _nothing_found(model, layers)
+        listener = _run(model, found, example_inputs or default_inputs(model))
+    sites = [*(_site(layer, listener) for layer in found), *listener.functional_sites()]
+    if not sites:
+        raise _nothing_found(model, layers)
+    sites.sort(key=lambda site: listener.calls[site.name].first_call)
+    return _select(sites, _patterns(include), _patterns(exclude))
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A layer, the names it has, how it was found, and a reason known from the graph why it must stay dense."""
+    """A layer, the names it has, how it was found, and the names of other modules that hold its weight."""
 
     layer: nn.Module
     names: tuple[str, ...]
     found_by: FoundBy
-    reason: str | None
+    sharers: tuple[str, ...]
 
-
-@dataclass
-class _Calls:
-    """What one run of the example does to a layer."""
-
-    positions_in: int = 0
-    positions_out: int = 0
-    calls: int = 0
-    first_call: float = field(default=float("inf"))
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The stored weight; None where it is computed, which makes a new tensor at each access."""
+        return self.layer._parameters.get("weight")  # noqa: SLF001
 
 
 class _Tracer(fx.Tracer):
     """Stops at the wanted layers and at what timm says must not be traced."""
 
     def __init__(self, kinds: tuple[type[nn.Module], ...]) -> None:
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
-        self._leaves = (*kinds, *get_notrace_modules())
+        functions = get_notrace_functions()  # type: ignore[no-untyped-call]
+        super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
+        self._leaves = (*kinds, *get_notrace_modules())  # type: ignore[no-untyped-call]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, _Found]:
-    """First qualified name to layer, for every layer in the module tree; the graph says how it was reached."""
-    names: dict[int, list[str]] = {}
-    layers: dict[int, nn.Module] = {}
+def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[_Found]:
+    """Every layer in the module tree; the graph says how it was reached."""
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kinds):
-            names.setdefault(id(module), []).append(name)
-            layers[id(module)] = module
-    traced = _traced(model, kinds)
-    owners = _parameter_owners(layers.values())
-    found = {}
-    for key, layer in layers.items():
-        first = names[key][0]
-        found_by = next((how for name in names[key] if (how := _reached(name, traced.leaves))), "tree")
-        reason = traced.read_weights.get(id(getattr(layer, "weight", None)))
-        shared = [names[other][0] for other in owners[id(layer.weight)] if other != key]
-        reason = f"weight shared with {shared[0]!r}" if shared else reason
-        found[first] = _Found(layer, tuple(names[key]), cast("FoundBy", found_by), reason)
+        names.setdefault(module, []).append(name)
+    owners: dict[int, list[str]] = {}
+    for module, (name, *_) in names.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    called = _called_modules(model, kinds)
+    found = []
+    for layer, own in names.items():
+        if isinstance(layer, kinds):
+            found_by = next((how for name in own if (how := _reached(name, called))), "tree")
+            one = _Found(layer, tuple(own), cast("FoundBy", found_by), ())
+            sharers = (name for name in owners.get(id(one.weight), ()) if name != own[0])
+            found.append(replace(one, sharers=tuple(sharers)))
     return found
 
 
-def _parameter_owners(layers: Iterable[nn.Module]) -> dict[int, list[int]]:
-    owners: dict[int, list[int]] = {}
-    for layer in layers:
-        owners.setdefault(id(layer.weight), []).append(id(layer))
-    return owners
-
-
-def _reached(name: str, leaves: dict[str, str]) -> str | None:
+def _reached(name: str, called: Mapping[str, str]) -> str | None:
     """How the graph reaches a layer: as a node of its own, or inside a leaf."""
-    if name in leaves:
-        return leaves[name]
+    if name in called:
+        return called[name]
     parents = (name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))
-    return "leaf" if any(parent in leaves for parent in parents) else None
+    return "leaf" if any(parent in called for parent in parents) else None
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """What the graphs say.
+def _called_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, str]:
+    """Trace the model or, where that fails, its children, as deep as needed.
 
-    Attributes:
-        leaves: Qualified name of every module that a graph calls to "fx" or "child".
-        read_weights: Identity of every parameter that a graph reads directly, to the reason this gives.
+    Returns:
+        Qualified name of every module that is a node of a graph, to "fx" or "child".
     """
-
-    leaves: dict[str, str]
-    read_weights: dict[int, str]
-
-
-def _traced(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> _Traced:
-    """Trace the model or, where that fails, its children, as deep as needed."""
-    traced = _Traced({}, {})
+    called: dict[str, str] = {}
     queue: list[tuple[str, nn.Module]] = [("", model)]
     while queue:
         prefix, module = queue.pop()
         if not any(isinstance(part, kinds) for part in module.modules()):
             continue
-        if prefix and isinstance(module, kinds):
-            traced.leaves[prefix[:-1]] = "child"
-            continue
-        graph = _graph(module, kinds)
-        if graph is None:
+        if isinstance(module, kinds):
+            called[prefix.rstrip(".")] = "child" if prefix else "fx"
+        elif (graph := _graph(module, kinds)) is None:
             queue += [(f"{prefix}{name}.", child) for name, child in module.named_children()]
-            continue
-        for node in graph.nodes:
-            if node.op == "call_module":
-                traced.leaves[f"{prefix}{node.target}"] = "child" if prefix else "fx"
-            elif node.op == "get_attr":
-                parameter = _attribute(module, str(node.target))
-                traced.read_weights[id(parameter)] = "its weight is also read directly by another operation"
-    return traced
+        else:
+            nodes = (node for node in graph.nodes if node.op == "call_module")
+            called |= {f"{prefix}{node.target}": "child" if prefix else "fx" for node in nodes}
+    return called
 
 
 def _graph(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> fx.Graph | None:
     try:
-        return _Tracer(kinds).trace(module)
+        with warnings.catch_warnings():
+            # What the model or fx has to say about proxies is of no use to those who only want the list.
+            warnings.simplefilter("ignore")
+            return _Tracer(kinds).trace(module)
     except Exception:  # noqa: BLE001 - tracing runs the model's own code, which may fail in any way
         return None
 
 
-def _attribute(module: nn.Module, path: str) -> object:
-    parent, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(parent), name, None)
+@dataclass
+class _Calls:
+    """What one run of the example does to a layer or a functional convolution."""
+
+    positions_in: int = 0
+    positions_out: int = 0
+    calls: int = 0
+    first_call: float = inf
 
 
-def _measure(
-    model: nn.Module, found: dict[str, _Found], inputs: tuple[object, ...]
-) -> tuple[dict[str, _Calls], dict[str, int]]:
-    """Run the example once: what it does to every layer, and the convolutions that are called outside any layer."""
-    measured = {name: _Calls() for name in found}
-    functional = _FunctionalConvolutions()
-    order = iter(range(2**31))
-    handles = []
+@dataclass
+class _Listener:
+    """Hears every call of the found layers and, outside them, every use of a weight and every convolution.
 
-    def listen(layer: nn.Module, calls: _Calls) -> None:
-        axis = 1 if isinstance(layer, _ConvNd) else -1
+    Attributes:
+        calls: Name of a site to what the run does to it.
+        used_directly: Names of the found layers whose weight something else computes with.
+    """
 
-        def before(*_: object) -> None:
-            functional.depth += 1
+    found: list[_Found]
+    parameter_names: dict[int, str]
+    calls: dict[str, _Calls] = field(default_factory=dict)
+    used_directly: set[str] = field(default_factory=set)
+    depth: int = 0
+    _functional: dict[str, ConvSite] = field(default_factory=dict)
 
-        def after(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            functional.depth -= 1
-            x = tree_leaves((args, kwargs))[0]
-            calls.calls += 1
-            calls.first_call = min(calls.first_call, next(order))
-            # An input without a batch axis has its channels first.
-            axis_in = axis if axis == -1 or x.ndim == len(layer.kernel_size) + 2 else 0  # type: ignore[arg-type]
-            calls.positions_in += x.numel() // x.shape[axis_in]
-            calls.positions_out += output.numel() // output.shape[axis_in]
+    def __post_init__(self) -> None:
+        self.calls = {one.names[0]: _Calls() for one in self.found}
+        self._weights = {id(one.weight): one.names[0] for one in self.found if one.weight is not None}
+        self._total = 0
 
-        handles.append(layer.register_forward_pre_hook(before))
-        handles.append(layer.register_forward_hook(after, with_kwargs=True))
+    def enter(self, *_: object) -> None:
+        """A layer begins to compute (forward pre-hook)."""
+        self.depth += 1
 
-    with _evaluating(model):
-        try:
-            for name, one in found.items():
-                listen(one.layer, measured[name])
-            with torch.no_grad(), functional:
-                model(*inputs)
-        except Exception as error:
-            shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-            raise DiscoveryError(
-                f"{type(model).__name__} does not run on the example input of shape {shapes}: {error}. "
-                "Pass example_inputs= with what its forward takes."
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-    return measured, functional.calls
+    def leaver(self, one: _Found) -> Callable[..., None]:
+        """The forward hook of a layer."""
+        conv = isinstance(one.layer, _ConvNd)
+        spatial = len(cast("nn.Conv2d", one.layer).kernel_size) if conv else None
+
+        def leave(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
+            self.depth -= 1
+            self._count(one.names[0], tree_leaves((args, kwargs))[0], output, spatial)
+
+        return leave
+
+    def heard(self, function: object, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:
+        """A torch function was called, outside of all found layers."""
+        if isinstance(result, Tensor):  # shapes, dtypes and devices may be asked for
+            self.used_directly |= {
+                self._weights[id(arg)] for arg in tree_leaves((args, kwargs)) if id(arg) in self._weights
+            }
+            if function in _FUNCTIONS:
+                self._hear_convolution(cast("Callable[..., Tensor]", function), args, kwargs, result)
+
+    def functional_sites(self) -> list[ConvSite]:
+        """The convolutions that were called as functions, each with its calls."""
+        return [_with_calls(site, self.calls[name]) for name, site in self._functional.items()]
+
+    def _hear_convolution(
+        self, function: Callable[..., Tensor], args: tuple[object, ...], kwargs: dict[str, object], result: Tensor
+    ) -> None:
+        x, weight = (cast("Tensor", v) for v in (*args, *(kwargs[k] for k in ("input", "weight") if k in kwargs))[:2])
+        groups = cast("int", args[6] if len(args) > 6 else kwargs.get("groups", 1))  # noqa: PLR2004
+        transposed = function in _TRANSPOSED_FUNCTIONS
+        shape = ", ".join(map(str, weight.shape))
+        name = self.parameter_names.get(id(weight), f"{function.__name__}({shape})")
+        outer, inner, *kernel = weight.shape
+        self._functional[name] = ConvSite(
+            name=name,
+            kind=function.__name__,
+            in_channels=outer if transposed else inner * groups,
+            out_channels=inner * groups if transposed else outer,
+            kernel_size=tuple(kernel),
+            groups=groups,
+            transposed=transposed,
+            positions_in=0,
+            positions_out=0,
+            calls=0,
+            found_by="tree",
+            skip_reason="functional convolution: its weight is no layer's that could be replaced",
+            has_bias=(args[2] if len(args) > 2 else kwargs.get("bias")) is not None,  # noqa: PLR2004
+        )
+        self._count(name, x, result, len(kernel))
+
+    def _count(self, name: str, x: Tensor, output: Tensor, spatial: int | None) -> None:
+        # Channels are last in a linear layer, first where there is no batch axis.
+        axis = -1 if spatial is None else int(x.ndim == spatial + 2)
+        calls = self.calls.setdefault(name, _Calls())
+        calls.positions_in += x.numel() // x.shape[axis]
+        calls.positions_out += output.numel() // output.shape[axis]
+        calls.calls += 1
+        calls.first_call = min(calls.first_call, self._total)
+        self._total += 1
 
 
-class _FunctionalConvolutions(TorchFunctionMode):
-    """Counts convolutions called as functions, outside any layer that was found."""
+class _Overhear(TorchFunctionMode):
+    """Tells a listener of the torch functions that are called outside all found layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: _Listener) -> None:
         super().__init__()
-        self.depth = 0
-        self.calls: dict[str, int] = {}
+        self._listener = listener
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.depth == 0 and func in _FUNCTIONS:
-            kwargs = kwargs or {}
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            name = f"{func.__name__}({', '.join(map(str, weight.shape))})"
-            self.calls[name] = self.calls.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
+        self,
+        func: Any,  # noqa: ANN401 - torch calls it with whatever function it overrides
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if self._listener.depth == 0:
+            self._listener.heard(func, args, kwargs or {}, result)
+        return result
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
+def _run(model: nn.Module, found: list[_Found], inputs: tuple[object, ...]) -> _Listener:
+    """Run the example once and listen; the hooks go when the model is given back."""
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    listener = _Listener(found, names)
+    for one in found:
+        one.layer.register_forward_pre_hook(listener.enter)
+        one.layer.register_forward_hook(listener.leaver(one), with_kwargs=True)
     try:
-        model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
+        with torch.no_grad(), _Overhear(listener):
+            model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        raise DiscoveryError(
+            f"{type(model).__name__} does not run on the example input of shape {shapes}: "
+            f"{type(error).__name__}: {error}. Pass example_inputs= with what its forward takes."
+        ) from error
+    return listener
 
 
-def _site(found: _Found, calls: _Calls) -> ConvSite:
-    layer = found.layer
-    conv = isinstance(layer, _ConvNd)
+def _site(found: _Found, listener: _Listener) -> ConvSite:
+    layer, conv = found.layer, cast("nn.Conv2d", found.layer)
+    if isinstance(layer, nn.Linear):
+        shape: dict[str, Any] = {"in_channels": layer.in_features, "out_channels": layer.out_features}
+        shape |= {"kernel_size": (), "groups": 1, "transposed": False}
+    else:
+        names = ("in_channels", "out_channels", "kernel_size", "groups", "transposed")
+        shape = {name: getattr(conv, name) for name in names}
     site = ConvSite(
         name=found.names[0],
         kind=type(layer).__name__,
-        in_channels=cast("int", layer.in_channels if conv else layer.in_features),
-        out_channels=cast("int", layer.out_channels if conv else layer.out_features),
-        kernel_size=tuple(layer.kernel_size) if conv else (),
-        groups=layer.groups if conv else 1,
-        transposed=layer.transposed if conv else False,
-        positions_in=calls.positions_in,
-        positions_out=calls.positions_out,
-        calls=calls.calls,
+        **shape,
+        positions_in=0,
+        positions_out=0,
+        calls=0,
         found_by=found.found_by,
         aliases=found.names[1:],
         has_bias=layer.bias is not None,
     )
-    return replace(site, skip_reason=_skip_reason(site, found))
+    site = _with_calls(site, listener.calls[site.name])
+    reason = handlers.skip_reason(layer) or _shape_reason(site, layer) or _use_reason(site, found, listener)
+    return replace(site, skip_reason=reason)
 
 
-def _skip_reason(site: ConvSite, found: _Found) -> str | None:
-    layer = found.layer
-    if is_lazy(layer.weight):
-        return "not initialized yet; run the model once"
-    if reason := handlers.skip_reason(layer):
-        return reason
+def _with_calls(site: ConvSite, calls: _Calls) -> ConvSite:
+    return replace(site, positions_in=calls.positions_in, positions_out=calls.positions_out, calls=calls.calls)
+
+
+def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:
+    """Why a layer of this shape stays dense."""
     if min(site.group_in_channels, site.group_out_channels) == 1 and site.groups > 1:
         return f"depthwise (groups={site.groups})"
     if min(site.group_in_channels, site.group_out_channels) == 1 and site.is_pointwise:
         return f"rank 1 already ({site.in_channels} to {site.out_channels} channels)"
     if isinstance(getattr(layer, "padding", None), str) and prod(site.kernel_size) > 1:
         return f'fvcore counts no flops for padding="{layer.padding}", so no budget could be checked'
-    if site.calls == 0:
-        return "never called on the example input"
-    return found.reason
+    return None
 
 
-def _functional_site(name: str, calls: int) -> ConvSite:
-    return ConvSite(
-        name=name, kind="function", in_channels=0, out_channels=0, kernel_size=(), groups=1, transposed=False,
-        positions_in=0, positions_out=0, calls=calls, found_by="tree",
-        skip_reason="functional convolution: its weight is no layer's that could be replaced",
-    )  # fmt: skip
+def _use_reason(site: ConvSite, found: _Found, listener: _Listener) -> str | None:
+    """Why a layer that is used like this stays dense."""
+    if not site.name:
+        return "is the model itself; wrap it in nn.Sequential"
+    if found.sharers:
+        return f"weight shared with {found.sharers[0]!r}"
+    if site.name in listener.used_directly:
+        return "its weight is also used directly, outside the layer"
+    return None if site.calls else "never called on the example input"
 
 
-def _has_linear(model: nn.Module, layers: str) -> bool:
-    return layers == "conv" and any(isinstance(module, nn.Linear) for module in model.modules())
+def _refuse_lazy(model: nn.Module) -> None:
+    """A run would initialize lazy layers, and the model would not be the same afterwards."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise DiscoveryError(
+                f"{type(model).__name__} is not initialized yet ({name!r} is lazy); run it once first."
+            )
+
+
+def _nothing_found(model: nn.Module, layers: str) -> DiscoveryError:
+    linear = layers == "conv" and any(isinstance(module, nn.Linear) for module in model.modules())
+    kinds = "convolution" if layers == "conv" else "convolution or linear layer"
+    hint = 'Use layers="conv+linear" for its linear layers.' if linear else "Pass the network that holds some."
+    return DiscoveryError(
+        f"{type(model).__name__} has no {kinds} among its {len(list(model.modules()))} modules. {hint}"
+    )
 
 
 def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> list[ConvSite]:
+def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> tuple[ConvSite, ...]:
     for pattern in (*include, *exclude):
         if not any(_matches(site, pattern) for site in sites):
             close = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.4)
@@ -328,7 +381,7 @@ def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence
                 f"pattern {pattern!r} matches none of the {len(sites)} sites. "
                 f"Close names: {', '.join(close or [site.name for site in sites[:3]])}."
             )
-    return [replace(site, skip_reason=site.skip_reason or _deselected(site, include, exclude)) for site in sites]
+    return tuple(replace(site, skip_reason=site.skip_reason or _deselected(site, include, exclude)) for site in sites)
 
 
 def _matches(site: ConvSite, pattern: str) -> bool:
@@ -358,11 +411,14 @@ class DiscoverConvolutions(PassBase):
         self.example_inputs = example_inputs
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Mark the nodes; the graph itself is not changed."""
+        """Mark the nodes; a second application changes nothing."""
         sites = {
             name: site for site in discover(graph_module, self.example_inputs) for name in (site.name, *site.aliases)
         }
-        nodes = [node for node in graph_module.graph.nodes if node.op == "call_module" and node.target in sites]
-        for node in nodes:
-            node.meta["batude_fx"] = sites[node.target]
-        return PassResult(graph_module, modified=bool(nodes))
+        modified = False
+        for node in graph_module.graph.nodes:
+            site = sites.get(str(node.target)) if node.op == "call_module" else None
+            if site is not None and node.meta.get("batude_fx") != site:
+                node.meta["batude_fx"] = site
+                modified = True
+        return PassResult(graph_module, modified=modified)

@@ -6,7 +6,6 @@ weight elements * output positions; a transposed one is counted at its input pos
 Source: fvcore 0.1.5, `fvcore/nn/jit_handles.py`. The only module that imports fvcore.
 """
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from batude_fx.borrowing import borrowed
+from batude_fx.errors import DiscoveryError
 from batude_fx.sites import ConvSite, Ranks
 
 # The formulas hold for integers and, element by element, for arrays of them.
@@ -63,36 +64,29 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
     """Multiply-adds of one run of the example input, counted by fvcore in eval mode.
 
     Args:
-        model: Any module; its training flags are the same afterwards.
+        model: Any module; it is the same afterwards, also when an error is raised.
         example_inputs: Arguments of the run.
+
+    Raises:
+        DiscoveryError: torch.jit, which fvcore counts with, cannot trace the model on the example input.
     """
-    from fvcore.nn import FlopCountAnalysis  # seconds of imports that only counting needs
+    with borrowed(model), _quiet(), torch.no_grad():
+        from fvcore.nn import FlopCountAnalysis  # half a second of imports that only counting needs
 
-    with _in_eval_mode(model), _quiet(), torch.no_grad():
         analysis = FlopCountAnalysis(model, example_inputs)
-        return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
+        analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
+        try:
+            return int(analysis.total())
+        except Exception as error:
+            raise DiscoveryError(
+                f"fvcore cannot count the flops of {type(model).__name__}, as torch.jit cannot trace it: "
+                f"{type(error).__name__}: {error}. Pass example_inputs= with tensors that its forward takes."
+            ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """fvcore traces with torch.jit, which warns of its own age and of every Python number in a model."""
-    logger = logging.getLogger("fvcore")
-    level = logger.level
-    try:
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from batude_fx.errors import DiscoveryError
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 _SIDE = 224
 _DETECTION_SIDE = 320
@@ -38,8 +41,8 @@ def example_inputs(model: nn.Module) -> tuple[object, ...]:
     )
 
 
-def _timm_size(model: Any) -> tuple[int, ...]:
-    config = getattr(model, "pretrained_cfg", None) or model.default_cfg
+def _timm_size(model: nn.Module) -> tuple[int, ...]:
+    config = cast("dict[str, Any]", getattr(model, "pretrained_cfg", None) or model.default_cfg)
     _, *size = config.get("input_size", (3, _SIDE, _SIDE))
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return (_input_channels(model), *(built_for or size))
@@ -74,18 +77,18 @@ def _crop_size(model: nn.Module) -> list[int]:
     return list(sizes.pop()) if len(sizes) == 1 else [_SIDE]
 
 
-def _weights_of_file(module: str) -> Iterator[Any]:
+def _weights_of_file(module: str) -> Iterator["WeightsEnum"]:
     from torchvision import models
 
     names = (name for name in models.list_models() if models.get_model_builder(name).__module__ == module)
     return chain.from_iterable(models.get_model_weights(name) for name in names)
 
 
-def _crop(entry: Any) -> list[int]:
+def _crop(entry: "WeightsEnum") -> list[int]:
     return list(getattr(entry.transforms(), "crop_size", [_SIDE]))
 
 
 def _noise(model: nn.Module, *shape: int) -> Tensor:
     like = next((p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(device="cpu" if like.is_meta else like.device, dtype=like.dtype)
+    return noise.to(like)
