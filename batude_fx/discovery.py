@@ -10,31 +10,26 @@ must not be traced.
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from math import inf, prod
+from math import prod
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from timm.layers import get_notrace_functions, get_notrace_modules  # type: ignore[attr-defined]
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from batude_fx import handlers
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SelectionError
+from batude_fx.listening import Found, Listener, listen, with_calls
 from batude_fx.sites import ConvSite, FoundBy
 from batude_fx.zoo import example_inputs as default_inputs
 
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (_ConvNd,), "conv+linear": (_ConvNd, nn.Linear)}
-_TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
 
 
 def discover(
@@ -71,27 +66,12 @@ def discover(
         found = _find(model, _LAYERS[layers])
         if not found and example_inputs is None:
             raise _nothing_found(model, layers)
-        listener = _run(model, found, example_inputs or default_inputs(model))
+        listener = listen(model, found, example_inputs or default_inputs(model))
     sites = [*(_site(layer, listener) for layer in found), *listener.functional_sites()]
     if not sites:
         raise _nothing_found(model, layers)
     sites.sort(key=lambda site: listener.calls[site.name].first_call)
     return _select(sites, _patterns(include), _patterns(exclude))
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A layer, the names it has, how it was found, and the names of other modules that hold its weight."""
-
-    layer: nn.Module
-    names: tuple[str, ...]
-    found_by: FoundBy
-    sharers: tuple[str, ...]
-
-    @property
-    def weight(self) -> nn.Parameter | None:
-        """The stored weight; None where it is computed, which makes a new tensor at each access."""
-        return self.layer._parameters.get("weight")  # noqa: SLF001
 
 
 class _Tracer(fx.Tracer):
@@ -106,7 +86,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[_Found]:
+def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Found]:
     """Every layer in the module tree; the graph says how it was reached."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -120,7 +100,7 @@ def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[_Found]:
     for layer, own in names.items():
         if isinstance(layer, kinds):
             found_by = next((how for name in own if (how := _reached(name, called))), "tree")
-            one = _Found(layer, tuple(own), cast("FoundBy", found_by), ())
+            one = Found(layer, tuple(own), cast("FoundBy", found_by), ())
             sharers = (name for name in owners.get(id(one.weight), ()) if name != own[0])
             found.append(replace(one, sharers=tuple(sharers)))
     return found
@@ -166,142 +146,7 @@ def _graph(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> fx.Graph | 
         return None
 
 
-@dataclass
-class _Calls:
-    """What one run of the example does to a layer or a functional convolution."""
-
-    positions_in: int = 0
-    positions_out: int = 0
-    calls: int = 0
-    first_call: float = inf
-
-
-@dataclass
-class _Listener:
-    """Hears every call of the found layers and, outside them, every use of a weight and every convolution.
-
-    Attributes:
-        calls: Name of a site to what the run does to it.
-        used_directly: Names of the found layers whose weight something else computes with.
-    """
-
-    found: list[_Found]
-    parameter_names: dict[int, str]
-    calls: dict[str, _Calls] = field(default_factory=dict)
-    used_directly: set[str] = field(default_factory=set)
-    depth: int = 0
-    _functional: dict[str, ConvSite] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.calls = {one.names[0]: _Calls() for one in self.found}
-        self._weights = {id(one.weight): one.names[0] for one in self.found if one.weight is not None}
-        self._total = 0
-
-    def enter(self, *_: object) -> None:
-        """A layer begins to compute (forward pre-hook)."""
-        self.depth += 1
-
-    def leaver(self, one: _Found) -> Callable[..., None]:
-        """The forward hook of a layer."""
-        conv = isinstance(one.layer, _ConvNd)
-        spatial = len(cast("nn.Conv2d", one.layer).kernel_size) if conv else None
-
-        def leave(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
-            self.depth -= 1
-            self._count(one.names[0], tree_leaves((args, kwargs))[0], output, spatial)
-
-        return leave
-
-    def heard(self, function: object, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:
-        """A torch function was called, outside of all found layers."""
-        if isinstance(result, Tensor):  # shapes, dtypes and devices may be asked for
-            self.used_directly |= {
-                self._weights[id(arg)] for arg in tree_leaves((args, kwargs)) if id(arg) in self._weights
-            }
-            if function in _FUNCTIONS:
-                self._hear_convolution(cast("Callable[..., Tensor]", function), args, kwargs, result)
-
-    def functional_sites(self) -> list[ConvSite]:
-        """The convolutions that were called as functions, each with its calls."""
-        return [_with_calls(site, self.calls[name]) for name, site in self._functional.items()]
-
-    def _hear_convolution(
-        self, function: Callable[..., Tensor], args: tuple[object, ...], kwargs: dict[str, object], result: Tensor
-    ) -> None:
-        x, weight = (cast("Tensor", v) for v in (*args, *(kwargs[k] for k in ("input", "weight") if k in kwargs))[:2])
-        groups = cast("int", args[6] if len(args) > 6 else kwargs.get("groups", 1))  # noqa: PLR2004
-        transposed = function in _TRANSPOSED_FUNCTIONS
-        shape = ", ".join(map(str, weight.shape))
-        name = self.parameter_names.get(id(weight), f"{function.__name__}({shape})")
-        outer, inner, *kernel = weight.shape
-        self._functional[name] = ConvSite(
-            name=name,
-            kind=function.__name__,
-            in_channels=outer if transposed else inner * groups,
-            out_channels=inner * groups if transposed else outer,
-            kernel_size=tuple(kernel),
-            groups=groups,
-            transposed=transposed,
-            positions_in=0,
-            positions_out=0,
-            calls=0,
-            found_by="tree",
-            skip_reason="functional convolution: its weight is no layer's that could be replaced",
-            has_bias=(args[2] if len(args) > 2 else kwargs.get("bias")) is not None,  # noqa: PLR2004
-        )
-        self._count(name, x, result, len(kernel))
-
-    def _count(self, name: str, x: Tensor, output: Tensor, spatial: int | None) -> None:
-        # Channels are last in a linear layer, first where there is no batch axis.
-        axis = -1 if spatial is None else int(x.ndim == spatial + 2)
-        calls = self.calls.setdefault(name, _Calls())
-        calls.positions_in += x.numel() // x.shape[axis]
-        calls.positions_out += output.numel() // output.shape[axis]
-        calls.calls += 1
-        calls.first_call = min(calls.first_call, self._total)
-        self._total += 1
-
-
-class _Overhear(TorchFunctionMode):
-    """Tells a listener of the torch functions that are called outside all found layers."""
-
-    def __init__(self, listener: _Listener) -> None:
-        super().__init__()
-        self._listener = listener
-
-    def __torch_function__(
-        self,
-        func: Any,  # noqa: ANN401 - torch calls it with whatever function it overrides
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        if self._listener.depth == 0:
-            self._listener.heard(func, args, kwargs or {}, result)
-        return result
-
-
-def _run(model: nn.Module, found: list[_Found], inputs: tuple[object, ...]) -> _Listener:
-    """Run the example once and listen; the hooks go when the model is given back."""
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    listener = _Listener(found, names)
-    for one in found:
-        one.layer.register_forward_pre_hook(listener.enter)
-        one.layer.register_forward_hook(listener.leaver(one), with_kwargs=True)
-    try:
-        with torch.no_grad(), _Overhear(listener):
-            model(*inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-        raise DiscoveryError(
-            f"{type(model).__name__} does not run on the example input of shape {shapes}: "
-            f"{type(error).__name__}: {error}. Pass example_inputs= with what its forward takes."
-        ) from error
-    return listener
-
-
-def _site(found: _Found, listener: _Listener) -> ConvSite:
+def _site(found: Found, listener: Listener) -> ConvSite:
     layer, conv = found.layer, cast("nn.Conv2d", found.layer)
     if isinstance(layer, nn.Linear):
         shape: dict[str, Any] = {"in_channels": layer.in_features, "out_channels": layer.out_features}
@@ -320,13 +165,9 @@ def _site(found: _Found, listener: _Listener) -> ConvSite:
         aliases=found.names[1:],
         has_bias=layer.bias is not None,
     )
-    site = _with_calls(site, listener.calls[site.name])
+    site = with_calls(site, listener.calls[site.name])
     reason = handlers.skip_reason(layer) or _shape_reason(site, layer) or _use_reason(site, found, listener)
     return replace(site, skip_reason=reason)
-
-
-def _with_calls(site: ConvSite, calls: _Calls) -> ConvSite:
-    return replace(site, positions_in=calls.positions_in, positions_out=calls.positions_out, calls=calls.calls)
 
 
 def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:
@@ -340,7 +181,7 @@ def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:
     return None
 
 
-def _use_reason(site: ConvSite, found: _Found, listener: _Listener) -> str | None:
+def _use_reason(site: ConvSite, found: Found, listener: Listener) -> str | None:
     """Why a layer that is used like this stays dense."""
     if not site.name:
         return "is the model itself; wrap it in nn.Sequential"
