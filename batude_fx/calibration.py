@@ -1,4 +1,4 @@
-"""Statistics of every site over unlabelled images: the metric in which its error counts, and its mean input.
+"""Statistics of every site over unlabelled images: the metric in which its error counts.
 
 One forward and one backward pass per image, no weight gradients. Each site keeps running sums only: the covariance of
 its input and output channels, and the second moment of the gradient that random combinations of the network's outputs
@@ -16,15 +16,16 @@ https://arxiv.org/abs/1912.08795.
 """
 
 import copy
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from batude_fx.borrowing import borrowed
 from batude_fx.errors import CalibrationError
 from batude_fx.sites import ConvSite
 from batude_fx.spectra import Metric
@@ -36,25 +37,12 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SYNTHETIC_IMAGES = 96
 _BATCH = 8  # the backward pass keeps the activations of this many images
+_KEPT = 8  # batches that later pass through the compressed network, all at once
 _POSITIONS = 49  # sampled per image and site: all of a 7 x 7 map
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class SiteStatistics:
-    """What calibration knows of one site.
-
-    Attributes:
-        metric: In which the error of the site counts.
-        mean_input: (C_in, in...), or (..., C_in) for a linear layer: the average input. A convolution's output for the
-            mean input is its mean output, borders included, which is what the bias has to restore.
-    """
-
-    metric: Metric
-    mean_input: Tensor
-
-
-def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[Inputs]) -> dict[str, SiteStatistics]:
+def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[Inputs]) -> dict[str, Metric]:
     """Measure the sites of a model over batches of images.
 
     Args:
@@ -71,14 +59,43 @@ def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[In
     sums = {site.name: _Sums(site, next(model.get_submodule(site.name).parameters())) for site in sites}
     generator = torch.Generator().manual_seed(0)
     images = 0
-    with _frozen_parameters(model), _listening(model, sums, generator), torch.enable_grad():
+    with borrowed(model), _frozen_parameters(model), _listening(model, sums, generator), torch.enable_grad():
         for batch in batches:
             inputs = tree_map_only(Tensor, _differentiable, batch)
             images += len(tree_leaves(batch)[0])
             _backward_random_combination(model(*inputs), generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
-    return {name: site_sums.statistics(images) for name, site_sums in sums.items() if site_sums.maps}
+    return {name: site_sums.metric(images) for name, site_sums in sums.items() if site_sums.inputs.count}
+
+
+class Keeper:
+    """Passes batches on and keeps a few of them, each as likely as any other, however many there are.
+
+    Attributes:
+        kept: Up to `_KEPT` batches.
+    """
+
+    def __init__(self, batches: Iterable[Inputs]) -> None:
+        self._batches = batches
+        self.kept: list[Inputs] = []
+
+    def __iter__(self) -> Iterator[Inputs]:
+        """Reservoir sampling: Vitter's algorithm R, ACM Transactions on Mathematical Software 11(1), 1985."""
+        chance = random.Random(0)  # noqa: S311 - no secret depends on it
+        for index, batch in enumerate(self._batches):
+            slot = chance.randrange(index + 1)
+            if len(self.kept) < _KEPT:
+                self.kept.append(batch)
+            elif slot < _KEPT:
+                self.kept[slot] = batch
+            yield batch
+
+    def joined(self) -> Inputs:
+        """The kept batches as one; the first of them where the model takes a structure."""
+        tensors = [_only_tensor(batch) for batch in self.kept]
+        whole = [tensor for tensor in tensors if tensor is not None]
+        return (torch.cat(whole),) if whole else self.kept[0]
 
 
 def _differentiable(x: Tensor) -> Tensor:
@@ -196,34 +213,33 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     return adapted.eval()
 
 
-def mixed(own: Mapping[str, SiteStatistics], synthetic: Mapping[str, SiteStatistics]) -> dict[str, SiteStatistics]:
+def mixed(own: Mapping[str, Metric], synthetic: Mapping[str, Metric]) -> dict[str, Metric]:
     """Statistics of the user's images, half and half with synthetic ones: few images of one kind are not all there is.
 
-    The mean inputs stay the user's own. Sensitivities are brought to the same total error first.
+    Sensitivities are brought to the same total error first.
     """
     own_total, synthetic_total = _total(own), _total(synthetic)
     scale = own_total / synthetic_total if synthetic_total else 1.0
 
-    def half(name: str) -> SiteStatistics:
-        a = own[name].metric
-        b = synthetic[name].metric if name in synthetic else a
+    def half(name: str) -> Metric:
+        a = own[name]
+        b = synthetic.get(name, a)
         sensitivity = a.sensitivity_out
         if sensitivity is not None and b.sensitivity_out is not None:
             sensitivity = (sensitivity + scale * b.sensitivity_out) / 2
-        metric = Metric(
+        return Metric(
             covariance_in=(a.covariance_in + b.covariance_in) / 2,
             covariance_out=(a.covariance_out + b.covariance_out) / 2,
             sensitivity_out=sensitivity,
         )
-        return SiteStatistics(metric=metric, mean_input=own[name].mean_input)
 
     return {name: half(name) for name in own}
 
 
-def _total(measured: Mapping[str, SiteStatistics]) -> float:
+def _total(measured: Mapping[str, Metric]) -> float:
     """What the network would lose if every site lost its whole variance."""
-    metrics = [one.metric for one in measured.values()]
-    return sum(float((m.sensitivity_out * m.covariance_out).sum()) for m in metrics if m.sensitivity_out is not None)
+    sensitive = [metric for metric in measured.values() if metric.sensitivity_out is not None]
+    return sum(float((cast("Tensor", metric.sensitivity_out) * metric.covariance_out).sum()) for metric in sensitive)
 
 
 def _has_running_statistics(module: nn.Module) -> bool:
@@ -260,16 +276,10 @@ class _Sums:
         self.inputs = _Moments(site.in_channels, site.groups, like)
         self.outputs = _Moments(site.out_channels, site.groups, like)
         self.gradients = _Moments(site.out_channels, site.groups, like)
-        self.input_map: Tensor | None = None
-        self.maps = 0
 
     def add(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """Add one call; the gradient of its output is added when the backward pass reaches it."""
-        x = x.detach().movedim(self.channel_axis, 1)
-        if self.input_map is None or self.input_map.shape == x.shape[1:]:  # calls of other sizes share this mean
-            self.input_map = x.sum(0) if self.input_map is None else self.input_map + x.sum(0)
-            self.maps += len(x)
-        inputs, outputs = x.flatten(2), y.detach().movedim(self.channel_axis, 1).flatten(2)
+        inputs, outputs = (one.detach().movedim(self.channel_axis, 1).flatten(2) for one in (x, y))
         positions = _sample(outputs.shape[2], generator)
         self.inputs.add(inputs, _sample(inputs.shape[2], generator))
         self.outputs.add(outputs, positions)
@@ -282,15 +292,13 @@ class _Sums:
 
             y.register_hook(add_gradient)  # type: ignore[no-untyped-call]
 
-    def statistics(self, images: int) -> SiteStatistics:
+    def metric(self, images: int) -> Metric:
         """What the sums amount to over so many images."""
-        metric = Metric(
+        return Metric(
             covariance_in=self.inputs.covariance(),
             covariance_out=self.outputs.covariance(),
             sensitivity_out=self.gradients.products / images if self.gradients.count else None,
         )
-        mean_input = cast("Tensor", self.input_map) / self.maps  # (C_in, in...)
-        return SiteStatistics(metric=metric, mean_input=mean_input.movedim(0, min(self.channel_axis, 0)))
 
 
 def _sample(positions: int, generator: torch.Generator) -> Tensor:
@@ -319,17 +327,13 @@ def _listening(model: nn.Module, sums: Mapping[str, _Sums], generator: torch.Gen
 def _frozen_parameters(model: nn.Module) -> Iterator[None]:
     """Gradients to activations only: the backward pass then costs no more than the forward pass."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        model.eval()
         yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
 
 
 def _backward_random_combination(outputs: object, generator: torch.Generator) -> None:

@@ -4,19 +4,19 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batude_fx import allocation
+from batude_fx.borrowing import borrowed
 from batude_fx.budget import Budget
 from batude_fx.calibration import (
     Images,
     Inputs,
-    SiteStatistics,
+    Keeper,
     image_batches,
     mixed,
     normalized_by,
@@ -27,12 +27,12 @@ from batude_fx.discovery import discover
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.handlers import canonical_bias, canonical_weight
+from batude_fx.matching import match_moments_
 from batude_fx.modules import TuckerModule, tucker_conv
 from batude_fx.progress import track
 from batude_fx.sites import ConvSite, Ranks
-from batude_fx.spectra import Spectrum, metric_spectrum, weight_spectrum
+from batude_fx.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
 from batude_fx.surgery import replace
-from batude_fx.tucker import Factors
 from batude_fx.zoo import example_inputs as default_inputs
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -48,18 +48,16 @@ class _Candidate:
     Attributes:
         options: The ranks it may get.
         spectrum: Its factors at all of them.
-        mean_input: Of the calibration images, or None without calibration.
     """
 
     options: allocation.Options
     spectrum: Spectrum
-    mean_input: Tensor | None
 
-    def replacement(self, layer: nn.Module, ranks: Ranks) -> TuckerModule:
-        factors = replaced(self.spectrum.factors(canonical_weight(layer), ranks), bias=canonical_bias(layer))
-        if self.mean_input is None:
-            return tucker_conv(layer, ranks, factors)
-        return _with_mean_output(layer, ranks, factors, self.mean_input)
+    def replacement(self, layer: nn.Module, ranks: Ranks, *, with_bias: bool) -> TuckerModule:
+        weight, bias = canonical_weight(layer), canonical_bias(layer)
+        if bias is None and with_bias:
+            bias = weight.new_zeros(weight.shape[:2].numel())
+        return tucker_conv(layer, ranks, replaced(self.spectrum.factors(weight, ranks), bias=bias))
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class Plan:
     calibration: str
     round_to: int
     _candidates: Mapping[str, _Candidate] = field(repr=False, compare=False)
+    _images: Inputs | None = field(repr=False, compare=False)
 
     def apply(self, model: ModelT) -> ModelT:
         """The compressed copy of the model that this plan was made for.
@@ -103,9 +102,17 @@ class Plan:
         modules = dict(model.named_modules())
         if missing := [name for name in self.ranks if name not in modules]:
             raise SelectionError(f"{type(model).__name__} has no site {missing[0]!r}; apply the plan to its own model.")
-        return replace(
-            model, {name: self._candidates[name].replacement(modules[name], r) for name, r in self.ranks.items()}
-        )
+        matched = self._images is not None
+        modules = {n: self._candidates[n].replacement(modules[n], r, with_bias=matched) for n, r in self.ranks.items()}
+        if self._images is not None:
+            self._match_moments(model, modules, self._images)
+        return replace(model, modules)
+
+    def _match_moments(self, model: nn.Module, modules: dict[str, TuckerModule], images: Inputs) -> None:
+        if self.calibration == "synthetic":
+            model = normalized_by(model, [images])
+        with borrowed(model):
+            match_moments_(model, replace(model, modules).eval(), modules, images)
 
     def at(self, budget: Budget | float | str) -> "Plan":
         """The plan for another budget, from the same measurements: no image is looked at again.
@@ -174,7 +181,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     options = _options(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
     dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
     _limits(options.values(), budget, dense, round_to)  # a budget out of reach is said before any image is looked at
-    measured = _measure(model, list(eligible.values()), calibration, inputs)
+    measured, images = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = {name: _candidate(model, site, options[name], measured.get(name)) for name, site in eligible.items()}
     picked, losses, flops, params = _allocate(candidates, budget, dense, round_to)
     return Plan(
@@ -190,6 +197,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         calibration=_label(calibration),
         round_to=round_to,
         _candidates=candidates,
+        _images=images,
     )
 
 
@@ -235,28 +243,32 @@ def _label(calibration: Calibration) -> str:
 
 def _measure(
     model: nn.Module, sites: Sequence[ConvSite], calibration: Calibration, inputs: Inputs
-) -> dict[str, SiteStatistics]:
-    if calibration is None or not sites:
-        return {}
+) -> tuple[dict[str, Metric], Inputs | None]:
+    """The metric of every site, and images for the compressed network to be matched on."""
     if isinstance(calibration, str) and calibration != "synthetic":
         raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
-    own = None
-    if not isinstance(calibration, str):
-        own = statistics(model, sites, track(image_batches(calibration, inputs), "calibrating"))
-    batches = synthetic_batches(model, inputs)
-    synthetic = statistics(normalized_by(model, batches), sites, track(batches, "calibrating, synthetic images"))
-    return synthetic if own is None else mixed(own, synthetic)
+    if calibration is None or not sites:
+        return {}, None
+    procedural = Keeper(synthetic_batches(model, inputs))
+    if isinstance(calibration, str):
+        return _synthetic_metrics(model, sites, procedural), procedural.joined()
+    own = Keeper(track(image_batches(calibration, inputs), "calibrating"))
+    metrics = statistics(model, sites, own)
+    return mixed(metrics, _synthetic_metrics(model, sites, procedural)), own.joined()
 
 
-def _candidate(
-    model: nn.Module, site: ConvSite, options: allocation.Options, measured: SiteStatistics | None
-) -> _Candidate:
+def _synthetic_metrics(model: nn.Module, sites: Sequence[ConvSite], procedural: Keeper) -> dict[str, Metric]:
+    batches = list(procedural)
+    return statistics(normalized_by(model, batches), sites, track(batches, "calibrating, synthetic images"))
+
+
+def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, measured: Metric | None) -> _Candidate:
     weight = canonical_weight(model.get_submodule(site.name))
     if measured is None:
         spectrum = weight_spectrum(weight, pointwise=site.is_pointwise)
     else:
-        spectrum = metric_spectrum(weight, measured.metric, pointwise=site.is_pointwise)
-    return _Candidate(options.judged(spectrum.loss()), spectrum, None if measured is None else measured.mean_input)
+        spectrum = metric_spectrum(weight, measured, pointwise=site.is_pointwise)
+    return _Candidate(options.judged(spectrum.loss()), spectrum)
 
 
 def _options(
@@ -311,15 +323,3 @@ def _allocate(
             rank_out, rank_in = option.ranks[row].tolist()
             ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
     return ranks, losses, int(total[0]), int(total[1])
-
-
-def _with_mean_output(layer: nn.Module, ranks: Ranks, factors: Factors, mean_input: Tensor) -> TuckerModule:
-    """The Tucker form of a layer, with a bias that restores the layer's mean output over the calibration images."""
-    weight = cast("Tensor", layer.weight)
-    channels = canonical_weight(layer).shape[:2].numel()
-    bias = weight.new_zeros(channels) if factors.bias is None else factors.bias
-    module = tucker_conv(layer, ranks, replaced(factors, bias=bias))
-    with torch.no_grad():
-        missing = (layer(mean_input[None]) - module(mean_input[None])).movedim(1 if module.kernel_size else -1, 0)
-        cast("Tensor", module.bias).add_(missing.flatten(1).mean(1))
-    return module

@@ -43,14 +43,13 @@ def test_statistics_are_the_covariances_of_all_positions() -> None:
     images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
     measured = statistics(net, [_site("0", net[0]), _site("3", net[3])], [(b,) for b in images.split(4)])  # type: ignore[arg-type]
     first = images.movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(measured["0"].metric.covariance_in[0], first.T.cov(correction=0))
-    torch.testing.assert_close(measured["0"].mean_input, images.mean(0))
+    torch.testing.assert_close(measured["0"].covariance_in[0], first.T.cov(correction=0))
     hidden = net[:3](images)
     for group in (0, 1):
         grouped = hidden[:, 3 * group : 3 * group + 3].movedim(1, -1).flatten(0, 2)
-        torch.testing.assert_close(measured["3"].metric.covariance_in[group], grouped.T.cov(correction=0))
+        torch.testing.assert_close(measured["3"].covariance_in[group], grouped.T.cov(correction=0))
     out = net[:4](images).movedim(1, -1).flatten(0, 2)[:, 4:]
-    torch.testing.assert_close(measured["3"].metric.covariance_out[1], out.T.cov(correction=0))
+    torch.testing.assert_close(measured["3"].covariance_out[1], out.T.cov(correction=0))
 
 
 def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
@@ -60,10 +59,10 @@ def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
     # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
     centred = net[6].weight - net[6].weight.mean(0)  # type: ignore[operator]
     expected = (centred.T @ centred / 25).detach()
-    assert measured.metric.sensitivity_out is not None
+    assert measured.sensitivity_out is not None
     for group in (0, 1):
         block = expected[4 * group : 4 * group + 4, 4 * group : 4 * group + 4]
-        torch.testing.assert_close(measured.metric.sensitivity_out[group], block, atol=0.1 * block.max().item(), rtol=0)
+        torch.testing.assert_close(measured.sensitivity_out[group], block, atol=0.1 * block.max().item(), rtol=0)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -95,10 +94,10 @@ def test_mixing_statistics_with_themselves_changes_nothing() -> None:
     net = _net().eval()
     sites = [_site("0", net[0])]  # type: ignore[arg-type]
     measured = statistics(net, sites, [(torch.randn(8, 3, 7, 7),)])
-    both = mixed(measured, measured)["0"].metric
-    torch.testing.assert_close(both.covariance_in, measured["0"].metric.covariance_in)
+    both = mixed(measured, measured)["0"]
+    torch.testing.assert_close(both.covariance_in, measured["0"].covariance_in)
     assert both.sensitivity_out is not None
-    torch.testing.assert_close(both.sensitivity_out, measured["0"].metric.sensitivity_out)
+    torch.testing.assert_close(both.sensitivity_out, measured["0"].sensitivity_out)
 
 
 def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:
