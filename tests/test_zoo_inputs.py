@@ -1,0 +1,106 @@
+"""What timm's and torchvision's models take, from what the libraries say of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from batude_fx.errors import DiscoveryError
+from batude_fx.zoo import example_inputs
+
+models = torchvision.models
+
+
+def shapes(inputs: tuple[object, ...]) -> list[tuple[int, ...]]:
+    assert all(isinstance(one, Tensor) for one in inputs)
+    return [tuple(one.shape) for one in inputs if isinstance(one, Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "shape"),
+    [
+        ("resnet18", {}, (1, 3, 224, 224)),
+        ("resnet18", {"in_chans": 1}, (1, 1, 224, 224)),
+        ("resnet18", {"features_only": True, "in_chans": 2}, (1, 2, 224, 224)),
+        ("tresnet_m", {}, (1, 3, 224, 224)),  # its first convolution has 48 input channels, from space to depth
+        ("inception_v3", {}, (1, 3, 299, 299)),
+        ("tf_efficientnet_b1", {}, (1, 3, 240, 240)),
+        ("vit_tiny_patch16_224", {"img_size": (96, 64), "in_chans": 5}, (1, 5, 96, 64)),
+        ("swin_tiny_patch4_window7_224", {"img_size": 112}, (1, 3, 112, 112)),
+        ("mixer_s32_224", {}, (1, 3, 224, 224)),
+    ],
+)
+def test_timm_models(name: str, changes: dict[str, Any], shape: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **changes)
+    assert shapes(example_inputs(model)) == [shape]
+
+
+@pytest.mark.parametrize(
+    ("builder", "changes", "expected"),
+    [
+        (models.resnet18, {}, [(1, 3, 224, 224)]),
+        (models.efficientnet_b1, {}, [(1, 3, 240, 240)]),
+        (models.efficientnet_b3, {}, [(1, 3, 300, 300)]),
+        (models.efficientnet_b3, {"num_classes": 5}, [(1, 3, 224, 224)]),  # one of eight of its file
+        (
+            models.inception_v3,
+            {"init_weights": False, "num_classes": 5},
+            [(1, 3, 299, 299)],
+        ),  # the only one of its file
+        (models.vit_b_32, {}, [(1, 3, 224, 224)]),
+        (models.vit_b_16, {"image_size": 384}, [(1, 3, 384, 384)]),
+        (models.segmentation.lraspp_mobilenet_v3_large, {"weights_backbone": None}, [(1, 3, 224, 224)]),
+        (models.video.r3d_18, {}, [(1, 3, 16, 112, 112)]),
+        (models.video.s3d, {}, [(1, 3, 16, 224, 224)]),
+        (models.optical_flow.raft_small, {}, [(1, 3, 128, 128)] * 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_torchvision_models(
+    builder: Callable[..., nn.Module], changes: dict[str, Any], expected: list[tuple[int, ...]]
+) -> None:
+    with torch.device("meta"):
+        model = builder(**{"weights": None} | changes)
+    assert shapes(example_inputs(model)) == expected
+
+
+def test_detection_takes_a_list_of_images() -> None:
+    with torch.device("meta"):
+        model = models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    (images,) = example_inputs(model)
+    assert isinstance(images, list)
+    assert [tuple(image.shape) for image in images] == [(3, 320, 320)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_inputs_are_seeded_noise_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    model = timm.create_model("test_resnet").to(dtype)
+    state = torch.get_rng_state()
+    (first,), (again,) = example_inputs(model), example_inputs(model)
+    assert isinstance(first, Tensor)
+    assert isinstance(again, Tensor)
+    assert torch.equal(first, again)
+    assert first.dtype == dtype
+    assert abs(first.float().mean()) < 0.05
+    assert abs(first.float().std() - 1) < 0.05
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model(first).dtype == dtype
+
+
+def test_inputs_are_on_the_device_of_the_model() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("test_resnet")
+    (x,) = example_inputs(model)
+    assert isinstance(x, Tensor)
+    assert x.is_meta
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Conv2d(3, 4, 3)), nn.ReLU()])
+def test_other_models_need_their_inputs_given(model: nn.Module) -> None:
+    with pytest.raises(DiscoveryError, match=f"{type(model).__name__} is no timm or torchvision.*Pass example_inputs="):
+        example_inputs(model)
