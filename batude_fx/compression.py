@@ -128,9 +128,9 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as a table."""
-        from batude_fx.report import plan_table
+        from batude_fx.report import as_text, plan_table
 
-        return plan_table(self)
+        return as_text(plan_table(self))
 
 
 def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
