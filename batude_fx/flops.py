@@ -71,7 +71,7 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
         DiscoveryError: torch.jit, which fvcore counts with, cannot trace the model on the example input.
     """
     with borrowed(model), _quiet(), torch.no_grad():
-        from fvcore.nn import FlopCountAnalysis  # half a second of imports that only counting needs
+        from fvcore.nn import FlopCountAnalysis  # imported here, so that `import batude_fx` stays light
 
         analysis = FlopCountAnalysis(model, example_inputs)
         analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
