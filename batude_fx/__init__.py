@@ -21,6 +21,8 @@ from batude_fx.errors import (
     UnsupportedError,
 )
 from batude_fx.handlers import Handler, register
+from batude_fx.plugin import create
+from batude_fx.serialization import load, save
 from batude_fx.sites import ConvSite, Ranks
 
 __version__ = "0.1.0"
@@ -39,7 +41,10 @@ __all__ = [
     "SelectionError",
     "UnsupportedError",
     "compress",
+    "create",
     "discover",
+    "load",
     "plan",
     "register",
+    "save",
 ]
