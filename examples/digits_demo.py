@@ -188,7 +188,7 @@ def show(rows: Mapping[str, Measured]) -> None:
     """Before and after, one network a row."""
     table = Table(title=f"timm's test_resnet on digits, compressed {FACTOR}x, not trained again", box=SIMPLE)
     table.add_column("network", no_wrap=True)
-    for heading in ("accuracy", "flops (fvcore)", "parameters", "bytes on disk", "ms / image"):
+    for heading in ("accuracy", "fvcore flops", "parameters", "disk bytes", "ms/image"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
@@ -207,7 +207,10 @@ def check_budget(rows: Mapping[str, Measured]) -> bool:
     budget = rows["original"].flops / FACTOR
     most = max(row.flops for name, row in rows.items() if name != "original")
     verdict = "within the budget" if most <= budget else "OVER THE BUDGET"
-    CONSOLE.print(f"Budget {budget:,.0f} flops; the largest of the three has {most:,}, {most / budget:.2%}: {verdict}.")
+    CONSOLE.print(
+        f"Budget {budget:,.0f} flops; the largest of the three has {most:,}, {most / budget:.2%}: {verdict}.",
+        soft_wrap=True,
+    )
     return most <= budget
 
 
@@ -216,7 +219,10 @@ def check_loaded(network: nn.Module, folder: Path, images: Tensor) -> bool:
     """Whether the saved folder gives the network back, to the last bit of its outputs."""
     same = torch.equal(batude_fx.load(folder)(images), network(images))
     verdict = "bit-equal" if same else "NOT EQUAL"
-    CONSOLE.print(f"{folder} loaded back; its outputs on {len(images)} test images and the saved network's: {verdict}.")
+    CONSOLE.print(
+        f"{folder} loaded back; its outputs on {len(images)} test images and the saved network's: {verdict}.",
+        soft_wrap=True,
+    )
     return same
 
 
