@@ -1,0 +1,254 @@
+"""Wall time and memory of `compress`, one table: measured, limit, ok or missed.
+
+Run `make bench`, or `python benchmarks/compress_time.py [--quick]`; about ten minutes on 2 idle cores, `--quick` one.
+What is compared runs in one process and takes turns, on the threads that torch uses by itself; medians, and the
+slowest and fastest turn beside them. Exit code 1 when a limit is missed.
+
+The weights are random: neither side does more or less work for trained ones. The images are procedural. Torch-Pruning's
+one-shot pruner is run as its documentation does, dependency graph and importance included. It changes its argument, so
+it gets a copy of the model inside the measured time; `compress` copies by itself.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch_pruning
+import torchvision
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import batude_fx
+from batude_fx.synthetic import dead_leaves
+
+KEEP = 0.5
+PRUNING_RATIO = 0.3  # found beforehand: leaves 0.497 of ResNet-18's flops
+IMAGES = 256
+BATCH = 8  # of the plain forward passes; compress looks at the images in batches of this size too
+GIB = 2**30
+
+CONSOLE = Console(width=120)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        what: What was measured.
+        measured: A ratio, seconds or bytes; lower is better.
+        limit: In the same unit.
+        unit: "x", "s" or "GiB".
+        detail: What the figure was computed from.
+    """
+
+    what: str
+    measured: float
+    limit: float
+    unit: str
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the limit is met."""
+        return self.measured <= self.limit
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory of a fresh process, in bytes.
+
+    Attributes:
+        model: Parameters and buffers.
+        before: Resident set with the libraries, the model and the images, just before `compress`.
+        highest: Its largest value until `compress` returned.
+    """
+
+    model: int
+    before: int
+    highest: int
+
+
+def main(*, quick: bool) -> int:
+    """Measure, print the table."""
+    CONSOLE.print(environment())
+    rows = weights_only()
+    if not quick:
+        rows += [default_call(), calibrated(), memory()]
+    CONSOLE.print(table(rows))
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def environment() -> str:
+    """Machine, date and versions."""
+    packages = ("torch", "torchvision", "torch-pruning", "fvcore")
+    libraries = ", ".join(f"{name} {version(name)}" for name in packages)
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {processor()}, {cores} cores, {torch.get_num_threads()} threads, "
+        f"load {load:.1f} before\nPython {platform.python_version()}, batude_fx {batude_fx.__version__}, {libraries}"
+    )
+
+
+def processor() -> str:
+    """Name of the processor, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def weights_only() -> list[Row]:
+    """The call without images, against Torch-Pruning and against itself on a larger network."""
+    resnet18, resnet50 = torchvision.models.resnet18().eval(), torchvision.models.resnet50().eval()
+    walls = alternating(
+        {
+            "compress": lambda: batude_fx.compress(resnet18, KEEP, calibration=None),
+            "Torch-Pruning": lambda: prune(resnet18),
+            "ResNet-50": lambda: batude_fx.compress(resnet50, KEEP, calibration=None),
+        },
+        rounds=9,
+        warm_up=2,
+    )
+    own, other, large = walls["compress"], walls["Torch-Pruning"], walls["ResNet-50"]
+    return [
+        Row(
+            "ResNet-18, weights only / Torch-Pruning",
+            median(own) / median(other),
+            1.0,
+            "x",
+            f"{spread(own)} / {spread(other)}",
+        ),
+        Row(
+            "ResNet-50 / ResNet-18, weights only",
+            median(large) / median(own),
+            4.0,
+            "x",
+            f"{spread(large)} / {spread(own)}",
+        ),
+    ]
+
+
+def prune(model: nn.Module) -> nn.Module:
+    """Torch-Pruning's one-shot pruner on a copy of the model, to half of its flops."""
+    pruned = copy.deepcopy(model)
+    pruner = torch_pruning.pruner.BasePruner(  # its MagnitudePruner and MetaPruner are names of this class
+        pruned,
+        torch.randn(1, 3, 224, 224),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=PRUNING_RATIO,
+        ignored_layers=[pruned.fc],
+    )
+    pruner.step()
+    return pruned
+
+
+def default_call() -> Row:
+    """The one-line call, images generated on the spot."""
+    model = torchvision.models.resnet50().eval()
+    walls = alternating({"default": lambda: batude_fx.compress(model, KEEP)}, rounds=3)["default"]
+    return Row("ResNet-50, default call", median(walls), 60.0, "s", spread(walls))
+
+
+def calibrated() -> Row:
+    """The call with images, against what merely running the network on them takes."""
+    model, images = torchvision.models.resnet50().eval(), calibration_images()
+    walls = alternating(
+        {
+            "compress": lambda: batude_fx.compress(model, KEEP, calibration=images),
+            "forward": lambda: forward(model, images),
+        },
+        rounds=3,
+    )
+    own, plain = walls["compress"], walls["forward"]
+    detail = f"{spread(own)} / {spread(plain)}"
+    return Row(f"ResNet-50, {IMAGES} images / plain forward passes", median(own) / median(plain), 6.0, "x", detail)
+
+
+@torch.no_grad()
+def forward(model: nn.Module, images: Tensor) -> None:
+    """Run the network on the images, nothing else."""
+    for batch in images.split(BATCH):  # type: ignore[no-untyped-call]
+        model(batch)
+
+
+def calibration_images() -> Tensor:
+    """Procedural images (256, 3, 224, 224), normalized roughly as photographs are."""
+    return (dead_leaves(IMAGES, (224, 224), seed=1) - 0.45) / 0.225
+
+
+def memory() -> Row:
+    """What a calibrated call adds to a process that holds the model and the images already."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        peak = fresh.submit(peak_of_calibrated).result()
+    limit = 2 * peak.model + GIB
+    detail = f"model {peak.model / GIB:.3f} GiB, {peak.before / GIB:.2f} GiB before, {peak.highest / GIB:.2f} GiB peak"
+    return Row(
+        f"ResNet-50, {IMAGES} images, added memory", (peak.highest - peak.before) / GIB, limit / GIB, "GiB", detail
+    )
+
+
+def peak_of_calibrated() -> Peak:
+    """Run a calibrated call and watch this process."""
+    model, images = torchvision.models.resnet50().eval(), calibration_images()
+    # A small call first: what libraries load at their first use is not what a model needs.
+    batude_fx.compress(nn.Sequential(nn.Conv2d(3, 16, 3)), KEEP, calibration=images[:8], example_inputs=images[:1])
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    batude_fx.compress(model, KEEP, calibration=images)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return Peak(size, before, resident("VmHWM"))
+
+
+def resident(name: str) -> int:
+    """Bytes of memory of this process. `getrusage` would carry the parent's peak over."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def alternating(calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 0) -> dict[str, list[float]]:
+    """Wall seconds of calls that take turns, so that a busy moment of the machine hits all of them."""
+    walls: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in track(range(rounds + warm_up), ", ".join(calls), console=CONSOLE, transient=True):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                walls[name].append(time.perf_counter() - start)
+    return walls
+
+
+def spread(walls: list[float]) -> str:
+    """Median, fastest and slowest."""
+    return f"{median(walls):.3g} s ({min(walls):.3g} to {max(walls):.3g})"
+
+
+def table(rows: list[Row]) -> Table:
+    """Every line with its limit and verdict."""
+    shown = Table("what", "measured", "limit", "", "median seconds (fastest to slowest), or memory")
+    for row in rows:
+        verdict = "[green]ok" if row.ok else "[red]missed"
+        shown.add_row(row.what, f"{row.measured:.2f} {row.unit}", f"{row.limit:.2f} {row.unit}", verdict, row.detail)
+    return shown
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch.jit's age, which fvcore's import recalls
+    parser = argparse.ArgumentParser(description="Wall time and memory of compress.")
+    parser.add_argument("--quick", action="store_true", help="only the two lines without images")
+    sys.exit(main(quick=parser.parse_args().quick))
