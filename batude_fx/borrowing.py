@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -11,7 +13,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode; at the end its modules have the attributes, hooks and `training` flags of before.
 
     Models keep things for later in attributes: a proxy while they are traced, a cache when they run. These are undone,
-    and so are hooks that a failing tool leaves behind. Values written into a tensor are not.
+    and so are hooks that a failing tool leaves behind. Buffers get back their values; parameters that are written to,
+    and lists that grow, stay as they are then.
 
     Args:
         model: Any module.
@@ -19,6 +22,11 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     # Parameters, buffers, children and hooks live in dicts that are attributes.
     attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
     contents = [(item, item.copy()) for _, before in attributes for item in before.values() if isinstance(item, dict)]
+    buffers = [
+        (buffer, buffer._version, buffer.clone())  # noqa: SLF001 - the only sign of a write that costs no comparison
+        for buffer in model.buffers()
+        if not is_lazy(buffer) and not buffer.is_inference()
+    ]
     try:
         model.eval()
         yield
@@ -26,3 +34,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         for current, before in (*attributes, *contents):
             current.clear()
             current.update(before)
+        with torch.no_grad():
+            for buffer, version, values in buffers:
+                # A copy into an untouched buffer would break a backward pass that has saved it.
+                if buffer._version != version:  # noqa: SLF001
+                    buffer.copy_(values)

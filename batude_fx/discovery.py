@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any, cast
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # type: ignore[attr-defined]
@@ -66,7 +65,7 @@ def discover(
         found = _find(model, _LAYERS[layers])
         if not found and example_inputs is None:
             raise _nothing_found(model, layers)
-        listener = listen(model, found, example_inputs or default_inputs(model))
+        listener = listen(model, found, default_inputs(model) if example_inputs is None else example_inputs)
     sites = [*(_site(layer, listener) for layer in found), *listener.functional_sites()]
     if not sites:
         raise _nothing_found(model, layers)
@@ -176,7 +175,8 @@ def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:
         return f"depthwise (groups={site.groups})"
     if min(site.group_in_channels, site.group_out_channels) == 1 and site.is_pointwise:
         return f"rank 1 already ({site.in_channels} to {site.out_channels} channels)"
-    if isinstance(getattr(layer, "padding", None), str) and prod(site.kernel_size) > 1:
+    # Other padding modes pad beforehand, and fvcore sees a convolution with padding 0.
+    if isinstance(getattr(layer, "padding", None), str) and getattr(layer, "padding_mode", "") == "zeros":
         return f'fvcore counts no flops for padding="{layer.padding}", so no budget could be checked'
     return None
 

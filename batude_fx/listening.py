@@ -77,19 +77,20 @@ class Listener:
         conv = isinstance(one.layer, _ConvNd)
         spatial = len(cast("nn.Conv2d", one.layer).kernel_size) if conv else None
 
-        def leave(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
+        def leave(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             self.depth -= 1
-            self._count(one.names[0], tree_leaves((args, kwargs))[0], output, spatial)
+            # Subclasses may take and return more than one tensor.
+            self._count(one.names[0], _tensors((args, kwargs))[0], _tensors(output)[0], spatial)
 
         return leave
 
     def heard(self, function: object, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:
         """A torch function was called, outside of all found layers."""
-        if isinstance(result, Tensor):  # shapes, dtypes and devices may be asked for
-            used = (self._weights.get(id(arg)) for arg in tree_leaves((args, kwargs)))
+        if _tensors(result):  # shapes, dtypes and devices may be asked for
+            used = (self._weights.get(id(arg)) for arg in _tensors((args, kwargs)))
             self.used_directly.update(name for name in used if name is not None)
-            if function in _FUNCTIONS:
-                self._hear_convolution(cast("Callable[..., Tensor]", function), args, kwargs, result)
+        if function in _FUNCTIONS:
+            self._hear_convolution(cast("Callable[..., Tensor]", function), args, kwargs, cast("Tensor", result))
 
     def functional_sites(self) -> list[ConvSite]:
         """The convolutions that were called as functions, each with its calls."""
@@ -152,6 +153,10 @@ class _Overhear(TorchFunctionMode):
         return result
 
 
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def with_calls(site: ConvSite, calls: Calls) -> ConvSite:
     """The site with what a run does to it."""
     return replace(site, positions_in=calls.positions_in, positions_out=calls.positions_out, calls=calls.calls)
@@ -177,7 +182,7 @@ def listen(model: nn.Module, found: list[Found], inputs: tuple[object, ...]) -> 
         with torch.no_grad(), _Overhear(listener):
             model(*inputs)
     except Exception as error:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _tensors(inputs))
         raise DiscoveryError(
             f"{type(model).__name__} does not run on the example input of shape {shapes}: "
             f"{type(error).__name__}: {error}. Pass example_inputs= with what its forward takes."

@@ -1,14 +1,14 @@
 """Discovery: toy networks that carry their expected sites, every reason to stay dense, and models of the zoo."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from timm.layers import register_notrace_module  # type: ignore[attr-defined]
+from timm.layers import register_notrace_module
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils import parametrizations
@@ -167,7 +167,7 @@ class Untraceable(Toy):
         self.layers = nn.ModuleList([conv(), Branches(conv()), nn.Sequential(conv(), Untraced())])
 
     def forward(self, x: Tensor) -> Tensor:
-        return Branches.forward(self, x)  # type: ignore[arg-type]
+        return Branches.forward(self, x)
 
 
 class Functional(Toy):
@@ -207,6 +207,7 @@ class WeightsElsewhere(Toy):
     sites = (
         site("asked"),
         site("used", skip_reason="its weight is also used directly, outside the layer"),
+        site("split", skip_reason="its weight is also used directly, outside the layer"),
         site("twin", skip_reason="weight shared with 'twin_too'"),
         site("twin_too", skip_reason="weight shared with 'twin'"),
         site("tied", skip_reason="weight shared with 'owner'"),
@@ -214,19 +215,20 @@ class WeightsElsewhere(Toy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked, self.used, self.twin, self.twin_too, self.tied = conv(), conv(), conv(), conv(), conv()
+        self.asked, self.used, self.split, self.twin, self.twin_too, self.tied = (conv() for _ in range(6))
         self.twin_too.weight = self.twin.weight
         self.owner = nn.ParameterList([self.tied.weight])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.asked(x.to(self.asked.weight.dtype)) * self.asked.weight.shape[0]
         x = self.used(x) + self.used.weight.mean()
+        x = self.split(x) + self.split.weight.chunk(2)[0].mean()
         y: Tensor = self.tied(self.twin_too(self.twin(x)))
         return y
 
 
 class Reasons(Toy):
-    """Shapes and settings that stay dense; 'same' padding of a 1x1 kernel pads nothing."""
+    """Shapes and settings that stay dense; fvcore counts circular 'same' padding, as torch pads beforehand."""
 
     sites = (
         site("0", groups=4, skip_reason="depthwise (groups=4)"),
@@ -235,12 +237,14 @@ class Reasons(Toy):
              skip_reason="rank 1 already (8 to 1 channels)"),
         site("3", in_channels=1),
         site("4", skip_reason='fvcore counts no flops for padding="same", so no budget could be checked'),
-        site("5", kernel_size=(1, 1)),
+        site("5", kernel_size=(1, 1),
+             skip_reason='fvcore counts no flops for padding="valid", so no budget could be checked'),
         site("6", kind="ParametrizedConv2d",
              skip_reason="parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"),
         site("7", kind="ParametrizedConv2d",
              skip_reason="parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"),
-        site("8", skip_reason="has forward hooks; remove them to replace it"),
+        site("8"),
+        site("9", skip_reason="has forward hooks; remove them to replace it"),
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -248,8 +252,9 @@ class Reasons(Toy):
         layers = (
             conv(groups=4), conv(out_channels=8, groups=4),
             conv(in_channels=8, out_channels=1, kernel_size=1, padding=0), conv(in_channels=1),
-            conv(padding="same"), conv(kernel_size=1, padding="same"),
-            parametrizations.weight_norm(conv()), parametrizations.spectral_norm(conv()), conv(),
+            conv(padding="same"), conv(kernel_size=1, padding="valid"),
+            parametrizations.weight_norm(conv()), parametrizations.spectral_norm(conv()),
+            conv(padding="same", padding_mode="circular"), conv(),
         )  # fmt: skip
         layers[-1].register_forward_hook(lambda *_: None)
         for number, layer in enumerate(layers):
@@ -259,6 +264,29 @@ class Reasons(Toy):
         for layer in self.children():
             x = layer(x)
         return x
+
+
+class Masked(Toy):
+    """A layer that takes and returns more than one tensor, as partial convolutions do."""
+
+    class Partial(nn.Conv2d):  # noqa: D106 - the class around it says what it is for
+        def forward(self, pair: dict[str, Tensor | None]) -> tuple[None, Tensor]:  # type: ignore[override]
+            return None, super().forward(cast("Tensor", pair["image"]))
+
+    sites = (
+        site("partial", kind="Partial",
+             skip_reason="no handler for class Partial; register one with batude_fx.register"),
+        site("last"),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.partial, self.last = self.Partial(4, 4, 3, padding=1), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, x = self.partial({"mask": None, "image": x})
+        last: Tensor = self.last(x)
+        return last
 
 
 class Unbatched(Toy):
@@ -276,7 +304,7 @@ class Unbatched(Toy):
         return y
 
 
-TOYS = (Plain, Shared, Order, Leaves, Untraceable, Functional, WeightsElsewhere, Reasons, Unbatched)
+TOYS = (Plain, Shared, Order, Leaves, Untraceable, Functional, WeightsElsewhere, Reasons, Masked, Unbatched)
 
 
 @pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.__name__)
@@ -341,7 +369,7 @@ def test_globs_select_by_every_name(include: str, exclude: str, reasons: list[st
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_glob_that_matches_nothing_is_an_error_with_suggestions(argument: str) -> None:
     with pytest.raises(SelectionError, match=r"'layer1\.O' matches none of the 4 sites.*layer1\.0"):
-        discover(Selectable(), Toy.inputs, **{argument: ("stem", "layer1.O")})  # type: ignore[arg-type]
+        discover(Selectable(), Toy.inputs, **{argument: ("stem", "layer1.O")})
 
 
 def test_unknown_layers_are_an_error() -> None:
@@ -382,8 +410,7 @@ class Keeper(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = self.cache["x"] = x
-        if self.training:
-            self.steps.add_(1)
+        self.steps.add_(1)
         y: Tensor = self.norm(self.conv(x))
         return y
 
