@@ -3,22 +3,29 @@
 After `import batude_fx`, `timm.create_model("local-dir:out", pretrained=True)` gives the network that `save` wrote to
 `out`, and so does `"hf-hub:user/name"` for a folder that was pushed to a hub;
 `torchvision.models.get_model("batude_fx", folder="out")` is torchvision's way to say the same.
+
+Of timm's options, `num_classes=` gives a new classifier, `in_chans=` an adapted stem unless the stem itself is in
+Tucker form, and `features_only=True` the features of models that have `forward_intermediates`, as most of timm's do.
 """
 
 import difflib
 import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
-from timm.models import PretrainedCfg, load_pretrained, register_model
-from torch import nn
+from pydantic import ValidationError
+from timm.models import PretrainedCfg, load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
+from timm.models._hub import load_state_dict_from_hf
+from torch import Tensor, nn
 from torchvision import models
 from torchvision.models._api import register_model as register_torchvision_model
 
 from batude_fx import serialization
 from batude_fx.errors import BatudeError, SavedModelError
+from batude_fx.origin import ENTRYPOINT
+from batude_fx.saved_config import WEIGHTS, SavedArchitecture, first_problem, read_config
 
 
 def batude_fx(
@@ -29,49 +36,109 @@ def batude_fx(
     """The entrypoint that timm calls for a saved folder; its arguments come from the folder's `config.json`.
 
     Raises:
-        SavedModelError: When it is called without a saved folder, or the config does not describe a network.
+        SavedModelError: When it is called without a saved folder, or the folder is broken, foreign or unsafe.
     """
-    own = {key: kwargs.pop(key) for key in serialization.SavedArchitecture.model_fields if key in kwargs}
-    for unused in ("pretrained_model_args", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(unused, None)
-    if "ranks" not in own or pretrained_cfg is None:
-        raise SavedModelError('batude_fx is the architecture of saved folders: timm.create_model("local-dir:FOLDER").')
-    saved = serialization.SavedArchitecture.model_validate(own)
-    model: Any = saved.build(**kwargs)
-    model.pretrained_cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else asdict(pretrained_cfg)
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    cache_dir = kwargs.pop("cache_dir", None)
+    placement = {key: kwargs.pop(key) for key in ("device", "dtype") if key in kwargs}
+    features = {key: kwargs.pop(key) for key in ("features_only", "out_indices", "feature_cls") if key in kwargs}
+    kwargs.pop("pretrained_model_args", None)
+    own = {key: kwargs.pop(key) for key in SavedArchitecture.model_fields if key in kwargs}
+    config: dict[str, Any] = resolve_pretrained_cfg(ENTRYPOINT, cast("Any", pretrained_cfg), overlay).to_dict()  # type: ignore[no-untyped-call]
+    saved = _saved(own, config)
+    model = saved.build(**kwargs)
+    if channels := saved.args.get("in_chans"):
+        config["input_size"] = (channels, *config["input_size"][1:])
+    vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
     if pretrained:
-        load_pretrained(model, model.pretrained_cfg, num_classes=getattr(model, "num_classes", 1000))
-    return model  # type: ignore[no-any-return]
+        _load(model, _state(config, cache_dir), config, adapted=bool(kwargs))
+    if features.pop("features_only", False):
+        model = _features(model, **features)
+    return model.to(**placement) if placement else model
 
 
 register_model(batude_fx)
 
 
-@register_torchvision_model("batude_fx")  # type: ignore[untyped-decorator]
+@register_torchvision_model(ENTRYPOINT)  # type: ignore[untyped-decorator]
 def _torchvision_entrypoint(*, folder: str | os.PathLike[str], weights: None = None) -> nn.Module:  # noqa: ARG001
     return serialization.load(folder)
 
 
-def create(name: str, *, pretrained: bool = False) -> nn.Module:
+def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  # noqa: ANN401 - the factory's own
     """A model by its name: a saved folder, a timm model, or a torchvision model, looked up in this order.
 
     Args:
-        name: A path to a saved folder, "resnet50", "timm/resnet50" or "torchvision/resnet50".
+        name: A path to a saved folder, "resnet50", "timm:resnet50" or "torchvision:resnet50".
         pretrained: Fetch trained weights, as timm and torchvision do.
+        **args: Arguments of the model, such as `num_classes=10`; not for folders.
 
     Raises:
         BatudeError: When nothing has this name, with close ones.
         SavedModelError: When it is a folder that cannot be read.
     """
-    library, _, rest = name.rpartition("/")
+    library, _, base = name.rpartition(":")
     if Path(name).is_dir():
         return serialization.load(name)
-    if library in {"", "timm"} and timm.is_model(rest.partition(".")[0]):
-        return timm.create_model(rest, pretrained=pretrained)
-    if library in {"", "torchvision"} and rest in models.list_models():
-        return models.get_model(rest, weights="DEFAULT" if pretrained else None)  # type: ignore[no-any-return]
-    close = difflib.get_close_matches(rest, [*timm.list_models(), *models.list_models()], n=3)
+    if library in {"", "timm"} and timm.is_model(base.partition(".")[0]) and base != ENTRYPOINT:
+        return timm.create_model(base, pretrained=pretrained, **args)
+    if library in {"", "torchvision"} and base in models.list_models() and base != ENTRYPOINT:
+        return models.get_model(base, weights="DEFAULT" if pretrained else None, **args)  # type: ignore[no-any-return]
+    known = [*timm.list_models(), *models.list_models(), *timm.list_pretrained()]
+    close = list(dict.fromkeys(difflib.get_close_matches(base, known, n=5)))
     raise BatudeError(
         f"{name!r} is no saved folder, no timm model and no torchvision model. "
-        + (f"Close names: {', '.join(close)}." if close else "timm.list_models() lists them.")
+        + (f"Close names: {', '.join(close[:3])}." if close else "timm.list_models() lists them.")
     )
+
+
+def _saved(own: dict[str, Any], config: dict[str, Any]) -> SavedArchitecture:
+    if "ranks" not in own:
+        raise SavedModelError('batude_fx is the architecture of saved folders: timm.create_model("local-dir:FOLDER").')
+    if config.get("source") == "local-dir":
+        return read_config(Path(config["file"])).model_args  # checks more than timm does
+    try:
+        return SavedArchitecture.model_validate(own)
+    except ValidationError as error:
+        raise SavedModelError(f"not a config of batude_fx: {first_problem(error)}") from error
+
+
+def _state(config: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> dict[str, Tensor]:
+    """The weights. timm would take any file that it finds, pickled ones included."""
+    if config.get("source") == "local-dir":
+        return serialization.read_weights(Path(config["file"]) / WEIGHTS)
+    if config.get("source") == "hf-hub":
+        return dict(load_state_dict_from_hf(config["hf_hub_id"], WEIGHTS, cache_dir=cast("Any", cache_dir)))
+    raise SavedModelError("no weights are known for this config; use pretrained=False, or batude_fx.load(folder).")
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], config: dict[str, Any], *, adapted: bool) -> None:
+    if not adapted:
+        serialization.load_weights_(model, state)
+        return
+    given = {**config, "state_dict": state, "source": None, "file": None, "hf_hub_id": None, "url": None}
+    classes: Any = getattr(model, "num_classes", None)
+    if classes is None:  # torchvision's models do not say
+        classes = model.get_submodule(config["classifier"]).out_features if config.get("classifier") else 1000
+    try:
+        load_pretrained(model, given, num_classes=int(classes), in_chans=getattr(model, "in_chans", 3))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise SavedModelError(f"the saved weights do not fit the arguments given to create_model: {reason}") from error
+
+
+def _features(
+    model: nn.Module, out_indices: tuple[int, ...] | list[int] | int | None = None, feature_cls: object = "getter"
+) -> nn.Module:
+    if feature_cls != "getter" or not hasattr(model, "forward_intermediates"):
+        raise SavedModelError(
+            f"features_only needs a model with forward_intermediates and feature_cls='getter', not "
+            f"{type(model).__name__} with {feature_cls!r}; "
+            "torchvision.models.feature_extraction.create_feature_extractor(model, ...) serves all others."
+        )
+    if out_indices is None:
+        out_indices = tuple(range(len(cast("Any", model.feature_info))))
+    config = model.pretrained_cfg
+    model = FeatureGetterNet(model, out_indices=cast("Any", out_indices))
+    vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
+    return model

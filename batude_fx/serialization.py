@@ -1,100 +1,32 @@
 """A compressed network as a folder: `model.safetensors` and `config.json`, in the layout of timm's model folders.
 
-The config names an architecture of timm or torchvision and the ranks of the replaced sites, and nothing that could be
-executed or that leads out of the folder: names are looked up in the registries, arguments come from a short list, and
-the weights always lie in `model.safetensors`. `save` proves that the folder gives the network back before it says so.
+`save` proves that the folder gives the network back, to the bit, before it says so. Nothing in a folder is executed.
 """
 
-import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from batude_fx.borrowing import borrowed
-from batude_fx.errors import BatudeError, SavedModelError
+from batude_fx.errors import DiscoveryError, SavedModelError
 from batude_fx.modules import TuckerModule
-from batude_fx.sites import Ranks
-from batude_fx.surgery import build_skeleton
+from batude_fx.origin import Origin, origins
+from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture, SavedConfig, read_config
 from batude_fx.zoo import example_inputs
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_LARGEST_CONFIG = 2**24  # bytes
-_Argument = Literal[
-    "num_classes", "in_chans", "global_pool", "img_size", "output_stride", "drop_rate", "drop_path_rate"
-]
-
-
-class SavedArchitecture(BaseModel):
-    """What rebuilds the network: a registered architecture, and its sites in Tucker form.
-
-    Attributes:
-        library: Where the dense architecture is registered; None where only the caller can build it.
-        base: Its name there.
-        args: Its arguments.
-        ranks: Site name to rank_out and rank_in, per group.
-        biased: Sites with a bias that the dense layer lacks.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    library: Literal["timm", "torchvision"] | None
-    base: str | None = Field(pattern=r"^[A-Za-z0-9_]+$")
-    args: dict[_Argument, int | float | str | None] = {}
-    ranks: dict[str, tuple[int, int]]
-    biased: tuple[str, ...] = ()
-
-    def build(self, **overrides: Any) -> nn.Module:  # noqa: ANN401 - timm passes what its caller wrote
-        """The network with uninitialised Tucker modules and fresh weights elsewhere.
-
-        Raises:
-            SavedModelError: When the architecture is not registered here, or does not have these sites.
-        """
-        args: dict[str, Any] = {**{str(key): value for key, value in self.args.items()}, **overrides}
-        return self.skeleton(_build_base(self.library, self.base, args))
-
-    def skeleton(self, model: nn.Module) -> nn.Module:
-        """A dense model with the sites in Tucker form.
-
-        Raises:
-            SavedModelError: When the model does not have these sites.
-        """
-        try:
-            return build_skeleton(model, {name: Ranks(*pair) for name, pair in self.ranks.items()}, self.biased)
-        except BatudeError as error:
-            raise SavedModelError(f"{type(model).__name__} is not the model that was saved: {error}") from error
-
-
-class SavedConfig(BaseModel):
-    """The content of `config.json`; the first four fields are the ones that timm reads.
-
-    Attributes:
-        architecture: The entrypoint that this package registers with timm.
-        model_args: Its arguments.
-        num_classes: Of the classifier, where there is one.
-        pretrained_cfg: timm's: input size, mean, standard deviation, class names.
-        format: Version of this layout.
-        versions: Of the libraries that wrote the folder; for information.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    architecture: Literal["batude_fx"]
-    model_args: SavedArchitecture
-    num_classes: int | None = None
-    pretrained_cfg: dict[str, Any] = {}
-    format: Literal[1]
-    versions: dict[str, str]
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -102,23 +34,27 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: What `compress` returned, trained further or not.
-        folder: Made where it does not exist; files of the same names are replaced, each in one step.
+        folder: Made where it does not exist. Files of the same names are replaced, each in one step, and only when
+            everything is known to be well.
 
     Raises:
-        SavedModelError: When the model has no Tucker module.
+        SavedModelError: When the model has no Tucker module, or the folder cannot be written.
 
     Warns:
         UserWarning: When neither timm nor torchvision can rebuild the model by name (layers were changed by hand, say).
             The folder is complete, and `load(folder, model=fresh)` reads it.
     """
-    if not any(isinstance(module, TuckerModule) for module in model.modules()):
-        raise SavedModelError(f"{type(model).__name__} holds no Tucker module; save what compress returned.")
+    _check_savable(model)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace_file(folder / WEIGHTS, lambda path: save_model(model, str(path), {"format": "pt"}))
-    # Written only now: a config without its weights is never left behind.
-    config = _config(model, folder / WEIGHTS)
-    _replace_file(folder / CONFIG, lambda path: path.write_text(config.model_dump_json(indent=2) + "\n"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The weights are moved first: a config without its weights is never left behind.
+        with _temporary(folder / CONFIG) as text, _temporary(folder / WEIGHTS) as weights:
+            save_model(model, str(weights), {"format": "pt"})
+            config = _config(model, weights)
+            text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {_last_line(error)}") from error
     if config.model_args.library is None:
         warnings.warn(
             f"{type(model).__name__} cannot be rebuilt by name: no timm or torchvision architecture gives the same "
@@ -136,161 +72,199 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
             Left as it is.
 
     Returns:
-        The compressed network in eval mode, on the CPU.
+        The compressed network in eval mode, in the dtypes it was saved in; on the CPU, or where `model` is.
 
     Raises:
         SavedModelError: When the folder is missing, broken, of another format or model, or unsafe.
     """
     folder = Path(folder)
     config = read_config(folder)
-    if model is None and config.model_args.library is None:
-        raise SavedModelError(
-            f"{folder} holds a model that no library rebuilds by name; use load(folder, model=fresh)."
-        )
-    skeleton = config.model_args.build() if model is None else config.model_args.skeleton(model)
-    _load_weights_(skeleton, folder / WEIGHTS)
-    if config.model_args.library == "timm" and model is None:
-        cast("Any", skeleton).pretrained_cfg = {**cast("Any", skeleton).pretrained_cfg, **config.pretrained_cfg}
-    return skeleton.eval()
+    saved = config.model_args
+    network = saved.build() if model is None else saved.skeleton(model)
+    load_weights_(network, read_weights(folder / WEIGHTS))
+    if config.channels_last:
+        _to_channels_last_(network)
+    if saved.library == "timm" and model is None:
+        known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
+        vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**known, **config.metadata}
+    return network.eval()
 
 
-def read_config(folder: Path) -> SavedConfig:
-    """Read and check `config.json`.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
 
     Raises:
-        SavedModelError: When it is missing, no JSON, or not of this format.
+        SavedModelError: When it is missing, truncated, or no safetensors file.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise SavedModelError(f"{folder} is no saved model: it has no {CONFIG}. Give the folder that save wrote.")
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise SavedModelError(f"{path} has {path.stat().st_size} bytes, more than {_LARGEST_CONFIG}; it is no config.")
-    try:
-        return SavedConfig.model_validate(json.loads(path.read_text()))
-    except (ValueError, RecursionError) as error:
-        raise SavedModelError(f"{path} is not a config of batude_fx: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
-    return f"{error}."
-
-
-def _build_base(library: str | None, base: str | None, args: dict[str, Any]) -> nn.Module:
-    """A fresh model of a registered architecture; only registered names are ever built."""
-    from torchvision import models
-
-    try:
-        if library == "timm" and base and timm.is_model(base) and base != "batude_fx":
-            return timm.create_model(base, pretrained=False, **args)
-        if library == "torchvision" and base in models.list_models() and base != "batude_fx":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet and Inception announce their next default
-                return cast("nn.Module", models.get_model(base, weights=None, **args))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise SavedModelError(f"{library} cannot build {base!r} with {args}: {error}") from error
-    raise SavedModelError(f"{base!r} is no architecture that {library} registers; use load(folder, model=fresh).")
-
-
-def _load_weights_(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise SavedModelError(f"{path} is missing; the folder is incomplete.")
     try:
-        state = load_file(path)
-        _match_dtypes_(model, state)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise SavedModelError(f"{path} does not fit {type(model).__name__}: {str(error).splitlines()[-1]}") from error
-    tied = _names_of_tied(model)
-    missing = [name for name in missing if name not in tied]
-    if missing or unexpected:
-        wrong = missing[0] if missing else unexpected[0]
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SavedModelError(f"{path} is broken: {_last_line(error)}. Save or copy it again.") from error
+
+
+def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load tensors into a model that must have all of them and no others, in their dtypes.
+
+    Raises:
+        SavedModelError: When names or shapes differ, with the first that does.
+    """
+    own = model.state_dict(keep_vars=True)
+    # A tensor with several names is stored under one of them.
+    stored = {id(own[name]) for name in own.keys() & state.keys()}
+    missing = [name for name, value in own.items() if name not in state and id(value) not in stored]
+    unknown = [name for name in state if name not in own]
+    if missing or unknown:
         raise SavedModelError(
-            f"{path} does not fit {type(model).__name__}: {len(missing)} tensors are missing and {len(unexpected)} "
-            f"are unknown, {wrong!r} first."
+            f"the weights are not those of this {type(model).__name__}: {len(missing)} tensors are missing and "
+            f"{len(unknown)} are unknown, {[*missing, *unknown][0]!r} first."
         )
+    for name, value in state.items():
+        if value.shape != own[name].shape or value.is_floating_point() != own[name].is_floating_point():
+            raise SavedModelError(
+                f"the weights are not those of this {type(model).__name__}: {name!r} is {_described(value)} "
+                f"where the model has {_described(own[name])}."
+            )
+    for name, value in state.items():
+        own[name].data = own[name].data.to(value.dtype)
+    model.load_state_dict(state, strict=False)
 
 
-def _match_dtypes_(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give every tensor of the model the dtype it was saved in."""
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name in state and value.dtype != state[name].dtype:
-            value.data = value.data.to(state[name].dtype)
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype}"
 
 
-def _names_of_tied(model: nn.Module) -> set[str]:
-    """Further names of tensors that a model holds more than once; safetensors keeps one of them."""
-    names: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(value), []).append(name)
-    return {name for group in names.values() if len(group) > 1 for name in group}
+def _check_savable(model: nn.Module) -> None:
+    if not any(isinstance(module, TuckerModule) for module in model.modules()):
+        raise SavedModelError(f"{type(model).__name__} holds no Tucker module; save what compress returned.")
+    if meta := [name for name, value in model.state_dict().items() if value.is_meta]:
+        raise SavedModelError(f"{meta[0]!r} is on the meta device and has no values; load the weights first.")
 
 
 def _config(model: nn.Module, weights: Path) -> SavedConfig:
-    sites = {name: module for name, module in model.named_modules() if isinstance(module, TuckerModule)}
-    ranks = {name: (module.ranks.rank_out, module.ranks.rank_in) for name, module in sites.items()}
-    every_bias = tuple(name for name, module in sites.items() if module.bias is not None)
-    foreign = SavedArchitecture(library=None, base=None, ranks=ranks, biased=every_bias)
-    candidates = (foreign.model_copy(update=update) for update in _candidates(model))
-    pretrained = getattr(model, "pretrained_cfg", None) or {}
+    example, outputs = _example_run(model)
+    classes = _classes(outputs)
+    found = _rebuilding(model, weights, outputs, origins(model, _channels(example), classes))
+    metadata = getattr(model, "pretrained_cfg", None) or _torchvision_metadata(model, example, classes)
     return SavedConfig(
         architecture="batude_fx",
-        model_args=next((found for found in candidates if _gives_back(found, model, weights)), foreign),
-        num_classes=getattr(model, "num_classes", None),
-        pretrained_cfg={key: value for key, value in pretrained.items() if key not in {"file", "source", "url"}},
+        model_args=found,
+        num_classes=getattr(model, "num_classes", classes),
+        pretrained_cfg={key: metadata[key] for key in METADATA if key in metadata},
+        channels_last=_is_channels_last(model),
+        params=sum(parameter.numel() for parameter in model.parameters()),
         format=1,
-        versions={name: version(name) for name in ("torch", "timm", "torchvision", "safetensors")},
+        versions={name: version(name) for name in ("torch", "timm", "torchvision", "safetensors")} | _own_version(),
     )
 
 
-def _candidates(model: nn.Module) -> Iterator[dict[str, object]]:
-    """Architectures that may be the model's, the likeliest first."""
-    known = getattr(model, "pretrained_cfg", None) or {}
-    if architecture := known.get("architecture"):
-        channels = {"in_chans": c} if (c := getattr(model, "in_chans", None)) not in {None, 3} else {}
-        for args in ({}, {"num_classes": getattr(model, "num_classes", None), **channels}):
-            yield {"library": "timm", "base": architecture, "args": args}
-    if type(model).__module__.startswith("torchvision."):
-        from torchvision import models
+def _own_version() -> dict[str, str]:
+    from batude_fx import __version__
 
-        classes = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-        for name in models.list_models():
-            if models.get_model_builder(name).__module__ == type(model).__module__:
-                for args in ({}, *({"num_classes": count} for count in classes)):
-                    yield {"library": "torchvision", "base": name, "args": args}
+    return {"batude_fx": __version__}
 
 
-def _gives_back(saved: SavedArchitecture, model: nn.Module, weights: Path) -> bool:
+def _rebuilding(
+    model: nn.Module, weights: Path, outputs: list[object], candidates: Iterable[Origin]
+) -> SavedArchitecture:
+    """The first architecture that gives the model back, or one without a name."""
+    sites = {name: module for name, module in model.named_modules() if isinstance(module, TuckerModule)}
+    ranks = {name: (module.ranks.rank_out, module.ranks.rank_in) for name, module in sites.items()}
+    foreign = SavedArchitecture(
+        library=None, base=None, ranks=ranks, biased=tuple(n for n, module in sites.items() if module.bias is not None)
+    )
+    for origin in candidates:
+        try:
+            saved = SavedArchitecture.model_validate({**foreign.model_dump(), **asdict(origin)})
+        except ValidationError:  # an argument that is an object
+            continue
+        if outputs and _gives_back(saved, model, weights, outputs):
+            return saved
+    return foreign
+
+
+def _gives_back(saved: SavedArchitecture, model: nn.Module, weights: Path, outputs: list[object]) -> bool:
     """Whether the folder rebuilds the model: the same class, the same tensors, the same outputs."""
     try:
+        sketch = saved.build(weightless=True)  # costs no memory, so that many can be tried
+        if type(sketch) is not type(model) or _layout(sketch) != _layout(model):
+            return False
         rebuilt = saved.build()
-        _load_weights_(rebuilt, weights)
+        load_weights_(rebuilt, read_weights(weights))
     except SavedModelError:
         return False
-    reference = next(model.parameters())
-    rebuilt = rebuilt.to(reference.device).eval()
-    if type(rebuilt) is not type(model):
-        return False
-    inputs = example_inputs(model)
-    with borrowed(model), torch.no_grad():
-        pairs = zip(tree_leaves(model(*inputs)), tree_leaves(rebuilt(*inputs)), strict=True)
-        return all(_same(a, b) for a, b in pairs)
+    if _is_channels_last(model):
+        _to_channels_last_(rebuilt)
+    rebuilt.to(next(model.parameters()).device)
+    again = _outputs(rebuilt, example_inputs(model))
+    return len(again) == len(outputs) and all(map(_equal, again, outputs))
 
 
-def _same(a: object, b: object) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return a == b
-    # Another memory format adds up in another order.
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) if a.numel() else 0)
+def _layout(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def _replace_file(path: Path, write: Any) -> None:  # noqa: ANN401 - a function of the path
-    """Write to a temporary name beside the path, then move: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def _example_run(model: nn.Module) -> tuple[tuple[object, ...], list[object]]:
+    """The example input of a model of timm or torchvision and its outputs; nothing where it does not run on that."""
     try:
-        write(temporary)
+        inputs = example_inputs(model)
+        return inputs, _outputs(model, inputs)
+    except (DiscoveryError, RuntimeError, TypeError, ValueError):
+        return (), []
+
+
+def _outputs(model: nn.Module, inputs: tuple[object, ...]) -> list[object]:
+    # Without benchmarking, cuDNN takes the same algorithm twice.
+    with borrowed(model), torch.no_grad(), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+        return list(tree_leaves(model(*inputs)))
+
+
+def _equal(a: object, b: object) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124
+
+
+def _channels(example: tuple[object, ...]) -> int | None:
+    first = example[0] if example else None
+    return first.shape[1] if isinstance(first, Tensor) else None
+
+
+def _classes(outputs: list[object]) -> int | None:
+    first = outputs[0] if outputs else None
+    return first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else None
+
+
+def _torchvision_metadata(model: nn.Module, example: tuple[object, ...], classes: int | None) -> dict[str, Any]:
+    """What timm asks of a checkpoint, for a classifier of torchvision."""
+    if not example or not isinstance(example[0], Tensor) or classes is None:
+        return {}
+    last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes][-1:]
+    return {"input_size": tuple(example[0].shape[1:]), "classifier": last[0] if last else None}
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    weights = [weight for weight in model.parameters() if weight.ndim in _LAST and not weight.is_contiguous()]
+    return any(weight.is_contiguous(memory_format=_LAST[weight.ndim]) for weight in weights)
+
+
+def _to_channels_last_(model: nn.Module) -> None:
+    for weight in model.parameters():
+        if weight.ndim in _LAST:
+            weight.data = weight.data.contiguous(memory_format=_LAST[weight.ndim])
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside the path that takes its place if all goes well: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
