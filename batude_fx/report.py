@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -97,3 +97,14 @@ def _kind(site: ConvSite) -> str:
 
 def _ranks(ranks: Ranks | None) -> str:
     return f"{ranks.rank_out} / {ranks.rank_in}" if ranks else ""
+
+
+def saved_table(folder: object, facts: dict[str, Any]) -> Table:
+    """What a saved folder holds, and its Tucker modules."""
+    saved = facts["model_args"]
+    table = Table("site", "ranks out/in", title=f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}")
+    for name, (rank_out, rank_in) in saved["ranks"].items():
+        table.add_row(name, f"{rank_out} / {rank_in}")
+    counted = f"{human(facts['flops'])}FLOPs, {human(facts['params'])} parameters, " if "flops" in facts else ""
+    table.caption = f"{counted}{human(facts['bytes'])}B on disk, {len(saved['ranks'])} sites in Tucker form."
+    return table

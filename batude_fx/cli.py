@@ -1,0 +1,227 @@
+"""The command line: arguments to one call, and its result as a table or as JSON. No logic of its own."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import batude_fx
+from batude_fx import images, report
+from batude_fx.errors import BatudeError, UnsupportedError
+from batude_fx.flops import count_flops
+from batude_fx.modules import TuckerModule
+from batude_fx.progress import track
+from batude_fx.saved_config import read_config
+from batude_fx.zoo import example_inputs
+
+app = typer.Typer(
+    help="Make timm and torchvision networks smaller, to a budget.\n\n"
+    "MODEL is a timm name (resnet50), a torchvision name (torchvision/resnet50) or a folder that "
+    "`batude-fx compress` wrote. Flops are multiply-adds, as fvcore counts them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ParamsT = ParamSpec("ParamsT")
+ResultT = TypeVar("ResultT")
+
+
+class Layers(StrEnum):
+    """Which layers are replaced."""
+
+    CONV = "conv"
+    CONV_LINEAR = "conv+linear"
+
+
+Model = Annotated[str, typer.Argument(help="timm name, torchvision/NAME, or a saved folder.")]
+Budget = Annotated[str, typer.Option(help='What remains: 0.5, "2.5x", "40%", or an absolute "0.9GFLOPs".')]
+Pretrained = Annotated[bool, typer.Option(help="Fetch trained weights, as timm and torchvision do.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+LayersOption = Annotated[Layers, typer.Option(help="Replace convolutions only, or linear layers too.")]
+Include = Annotated[list[str] | None, typer.Option(help="Glob over site names; repeat for several.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Glob over site names that stay dense; repeat for several.")]
+RoundTo = Annotated[int, typer.Option(help="Ranks are multiples of this.", min=1)]
+Calibration = Annotated[
+    str, typer.Option(help='"synthetic", "none" (weights only), or a folder of unlabelled images (any depth).')
+]
+Count = Annotated[int, typer.Option(help="How many images of the folder to use, spread over it.", min=1)]
+
+
+def _one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
+    """A user's mistake ends in one line and exit code 1, not in a traceback."""
+
+    @wraps(command)
+    def run(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _one_line_warning  # type: ignore[assignment]
+                return command(*args, **kwargs)
+        except BatudeError as error:
+            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if issubclass(category, UserWarning):
+        Console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False)
+
+
+@app.command()
+@_one_line_errors
+def discover(
+    model: Model, layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """List every convolution: sizes, cost, how it was found, and why it would stay dense.
+
+    Example: batude-fx discover resnet50
+    """
+    network = batude_fx.create(model)
+    sites = batude_fx.discover(network, layers=layers.value, include=include or (), exclude=exclude or ())
+    _show(report.sites_table(sites, model), [asdict(site) for site in sites], as_json)
+
+
+@app.command()
+@_one_line_errors
+def plan(
+    model: Model, budget: Budget, calibration: Calibration = "none", images: Count = 256,
+    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
+    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Decide ranks under a budget and show them; nothing is written.
+
+    Example: batude-fx plan resnet50 --budget 2.5x
+    """
+    network = _network(model, device, pretrained=pretrained)
+    decided = batude_fx.plan(
+        network, budget, calibration=_calibration(network, calibration, images),
+        layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
+    )  # fmt: skip
+    _show(report.plan_table(decided), _plan_facts(decided), as_json)
+
+
+@app.command()
+@_one_line_errors
+def compress(
+    model: Model, budget: Budget, output: Annotated[Path, typer.Option(help="Folder to write.")],
+    calibration: Calibration = "synthetic", images: Count = 256, layers: LayersOption = Layers.CONV,
+    include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8, pretrained: Pretrained = True,
+    device: Device = "cpu", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Compress a network to a budget and save it.
+
+    Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
+    """
+    network = _network(model, device, pretrained=pretrained)
+    decided = batude_fx.plan(
+        network, budget, calibration=_calibration(network, calibration, images),
+        layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
+    )  # fmt: skip
+    batude_fx.save(decided.apply(network), output)
+    _show(report.plan_table(decided), {**_plan_facts(decided), "output": str(output)}, as_json)
+
+
+@app.command()
+@_one_line_errors
+def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")], as_json: AsJson = False) -> None:
+    """Say what a saved folder holds: base network, ranks, flops, parameters, bytes.
+
+    Example: batude-fx info small/
+    """
+    config = read_config(folder)
+    facts: dict[str, Any] = config.model_dump(exclude={"pretrained_cfg"})
+    facts["bytes"] = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if config.model_args.library is not None:
+        network = batude_fx.load(folder)
+        facts["flops"] = count_flops(network, example_inputs(network))
+        facts["params"] = sum(parameter.numel() for parameter in network.parameters())
+        facts["sites"] = {n: str(m) for n, m in network.named_modules() if isinstance(m, TuckerModule)}
+    _show(report.saved_table(folder, facts), facts, as_json)
+
+
+@app.command()
+@_one_line_errors
+def evaluate(
+    model: Model, data: Annotated[Path, typer.Option(help="Folder of images; class subfolders give accuracy.")],
+    against: Annotated[str | None, typer.Option(help="Another MODEL, to report agreement with.")] = None,
+    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Accuracy on a folder of images in class subfolders, or agreement with another network.
+
+    Example: batude-fx evaluate small/ --data imagenet/val --against resnet50
+    """
+    network = _network(model, device, pretrained=pretrained)
+    paths = images.image_paths(data)
+    logits = _logits(network, paths)  # (N, classes)
+    facts: dict[str, Any] = {"images": len(paths)}
+    labels = images.class_indices(paths, data)
+    if labels is not None:
+        if max(labels) >= logits.shape[1]:
+            raise UnsupportedError(
+                f"{data} has {max(labels) + 1} class folders, {model} has {logits.shape[1]} classes."
+            )
+        hits = logits.topk(min(5, logits.shape[1])).indices == torch.tensor(labels)[:, None]
+        facts |= {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
+    if against is not None:
+        other = _logits(_network(against, device, pretrained=pretrained), paths)
+        facts["agreement"] = (logits.argmax(1) == other.argmax(1)).float().mean().item()
+    if len(facts) == 1:
+        raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
+    _show(report.facts_table(model, [(key, f"{value:.4g}") for key, value in facts.items()]), facts, as_json)
+
+
+def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedError(f"device {device!r} cannot be used here: {reason} Use --device cpu.") from error
+    try:
+        return batude_fx.create(name, pretrained=pretrained).to(target).eval()
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BatudeError(f"{name!r} cannot be built: {reason} Without its weights: --no-pretrained.") from error
+
+
+def _calibration(network: nn.Module, wanted: str, count: int) -> Any:  # noqa: ANN401 - what plan takes
+    if wanted == "none":
+        return None
+    return wanted if wanted == "synthetic" else images.batches(network, images.image_paths(Path(wanted), count))
+
+
+def _logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        batches = track(images.batches(network, paths), "evaluating", len(paths) // images.BATCH)
+        return torch.cat([network(batch.to(device)).cpu() for batch in batches])
+
+
+def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:
+    return {
+        "model": plan.model_name, "calibration": plan.calibration, "dense_flops": plan.dense_flops,
+        "flops": plan.flops, "dense_params": plan.dense_params, "params": plan.params,
+        "ranks": {name: asdict(ranks) for name, ranks in plan.ranks.items()},
+        "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason},
+    }  # fmt: skip
+
+
+def _show(table: Any, facts: Any, as_json: bool) -> None:  # noqa: ANN401, FBT001
+    if as_json:
+        json.dump(facts, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        Console().print(table)

@@ -1,0 +1,68 @@
+"""Folders of images for the command line: found, spread, and prepared as timm prepares them for the model."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from batude_fx.errors import CalibrationError
+from batude_fx.zoo import example_inputs
+
+BATCH = 16
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def image_paths(folder: Path, count: int | None = None) -> list[Path]:
+    """The images below a folder, sorted; `count` of them, evenly spread, where that is fewer.
+
+    Raises:
+        CalibrationError: When the folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise CalibrationError(f"{folder} is no folder. Give a folder of images, of any depth.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if not paths:
+        raise CalibrationError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}) at any depth.")
+    if count is None or count >= len(paths):
+        return paths
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
+def class_indices(paths: Sequence[Path], folder: Path) -> list[int] | None:
+    """The class of every image, its first subfolder's place in sorted order; None where images lie outside of any."""
+    parts = [path.relative_to(folder).parts for path in paths]
+    if any(len(part) == 1 for part in parts):
+        return None
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return [classes.index(part[0]) for part in parts]
+
+
+def batches(model: nn.Module, paths: Sequence[Path]) -> Iterator[Tensor]:
+    """Batches (n, C, H, W), resized, cropped and normalized for evaluation of this model.
+
+    Raises:
+        CalibrationError: When a file cannot be read as an image, with its path.
+    """
+    transform = _transform(model)
+    for start in range(0, len(paths), BATCH):
+        yield torch.stack([transform(_opened(path)) for path in paths[start : start + BATCH]])
+
+
+def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transform, which is untyped
+    example = example_inputs(model)[0]
+    if not isinstance(example, Tensor) or example.shape[1:2] != (3,):
+        raise CalibrationError(f"{type(model).__name__} takes no colour images; use --calibration synthetic or none.")
+    config = resolve_data_config({"input_size": tuple(example.shape[1:])}, model=model)  # type: ignore[no-untyped-call]
+    return create_transform(**config, is_training=False)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise CalibrationError(f"{path} cannot be read as an image: {error}. Remove or replace it.") from error
