@@ -34,14 +34,14 @@ def _site(name: str, layer: nn.Conv2d) -> ConvSite:
 
 
 def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
-    sites = [_site(name, net[int(name)]) for name in ("0", "3")]  # type: ignore[arg-type]
-    return dict(statistics(net, sites, [(batch,) for batch in images.split(4)]))
+    sites = [_site(name, net[int(name)]) for name in ("0", "3")]
+    return dict(statistics(net, sites, [(batch,) for batch in torch.split(images, 4)]))
 
 
 def test_statistics_are_the_covariances_of_all_positions() -> None:
     net = _net().double().eval()
     images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
-    measured = statistics(net, [_site("0", net[0]), _site("3", net[3])], [(b,) for b in images.split(4)])  # type: ignore[arg-type]
+    measured = statistics(net, [_site("0", net[0]), _site("3", net[3])], [(b,) for b in torch.split(images, 4)])
     first = images.movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(measured["0"].covariance_in[0], first.T.cov(correction=0))
     hidden = net[:3](images)
@@ -55,9 +55,9 @@ def test_statistics_are_the_covariances_of_all_positions() -> None:
 def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
     net = _net().double().eval()
     images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
-    measured = statistics(net, [_site("3", net[3])], [(b,) for b in images.split(500)])["3"]  # type: ignore[arg-type]
+    measured = statistics(net, [_site("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
     # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
-    centred = net[6].weight - net[6].weight.mean(0)  # type: ignore[operator]
+    centred = net[6].weight - net[6].weight.mean(0)
     expected = (centred.T @ centred / 25).detach()
     assert measured.sensitivity_out is not None
     for group in (0, 1):
@@ -87,12 +87,12 @@ def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
     after = adapted[:2](images)
     torch.testing.assert_close(after.mean((0, 2, 3)), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(after.std((0, 2, 3)), torch.ones(6), atol=1e-2, rtol=0)
-    assert torch.equal(net[1].running_mean, torch.zeros(6))  # type: ignore[arg-type]
+    assert torch.equal(net[1].running_mean, torch.zeros(6))
 
 
 def test_mixing_statistics_with_themselves_changes_nothing() -> None:
     net = _net().eval()
-    sites = [_site("0", net[0])]  # type: ignore[arg-type]
+    sites = [_site("0", net[0])]
     measured = statistics(net, sites, [(torch.randn(8, 3, 7, 7),)])
     both = mixed(measured, measured)["0"]
     torch.testing.assert_close(both.covariance_in, measured["0"].covariance_in)
@@ -103,11 +103,11 @@ def test_mixing_statistics_with_themselves_changes_nothing() -> None:
 def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:
     inputs = (torch.zeros(1, 3, 7, 7),)
     images = torch.randn(20, 3, 7, 7)
-    pairs = [(part, torch.zeros(len(part))) for part in images.split(5)]
-    for source in (images, list(images.split(7)), iter(images.split(7)), pairs):
+    pairs = [(part, torch.zeros(len(part))) for part in torch.split(images, 5)]
+    for source in (images, list(torch.split(images, 7)), iter(torch.split(images, 7)), pairs):
         batches = [batch[0] for batch in image_batches(source, inputs)]
-        assert torch.equal(torch.cat(batches), images)  # type: ignore[arg-type]
-        assert max(len(batch) for batch in batches) <= 8  # type: ignore[arg-type]
+        assert torch.equal(torch.cat(batches), images)
+        assert max(len(batch) for batch in batches) <= 8
 
 
 def _one_nan() -> Iterator[Tensor]:
@@ -128,7 +128,7 @@ def _one_nan() -> Iterator[Tensor]:
 )
 def test_bad_images_are_refused_in_one_line(source: object, message: str) -> None:
     with pytest.raises(CalibrationError, match=message) as error:
-        list(image_batches(source, (torch.zeros(1, 3, 7, 7),)))  # type: ignore[arg-type]
+        list(image_batches(source, (torch.zeros(1, 3, 7, 7),)))
     assert "\n" not in str(error.value)
 
 
@@ -144,13 +144,13 @@ def test_images_for_a_model_of_several_inputs_are_refused() -> None:
 
 def test_synthetic_inputs_have_the_structure_of_the_example() -> None:
     single = synthetic_batches(nn.Identity(), (torch.zeros(1, 1, 8, 9),))
-    assert sum(len(batch[0]) for batch in single) == 96  # type: ignore[arg-type]
-    assert single[0][0].shape == (8, 1, 8, 9)  # type: ignore[union-attr]
+    assert sum(len(batch[0]) for batch in single) == 96
+    assert single[0][0].shape == (8, 1, 8, 9)
     nested = synthetic_batches(nn.Identity(), ([torch.zeros(3, 8, 9)], torch.zeros(1, dtype=torch.long)))
-    assert nested[0][0][0].shape == (3, 8, 9)  # type: ignore[index]
-    assert nested[0][1].dtype == torch.long  # type: ignore[union-attr]
+    assert nested[0][0][0].shape == (3, 8, 9)
+    assert nested[0][1].dtype == torch.long
     video = synthetic_batches(nn.Identity(), (torch.zeros(1, 3, 4, 8, 9),))
-    assert video[0][0].shape == (8, 3, 4, 8, 9)  # type: ignore[union-attr]
+    assert video[0][0].shape == (8, 3, 4, 8, 9)
 
 
 def test_dead_leaves_are_reproducible_images() -> None:

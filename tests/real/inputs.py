@@ -162,7 +162,7 @@ def labelled_photos(
         photos, labels = [], []
         for name, jpeg in _tar_files(fetch(_LABELLED), pattern):
             photos.append(_decode(jpeg))
-            labels.append(int(pattern.fullmatch(name)[1]))  # type: ignore[index]  # the name was chosen by the pattern
+            labels.append(int(pattern.fullmatch(name)[1]))
         return {"photos": torch.stack(photos), "labels": torch.tensor(labels)}
 
     tensors = derived("labelled", decode)

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import batude_fx
+from batude_fx.compression import Calibration
 from tests.real import inputs
 
 pytestmark = pytest.mark.real
@@ -71,7 +72,7 @@ def _scores(model: nn.Module, photos: Photos, keeps: tuple[float, ...]) -> dict[
     example = photos.labelled[:1]
     dense = FlopCountAnalysis(model, example).total()
     scores = {}
-    ways = {"weights only": None, "synthetic": "synthetic", "256 photos": photos.calibration}
+    ways: dict[str, Calibration] = {"weights only": None, "synthetic": "synthetic", "256 photos": photos.calibration}
     for way, calibration in ways.items():
         plan = batude_fx.plan(model, keeps[0], calibration=calibration, example_inputs=example)
         for keep in keeps:
