@@ -77,6 +77,10 @@ class Budget(BaseModel):
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise BudgetError(f"budget {budget!r}: {reason}. Write {_FORMS}.") from None
 
+    def __str__(self) -> str:
+        """The limits in the user's words: "flops 2.5x, params 40%"."""
+        return ", ".join(f"{name} {limit}" for name, limit in self if limit is not None)
+
     def limits(self, dense_flops: int, dense_params: int) -> "Limits":
         """The absolute limits for a model of `dense_flops` and `dense_params`."""
         return Limits(

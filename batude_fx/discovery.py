@@ -172,9 +172,9 @@ def _site(found: Found, listener: Listener) -> ConvSite:
 def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:
     """Why a layer of this shape stays dense."""
     if min(site.group_in_channels, site.group_out_channels) == 1 and site.groups > 1:
-        return f"depthwise (groups={site.groups})"
+        return "depthwise, nothing to decompose"
     if min(site.group_in_channels, site.group_out_channels) == 1 and site.is_pointwise:
-        return f"rank 1 already ({site.in_channels} to {site.out_channels} channels)"
+        return "rank 1 already, nothing to decompose"
     # Other padding modes pad beforehand, and fvcore sees a convolution with padding 0.
     if isinstance(getattr(layer, "padding", None), str) and getattr(layer, "padding_mode", "") == "zeros":
         return f'fvcore counts no flops for padding="{layer.padding}", so no budget could be checked'

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from batude_fx.compression import Plan
 
 _WIDTH = 120
+_SITE_WIDTH = 22
+_FEW = 3
+_BOX = SIMPLE_HEAD
 
 
 def human(count: float) -> str:
@@ -30,53 +34,51 @@ def percent(part: float, whole: float) -> str:
 
 
 def plan_table(plan: "Plan") -> Table:
-    """Every site of a plan with what it costs before and after, its ranks or the reason why it stays dense."""
-    title = f"{plan.model_name}, calibration: {plan.calibration}"
-    table = Table("site", "kind", "channels", "flops", "after", "ranks out/in", "loss", "why dense", title=title)
+    """Every site of a plan with what it costs before and after and its ranks, and why some stay dense."""
+    title = f"{plan.model_name}, budget: {plan.budget}, calibration: {plan.calibration}"
+    table = _site_table(title, plan.sites, "flops", "after", "ranks", "loss")
     for site in plan.sites:
         ranks = plan.ranks.get(site.name)
-        dense, after = dense_cost(site)[0], site_cost(site, ranks)[0]
-        table.add_row(
-            site.name,
-            _kind(site),
-            f"{site.in_channels} > {site.out_channels}",
-            human(dense),
-            human(after) if ranks else "",
-            _ranks(ranks),
-            f"{plan.losses[site.name]:.2g}" if ranks else "",
-            site.skip_reason or ("" if ranks else "keeps more than it costs"),
-        )
+        after = human(site_cost(site, ranks)[0]) if ranks else ""
+        loss = f"{plan.losses[site.name]:.2g}" if ranks else ""
+        _add_site(table, site, human(dense_cost(site)[0]), after, _ranks(ranks), loss)
     table.caption = (
         f"{human(plan.dense_flops)}FLOPs to {human(plan.flops)}FLOPs ({percent(plan.flops, plan.dense_flops)}), "
         f"{human(plan.dense_params)} to {human(plan.params)} parameters ({percent(plan.params, plan.dense_params)}); "
-        f"{len(plan.ranks)} of {len(plan.sites)} sites replaced. One multiply-add is one flop."
+        f"{len(plan.ranks)} of {len(plan.sites)} sites replaced. Ranks are out / in, per group; one multiply-add is "
+        f"one flop.{_notes(plan.sites)}"
     )
     return table
 
 
 def sites_table(sites: Sequence[ConvSite], model_name: str) -> Table:
     """Every convolution of a model: sizes, cost, how it was found, and why it would stay dense."""
-    table = Table("site", "kind", "channels", "flops", "params", "calls", "found by", "why dense", title=model_name)
+    table = _site_table(model_name, sites, "flops", "params", "calls", "found")
     for site in sites:
         flops, params = dense_cost(site)
-        table.add_row(
-            site.name,
-            _kind(site),
-            f"{site.in_channels} > {site.out_channels}",
-            human(flops),
-            human(params),
-            str(site.calls),
-            site.found_by,
-            site.skip_reason or "",
-        )
+        _add_site(table, site, human(flops), human(params), str(site.calls), site.found_by)
     eligible = [site for site in sites if site.skip_reason is None]
-    table.caption = f"{len(eligible)} of {len(sites)} can be replaced. One multiply-add is one flop."
+    table.caption = f"{len(eligible)} of {len(sites)} can be replaced. One multiply-add is one flop.{_notes(sites)}"
+    return table
+
+
+def saved_table(folder: object, facts: dict[str, Any]) -> Table:
+    """What a saved folder holds, and its Tucker modules."""
+    saved = facts["model_args"]
+    table = Table("site", "ranks", title=f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}", box=_BOX)
+    for name, (rank_out, rank_in) in saved["ranks"].items():
+        table.add_row(name, f"{rank_out} / {rank_in}")
+    flops = f"{human(facts['flops'])}FLOPs, " if "flops" in facts else ""
+    table.caption = (
+        f"{flops}{human(facts['params'])} parameters, {human(facts['bytes'])}B on disk; {len(saved['ranks'])} sites in "
+        "Tucker form. Ranks are out / in, per group."
+    )
     return table
 
 
 def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Names and values in two columns."""
-    table = Table(title=title, show_header=False)
+    table = Table(title=title, show_header=False, box=_BOX)
     for row in rows:
         table.add_row(*row)
     return table
@@ -89,22 +91,37 @@ def as_text(table: Table) -> str:
     return text.getvalue().rstrip()
 
 
-def _kind(site: ConvSite) -> str:
+def _site_table(title: str, sites: Sequence[ConvSite], *columns: str) -> Table:
+    table = Table(title=title, box=_BOX, padding=(0, 1, 0, 0), caption_justify="left")
+    longest = max((len(site.name) for site in sites), default=0)
+    table.add_column("site", overflow="fold", min_width=min(longest, _SITE_WIDTH))
+    table.add_column("convolution", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")  # the mark of a note
+    return table
+
+
+def _add_site(table: Table, site: ConvSite, *cells: str) -> None:
     kernel = "x".join(map(str, site.kernel_size))
-    groups = f" g{site.groups}" if site.groups > 1 else ""
-    return f"{site.kind} {kernel}{groups}".rstrip()
+    groups = " dw" if site.groups == site.in_channels > 1 else f" /{site.groups}" if site.groups > 1 else ""
+    kind = "" if site.kind == "Conv2d" else f"{site.kind} "
+    mark = "*" if site.skip_reason else ""
+    table.add_row(site.name, f"{kind}{site.in_channels} > {site.out_channels} {kernel}{groups}".rstrip(), *cells, mark)
+
+
+def _notes(sites: Iterable[ConvSite]) -> str:
+    """The reasons why sites cannot be replaced, each with its sites."""
+    named: dict[str, list[str]] = {}
+    for site in sites:
+        if site.skip_reason:
+            named.setdefault(site.skip_reason, []).append(site.name)
+    return "".join(f"\n* {reason}: {_few(names)}" for reason, names in named.items())
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= _FEW else f"{', '.join(names[:_FEW])} and {len(names) - _FEW} more"
 
 
 def _ranks(ranks: Ranks | None) -> str:
-    return f"{ranks.rank_out} / {ranks.rank_in}" if ranks else ""
-
-
-def saved_table(folder: object, facts: dict[str, Any]) -> Table:
-    """What a saved folder holds, and its Tucker modules."""
-    saved = facts["model_args"]
-    table = Table("site", "ranks out/in", title=f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}")
-    for name, (rank_out, rank_in) in saved["ranks"].items():
-        table.add_row(name, f"{rank_out} / {rank_in}")
-    counted = f"{human(facts['flops'])}FLOPs, {human(facts['params'])} parameters, " if "flops" in facts else ""
-    table.caption = f"{counted}{human(facts['bytes'])}B on disk, {len(saved['ranks'])} sites in Tucker form."
-    return table
+    return f"{ranks.rank_out} / {ranks.rank_in}" if ranks else "dense"

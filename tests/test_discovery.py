@@ -231,10 +231,10 @@ class Reasons(Toy):
     """Shapes and settings that stay dense; fvcore counts circular 'same' padding, as torch pads beforehand."""
 
     sites = (
-        site("0", groups=4, skip_reason="depthwise (groups=4)"),
-        site("1", out_channels=8, groups=4, skip_reason="depthwise (groups=4)"),
+        site("0", groups=4, skip_reason="depthwise, nothing to decompose"),
+        site("1", out_channels=8, groups=4, skip_reason="depthwise, nothing to decompose"),
         site("2", in_channels=8, out_channels=1, kernel_size=(1, 1),
-             skip_reason="rank 1 already (8 to 1 channels)"),
+             skip_reason="rank 1 already, nothing to decompose"),
         site("3", in_channels=1),
         site("4", skip_reason='fvcore counts no flops for padding="same", so no budget could be checked'),
         site("5", kernel_size=(1, 1),
@@ -353,11 +353,15 @@ class Selectable(Toy):
 @pytest.mark.parametrize(
     ("include", "exclude", "reasons"),
     [
-        ((), (), [None, None, "depthwise (groups=4)", None]),
-        ("layer1.*", (), ["not included", None, "depthwise (groups=4)", "not included"]),
-        (["layer2.1", "layer2.0"], (), [None, "not included", "depthwise (groups=4)", None]),
-        ((), ("stem", "*.0"), ["excluded by 'stem'", "excluded by '*.0'", "depthwise (groups=4)", "excluded by '*.0'"]),
-        ("layer*", "layer2.1", ["excluded by 'layer2.1'", None, "depthwise (groups=4)", None]),
+        ((), (), [None, None, "depthwise, nothing to decompose", None]),
+        ("layer1.*", (), ["not included", None, "depthwise, nothing to decompose", "not included"]),
+        (["layer2.1", "layer2.0"], (), [None, "not included", "depthwise, nothing to decompose", None]),
+        (
+            (),
+            ("stem", "*.0"),
+            ["excluded by 'stem'", "excluded by '*.0'", "depthwise, nothing to decompose", "excluded by '*.0'"],
+        ),
+        ("layer*", "layer2.1", ["excluded by 'layer2.1'", None, "depthwise, nothing to decompose", None]),
     ],
 )
 def test_globs_select_by_every_name(include: str, exclude: str, reasons: list[str | None]) -> None:
