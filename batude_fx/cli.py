@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx import images, report
+from batude_fx.budget import Budget
 from batude_fx.errors import BatudeError, UnsupportedError
 from batude_fx.flops import count_flops
-from batude_fx.modules import TuckerModule
 from batude_fx.progress import track
 from batude_fx.saved_config import read_config
 from batude_fx.zoo import example_inputs
 
 app = typer.Typer(
     help="Make timm and torchvision networks smaller, to a budget.\n\n"
-    "MODEL is a timm name (resnet50), a torchvision name (torchvision/resnet50) or a folder that "
+    "MODEL is a timm name (resnet50), a torchvision name (torchvision:resnet50) or a folder that "
     "`batude-fx compress` wrote. Flops are multiply-adds, as fvcore counts them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,8 +43,10 @@ class Layers(StrEnum):
     CONV_LINEAR = "conv+linear"
 
 
-Model = Annotated[str, typer.Argument(help="timm name, torchvision/NAME, or a saved folder.")]
-Budget = Annotated[str, typer.Option(help='What remains: 0.5, "2.5x", "40%", or an absolute "0.9GFLOPs".')]
+Model = Annotated[str, typer.Argument(help="timm name, torchvision:NAME, or a saved folder.")]
+BudgetOption = Annotated[
+    str, typer.Option("--budget", help='What remains: 0.5, "2.5x", "40%", or an absolute "0.9GFLOPs".')
+]
 Pretrained = Annotated[bool, typer.Option(help="Fetch trained weights, as timm and torchvision do.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
@@ -97,7 +99,7 @@ def discover(
 @app.command()
 @_one_line_errors
 def plan(
-    model: Model, budget: Budget, calibration: Calibration = "none", images: Count = 256,
+    model: Model, budget: BudgetOption, calibration: Calibration = "none", images: Count = 256,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
     pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -105,9 +107,10 @@ def plan(
 
     Example: batude-fx plan resnet50 --budget 2.5x
     """
+    limits = Budget.parse(budget)  # before any weights are fetched
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
-        network, budget, calibration=_calibration(network, calibration, images),
+        network, limits, calibration=_calibration(network, calibration, images),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     _show(report.plan_table(decided), _plan_facts(decided), as_json)
@@ -116,7 +119,7 @@ def plan(
 @app.command()
 @_one_line_errors
 def compress(
-    model: Model, budget: Budget, output: Annotated[Path, typer.Option(help="Folder to write.")],
+    model: Model, budget: BudgetOption, output: Annotated[Path, typer.Option(help="Folder to write.")],
     calibration: Calibration = "synthetic", images: Count = 256, layers: LayersOption = Layers.CONV,
     include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8, pretrained: Pretrained = True,
     device: Device = "cpu", as_json: AsJson = False,
@@ -125,9 +128,10 @@ def compress(
 
     Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
     """
+    limits = Budget.parse(budget)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
-        network, budget, calibration=_calibration(network, calibration, images),
+        network, limits, calibration=_calibration(network, calibration, images),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     batude_fx.save(decided.apply(network), output)
@@ -147,8 +151,6 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
     if config.model_args.library is not None:
         network = batude_fx.load(folder)
         facts["flops"] = count_flops(network, example_inputs(network))
-        facts["params"] = sum(parameter.numel() for parameter in network.parameters())
-        facts["sites"] = {n: str(m) for n, m in network.named_modules() if isinstance(m, TuckerModule)}
     _show(report.saved_table(folder, facts), facts, as_json)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WIDTH = 120
 _SITE_WIDTH = 22
 _FEW = 3
-_BOX = SIMPLE_HEAD
+_STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "caption_justify": "left", "min_width": 64}
 
 
 def human(count: float) -> str:
@@ -65,7 +65,7 @@ def sites_table(sites: Sequence[ConvSite], model_name: str) -> Table:
 def saved_table(folder: object, facts: dict[str, Any]) -> Table:
     """What a saved folder holds, and its Tucker modules."""
     saved = facts["model_args"]
-    table = Table("site", "ranks", title=f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}", box=_BOX)
+    table = Table("site", "ranks", title=f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}", **_STYLE)
     for name, (rank_out, rank_in) in saved["ranks"].items():
         table.add_row(name, f"{rank_out} / {rank_in}")
     flops = f"{human(facts['flops'])}FLOPs, " if "flops" in facts else ""
@@ -78,7 +78,7 @@ def saved_table(folder: object, facts: dict[str, Any]) -> Table:
 
 def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Names and values in two columns."""
-    table = Table(title=title, show_header=False, box=_BOX)
+    table = Table(title=title, show_header=False, box=SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     return table
@@ -92,7 +92,7 @@ def as_text(table: Table) -> str:
 
 
 def _site_table(title: str, sites: Sequence[ConvSite], *columns: str) -> Table:
-    table = Table(title=title, box=_BOX, padding=(0, 1, 0, 0), caption_justify="left")
+    table = Table(title=title, padding=(0, 1, 0, 0), **_STYLE)
     longest = max((len(site.name) for site in sites), default=0)
     table.add_column("site", overflow="fold", min_width=min(longest, _SITE_WIDTH))
     table.add_column("convolution", no_wrap=True)

@@ -110,7 +110,7 @@ class SavedConfig(BaseModel):
     num_classes: int | None = None
     pretrained_cfg: dict[_Metadata, Any] = {}
     channels_last: bool = False
-    params: int | None = None
+    params: int
     format: Literal[1]
     versions: dict[str, str]
 
