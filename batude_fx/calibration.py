@@ -37,7 +37,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SYNTHETIC_IMAGES = 96
 _BATCH = 8  # the backward pass keeps the activations of this many images
-_KEPT = 8  # batches that later pass through the compressed network, all at once
+_KEPT = 8  # batches that later pass through the compressed network
 _POSITIONS = 49  # sampled per image and site: all of a 7 x 7 map
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -90,12 +90,6 @@ class Keeper:
             elif slot < _KEPT:
                 self.kept[slot] = batch
             yield batch
-
-    def joined(self) -> Inputs:
-        """The kept batches as one; the first of them where the model takes a structure."""
-        tensors = [_only_tensor(batch) for batch in self.kept]
-        whole = [tensor for tensor in tensors if tensor is not None]
-        return (torch.cat(whole),) if whole else self.kept[0]
 
 
 def _differentiable(x: Tensor) -> Tensor:

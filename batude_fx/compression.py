@@ -90,7 +90,7 @@ class Plan:
     calibration: str
     round_to: int
     _candidates: Mapping[str, _Candidate] = field(repr=False, compare=False)
-    _images: Inputs | None = field(repr=False, compare=False)
+    _kept: tuple[Inputs, ...] = field(repr=False, compare=False)
 
     def apply(self, model: ModelT) -> ModelT:
         """The compressed copy of the model that this plan was made for.
@@ -102,17 +102,18 @@ class Plan:
         modules = dict(model.named_modules())
         if missing := [name for name in self.ranks if name not in modules]:
             raise SelectionError(f"{type(model).__name__} has no site {missing[0]!r}; apply the plan to its own model.")
-        matched = self._images is not None
+        matched = bool(self._kept)
         modules = {n: self._candidates[n].replacement(modules[n], r, with_bias=matched) for n, r in self.ranks.items()}
-        if self._images is not None:
-            self._match_moments(model, modules, self._images)
+        if matched:
+            self._match_moments(model, modules)
         return replace(model, modules)
 
-    def _match_moments(self, model: nn.Module, modules: dict[str, TuckerModule], images: Inputs) -> None:
+    def _match_moments(self, model: nn.Module, modules: dict[str, TuckerModule]) -> None:
         if self.calibration == "synthetic":
-            model = normalized_by(model, [images])
+            model = normalized_by(model, self._kept)
         with borrowed(model):
-            match_moments_(model, replace(model, modules).eval(), modules, images)
+            batches = track(self._kept, "matching moments")
+            match_moments_(model, replace(model, modules).eval(), modules, batches)
 
     def at(self, budget: Budget | float | str) -> "Plan":
         """The plan for another budget, from the same measurements: no image is looked at again.
@@ -181,7 +182,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     options = _options(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
     dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
     _limits(options.values(), budget, dense, round_to)  # a budget out of reach is said before any image is looked at
-    measured, images = _measure(model, list(eligible.values()), calibration, inputs)
+    measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = {name: _candidate(model, site, options[name], measured.get(name)) for name, site in eligible.items()}
     picked, losses, flops, params = _allocate(candidates, budget, dense, round_to)
     return Plan(
@@ -197,7 +198,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         calibration=_label(calibration),
         round_to=round_to,
         _candidates=candidates,
-        _images=images,
+        _kept=kept,
     )
 
 
@@ -243,18 +244,18 @@ def _label(calibration: Calibration) -> str:
 
 def _measure(
     model: nn.Module, sites: Sequence[ConvSite], calibration: Calibration, inputs: Inputs
-) -> tuple[dict[str, Metric], Inputs | None]:
-    """The metric of every site, and images for the compressed network to be matched on."""
+) -> tuple[dict[str, Metric], tuple[Inputs, ...]]:
+    """The metric of every site, and batches for the compressed network to be matched on."""
     if isinstance(calibration, str) and calibration != "synthetic":
         raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
     if calibration is None or not sites:
-        return {}, None
+        return {}, ()
     procedural = Keeper(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
-        return _synthetic_metrics(model, sites, procedural), procedural.joined()
+        return _synthetic_metrics(model, sites, procedural), tuple(procedural.kept)
     own = Keeper(track(image_batches(calibration, inputs), "calibrating"))
     metrics = statistics(model, sites, own)
-    return mixed(metrics, _synthetic_metrics(model, sites, procedural)), own.joined()
+    return mixed(metrics, _synthetic_metrics(model, sites, procedural)), tuple(own.kept)
 
 
 def _synthetic_metrics(model: nn.Module, sites: Sequence[ConvSite], procedural: Keeper) -> dict[str, Metric]:
