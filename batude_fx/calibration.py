@@ -243,8 +243,10 @@ def _has_running_statistics(module: nn.Module) -> bool:
 class _Moments:
     """Running sum and second moment of channel vectors, one per group."""
 
-    def __init__(self, channels: int, groups: int, like: Tensor) -> None:
+    def __init__(self, channels: int, groups: int, like: Tensor, *, centred: bool) -> None:
+        self.centred = centred
         self.count = 0
+        self.shift: Tensor | None = None
         self.total = like.new_zeros(groups, channels // groups)
         self.products = like.new_zeros(groups, channels // groups, channels // groups)
 
@@ -252,6 +254,10 @@ class _Moments:
         """Add the vectors at some positions of maps (N, C, P)."""
         sampled = maps[..., positions]  # (N, C, p)
         vectors = sampled.view(len(sampled), *self.total.shape, -1).permute(1, 0, 3, 2).flatten(1, 2)  # (g, n, c)
+        if self.centred:
+            if self.shift is None:
+                self.shift = vectors.mean(1, keepdim=True)  # near enough to the mean for sums that do not cancel
+            vectors = vectors - self.shift
         self.count += vectors.shape[1]
         self.total += vectors.sum(1)
         self.products.baddbmm_(vectors.mT, vectors, alpha=weight)
@@ -267,9 +273,9 @@ class _Sums:
 
     def __init__(self, site: ConvSite, like: Tensor) -> None:
         self.channel_axis = 1 if site.kernel_size else -1
-        self.inputs = _Moments(site.in_channels, site.groups, like)
-        self.outputs = _Moments(site.out_channels, site.groups, like)
-        self.gradients = _Moments(site.out_channels, site.groups, like)
+        self.inputs = _Moments(site.in_channels, site.groups, like, centred=True)
+        self.outputs = _Moments(site.out_channels, site.groups, like, centred=True)
+        self.gradients = _Moments(site.out_channels, site.groups, like, centred=False)
 
     def add(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """Add one call; the gradient of its output is added when the backward pass reaches it."""

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -183,7 +185,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
     _limits(options.values(), budget, dense, round_to)  # a budget out of reach is said before any image is looked at
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
-    candidates = {name: _candidate(model, site, options[name], measured.get(name)) for name, site in eligible.items()}
+    candidates = _candidates(model, eligible, options, measured)
     picked, losses, flops, params = _allocate(candidates, budget, dense, round_to)
     return Plan(
         model_name=type(model).__name__,
@@ -261,6 +263,21 @@ def _measure(
 def _synthetic_metrics(model: nn.Module, sites: Sequence[ConvSite], procedural: Keeper) -> dict[str, Metric]:
     batches = list(procedural)
     return statistics(normalized_by(model, batches), sites, track(batches, "calibrating, synthetic images"))
+
+
+def _candidates(
+    model: nn.Module,
+    sites: Mapping[str, ConvSite],
+    options: Mapping[str, allocation.Options],
+    measured: Mapping[str, Metric],
+) -> dict[str, _Candidate]:
+    def candidate(name: str) -> _Candidate:
+        return _candidate(model, sites[name], options[name], measured.get(name))
+
+    # An eigen-decomposition keeps about one core busy.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        decomposed = track(pool.map(candidate, sites), "decomposing", len(sites))
+        return dict(zip(sites, decomposed, strict=True))
 
 
 def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, measured: Metric | None) -> _Candidate:
