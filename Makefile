@@ -30,6 +30,7 @@ test-real: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/compress_time.py
+	$(BIN)/python benchmarks/tucker_time.py
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict
