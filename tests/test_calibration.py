@@ -52,6 +52,14 @@ def test_statistics_are_the_covariances_of_all_positions() -> None:
     torch.testing.assert_close(measured["3"].covariance_out[1], out.T.cov(correction=0))
 
 
+def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
+    net = _net().eval()
+    images = 1e3 + torch.randn(8, 3, 7, 7)
+    measured = statistics(net, [_site("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
+    vectors = images.movedim(1, -1).flatten(0, 2).double()
+    torch.testing.assert_close(measured.covariance_in[0].double(), vectors.T.cov(correction=0), rtol=1e-3, atol=1e-3)
+
+
 def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
     net = _net().double().eval()
     images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
