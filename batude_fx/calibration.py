@@ -1,34 +1,25 @@
-"""Statistics of every site over unlabelled images: the metric in which its error counts.
-
-One forward and one backward pass per image, no weight gradients. Each site keeps running sums only: the covariance of
-its input and output channels, and the second moment of the gradient that random combinations of the network's outputs
-send to its output. Positions are sampled; activations are never kept.
+"""Images for calibration: the user's, checked and in small batches, and procedural ones; and what they measure, mixed.
 
 Without images of the user, procedural ones stand in (`synthetic`). Their statistics are wrong for the network in one
 respect that can be mended: its batch-norm layers know the mean and variance of every channel on the images it was
 trained on. So the network that is measured normalizes by the statistics of the *synthetic* images: then every layer
 receives channels with the mean and variance it knows from training, and only their correlations are synthetic.
 
-Source: random output combinations estimate the Gauss-Newton matrix: N. Schraudolph, "Fast Curvature Matrix-Vector
-Products", Neural Computation 14(7), 2002; statistics of convolutions: Grosse and Martens 2016 (see `spectra`).
-Batch-norm as a memory of the training images: H. Yin et al., "Dreaming to Distill", CVPR 2020,
+Source: batch-norm as a memory of the training images: H. Yin et al., "Dreaming to Distill", CVPR 2020,
 https://arxiv.org/abs/1912.08795.
 """
 
 import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from batude_fx.borrowing import borrowed
 from batude_fx.errors import CalibrationError
-from batude_fx.sites import ConvSite
-from batude_fx.spectra import Metric
+from batude_fx.spectra import Metric, ModeMetric
 from batude_fx.synthetic import dead_leaves
 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
@@ -36,37 +27,9 @@ Inputs = tuple[object, ...]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SYNTHETIC_IMAGES = 96
-_BATCH = 8  # the backward pass keeps the activations of this many images
+_BATCH = 8  # the backward passes keep the activations of this many images
 _KEPT = 8  # batches that later pass through the compressed network
-_POSITIONS = 49  # sampled per image and site: all of a 7 x 7 map
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[Inputs]) -> dict[str, Metric]:
-    """Measure the sites of a model over batches of images.
-
-    Args:
-        model: Evaluated in eval mode; parameters, buffers and flags are the same afterwards.
-        sites: The sites to measure.
-        batches: Arguments of the model, on its device; the first tensor among them is (n, ...).
-
-    Returns:
-        Site name to statistics. Sites that no batch reaches are missing.
-
-    Raises:
-        CalibrationError: When there is no batch at all.
-    """
-    sums = {site.name: _Sums(site, next(model.get_submodule(site.name).parameters())) for site in sites}
-    generator = torch.Generator().manual_seed(0)
-    images = 0
-    with borrowed(model), _frozen_parameters(model), _listening(model, sums, generator), torch.enable_grad():
-        for batch in batches:
-            inputs = tree_map_only(Tensor, _differentiable, batch)
-            images += len(tree_leaves(batch)[0])
-            _backward_random_combination(model(*inputs), generator)
-    if not images:
-        raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
-    return {name: site_sums.metric(images) for name, site_sums in sums.items() if site_sums.inputs.count}
 
 
 class Keeper:
@@ -90,10 +53,6 @@ class Keeper:
             elif slot < _KEPT:
                 self.kept[slot] = batch
             yield batch
-
-
-def _differentiable(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.is_floating_point())
 
 
 def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
@@ -215,136 +174,20 @@ def mixed(own: Mapping[str, Metric], synthetic: Mapping[str, Metric]) -> dict[st
     own_total, synthetic_total = _total(own), _total(synthetic)
     scale = own_total / synthetic_total if synthetic_total else 1.0
 
-    def half(name: str) -> Metric:
-        a = own[name]
-        b = synthetic.get(name, a)
-        sensitivity = a.sensitivity_out
-        if sensitivity is not None and b.sensitivity_out is not None:
-            sensitivity = (sensitivity + scale * b.sensitivity_out) / 2
-        return Metric(
-            covariance_in=(a.covariance_in + b.covariance_in) / 2,
-            covariance_out=(a.covariance_out + b.covariance_out) / 2,
-            sensitivity_out=sensitivity,
-        )
+    def half(a: ModeMetric | None, b: ModeMetric | None) -> ModeMetric | None:
+        if a is None or b is None:
+            return a
+        sensitivity = (a.sensitivity + scale * b.sensitivity) / 2
+        return ModeMetric((a.covariance + b.covariance) / 2, sensitivity)
 
-    return {name: half(name) for name in own}
+    pairs = {name: (metric, synthetic.get(name, metric)) for name, metric in own.items()}
+    return {name: Metric(half(a.out, b.out), half(a.in_, b.in_)) for name, (a, b) in pairs.items()}
 
 
 def _total(measured: Mapping[str, Metric]) -> float:
-    """What the network would lose if every site lost its whole variance."""
-    sensitive = [metric for metric in measured.values() if metric.sensitivity_out is not None]
-    return sum(float((cast("Tensor", metric.sensitivity_out) * metric.covariance_out).sum()) for metric in sensitive)
+    """What the network would lose if every site lost everything."""
+    return sum(cast("ModeMetric", metric.out or metric.in_).total() for metric in measured.values())
 
 
 def _has_running_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats  # noqa: SLF001
-
-
-class _Moments:
-    """Running sum and second moment of channel vectors, one per group."""
-
-    def __init__(self, channels: int, groups: int, like: Tensor, *, centred: bool) -> None:
-        self.centred = centred
-        self.count = 0
-        self.shift: Tensor | None = None
-        self.total = like.new_zeros(groups, channels // groups)
-        self.products = like.new_zeros(groups, channels // groups, channels // groups)
-
-    def add(self, maps: Tensor, positions: Tensor, weight: float = 1.0) -> None:
-        """Add the vectors at some positions of maps (N, C, P)."""
-        sampled = maps[..., positions]  # (N, C, p)
-        vectors = sampled.view(len(sampled), *self.total.shape, -1).permute(1, 0, 3, 2).flatten(1, 2)  # (g, n, c)
-        if self.centred:
-            if self.shift is None:
-                self.shift = vectors.mean(1, keepdim=True)  # near enough to the mean for sums that do not cancel
-            vectors = vectors - self.shift
-        self.count += vectors.shape[1]
-        self.total += vectors.sum(1)
-        self.products.baddbmm_(vectors.mT, vectors, alpha=weight)
-
-    def covariance(self) -> Tensor:
-        """(groups, C, C), centred."""
-        mean = self.total / self.count
-        return self.products / self.count - mean[:, :, None] * mean[:, None, :]
-
-
-class _Sums:
-    """Running sums of one site."""
-
-    def __init__(self, site: ConvSite, like: Tensor) -> None:
-        self.channel_axis = 1 if site.kernel_size else -1
-        self.inputs = _Moments(site.in_channels, site.groups, like, centred=True)
-        self.outputs = _Moments(site.out_channels, site.groups, like, centred=True)
-        self.gradients = _Moments(site.out_channels, site.groups, like, centred=False)
-
-    def add(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        """Add one call; the gradient of its output is added when the backward pass reaches it."""
-        inputs, outputs = (one.detach().movedim(self.channel_axis, 1).flatten(2) for one in (x, y))
-        positions = _sample(outputs.shape[2], generator)
-        self.inputs.add(inputs, _sample(inputs.shape[2], generator))
-        self.outputs.add(outputs, positions)
-        if y.requires_grad:
-            # The sampled positions stand for all of them.
-            weight = outputs.shape[2] / len(positions)
-
-            def add_gradient(gradient: Tensor) -> None:
-                self.gradients.add(gradient.movedim(self.channel_axis, 1).flatten(2), positions, weight)
-
-            y.register_hook(add_gradient)  # type: ignore[no-untyped-call]
-
-    def metric(self, images: int) -> Metric:
-        """What the sums amount to over so many images."""
-        return Metric(
-            covariance_in=self.inputs.covariance(),
-            covariance_out=self.outputs.covariance(),
-            sensitivity_out=self.gradients.products / images if self.gradients.count else None,
-        )
-
-
-def _sample(positions: int, generator: torch.Generator) -> Tensor:
-    if positions <= _POSITIONS:
-        return torch.arange(positions)
-    return torch.randperm(positions, generator=generator)[:_POSITIONS]
-
-
-@contextmanager
-def _listening(model: nn.Module, sums: Mapping[str, _Sums], generator: torch.Generator) -> Iterator[None]:
-    handles = []
-    for name, site_sums in sums.items():
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, sums: _Sums = site_sums) -> None:
-            sums.add(inputs[0], output, generator)
-
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Gradients to activations only: the backward pass then costs no more than the forward pass."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def _backward_random_combination(outputs: object, generator: torch.Generator) -> None:
-    """Send the gradient of one random combination of each image's outputs back; logits are centred over the classes.
-
-    Every output counts alike, not only those that the labels of these images need: users have other images.
-    """
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    directions = []
-    for tensor in tensors:
-        direction = torch.randn(tensor.shape, generator=generator).to(tensor)
-        directions.append(direction - direction.mean(-1, keepdim=True) if tensor.ndim == 2 else direction)  # noqa: PLR2004 - (N, classes)
-    if tensors:
-        torch.autograd.backward(tensors, directions)

@@ -22,7 +22,6 @@ from batude_fx.calibration import (
     image_batches,
     mixed,
     normalized_by,
-    statistics,
     synthetic_batches,
 )
 from batude_fx.discovery import discover
@@ -30,6 +29,7 @@ from batude_fx.errors import BudgetError, CalibrationError, SelectionError, Unsu
 from batude_fx.flops import count_flops
 from batude_fx.handlers import canonical_bias, canonical_weight
 from batude_fx.matching import match_moments_
+from batude_fx.measuring import statistics
 from batude_fx.modules import TuckerModule, tucker_conv
 from batude_fx.progress import track
 from batude_fx.sites import ConvSite, Ranks
@@ -282,10 +282,7 @@ def _candidates(
 
 def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, measured: Metric | None) -> _Candidate:
     weight = canonical_weight(model.get_submodule(site.name))
-    if measured is None:
-        spectrum = weight_spectrum(weight, pointwise=site.is_pointwise)
-    else:
-        spectrum = metric_spectrum(weight, measured, pointwise=site.is_pointwise)
+    spectrum = metric_spectrum(measured) if measured else weight_spectrum(weight, pointwise=site.is_pointwise)
     return _Candidate(options.judged(spectrum.loss()), spectrum)
 
 

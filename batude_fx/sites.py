@@ -71,3 +71,10 @@ class ConvSite:
     def is_pointwise(self) -> bool:
         """Whether every kernel extent is 1, so that Tucker-2 is an SVD pair without a core."""
         return all(extent == 1 for extent in self.kernel_size)
+
+    @property
+    def modes(self) -> tuple[int, ...]:
+        """The channel modes that ranks cut: both, or the one with fewer channels at a pointwise site."""
+        if not self.is_pointwise:
+            return (0, 1)
+        return (0,) if self.out_channels <= self.in_channels else (1,)

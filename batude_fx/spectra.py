@@ -1,9 +1,9 @@
 """What each site loses at each rank, and its factors at the ranks it gets.
 
-One mechanism serves both levels. A site's error is measured in a *metric*: how much its input channels vary together
-(`covariance_in`) and how much the network's output moves with its output channels (`sensitivity_out`). The weight is
-decomposed in that metric, `root_out weight root_in`, and mapped back. Without calibration both are the identity, and
-this is the HOSVD of the weight.
+One mechanism serves both levels. A loss in a channel mode of a site is weighed by a *metric*: how much the channels
+vary together (`covariance`), and how much the network's output moves with them (`sensitivity`). The directions of a
+mode are the eigenvectors of one in the basis of the other, and their eigenvalues are what cutting them costs. Without
+calibration the weight's own unfoldings decide, which is its HOSVD.
 
 Source: the metric is the Kronecker-factored approximation of the output's Gauss-Newton matrix: R. Grosse, J. Martens,
 "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016, https://arxiv.org/abs/1602.01407.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from batude_fx.allocation import Floats, SiteLoss
 from batude_fx.sites import Ranks
-from batude_fx.tucker import Factors, leading_modes, mode_product, mode_spectrum, unfold
+from batude_fx.tucker import Factors, leading_modes, mode_product, mode_spectrum
 
 # Relative to the mean eigenvalue. Directions that the calibration images do not use must not count as free: users have
 # other images. On held-out photos 1e-3 to 1e-1 did alike.
@@ -27,19 +27,34 @@ DAMPING = 1e-2
 
 
 @dataclass(frozen=True)
+class ModeMetric:
+    """How errors in one channel mode of a site are weighed.
+
+    Attributes:
+        covariance: (groups, C, C) centred covariance of the channels: how much there is to lose in a direction.
+        sensitivity: (groups, C, C) second moment of the gradient of the network's output with respect to the channels,
+            summed over positions, per image: how much a loss in a direction matters.
+    """
+
+    covariance: Tensor
+    sensitivity: Tensor
+
+    def total(self) -> float:
+        """What the network would lose if this mode lost everything."""
+        return float((self.covariance * self.sensitivity).sum())
+
+
+@dataclass(frozen=True)
 class Metric:
     """How errors at one site are weighed; made by `calibration`.
 
     Attributes:
-        covariance_in: (groups, C_in, C_in) centred covariance of the input channels.
-        covariance_out: (groups, C_out, C_out) centred covariance of the output channels.
-        sensitivity_out: (groups, C_out, C_out) second moment of the gradient of the network's output with respect to
-            this site's output, summed over positions, per image; None where no gradient arrives.
+        out: Of the output channels; None at a pointwise site that has fewer input channels.
+        in_: Of the input channels; None at other pointwise sites.
     """
 
-    covariance_in: Tensor
-    covariance_out: Tensor
-    sensitivity_out: Tensor | None
+    out: ModeMetric | None
+    in_: ModeMetric | None
 
 
 @dataclass(frozen=True)
@@ -134,54 +149,24 @@ def weight_spectrum(weight: Tensor, *, pointwise: bool) -> Spectrum:
     return Spectrum(out=modes(0), in_=modes(1))
 
 
-def metric_spectrum(weight: Tensor, metric: Metric, *, pointwise: bool) -> Spectrum:
-    """The spectrum in the metric of a site: what the network's output loses, second order, per image.
-
-    Args:
-        weight: (groups, C_out, C_in, k...).
-        metric: Of the same site.
-        pointwise: Whether all k are 1.
-    """
-    _, c_out, c_in, *_ = weight.shape
-    covariance_in, sensitivity = _damped(metric.covariance_in), _damped(_sensitivity(metric))
-    if pointwise:
-        flat = weight.flatten(2)
-        if c_out <= c_in:
-            return Spectrum(out=_out_modes(flat @ covariance_in @ flat.mT, sensitivity), in_=None)
-        return Spectrum(out=None, in_=_in_modes(flat.mT @ sensitivity @ flat, covariance_in))
-    curvature = unfold(mode_product(weight, sensitivity, 0), 1) @ unfold(weight, 1).mT
-    # Neighbouring positions of an image are alike, which covariance_in does not see but covariance_out does.
-    return Spectrum(out=_out_modes(metric.covariance_out, sensitivity), in_=_in_modes(curvature, covariance_in))
-
-
-def _out_modes(variance: Tensor, sensitivity: Tensor) -> Modes:
-    """Outputs are encoded by what matters, and decoded back."""
-    values, weighed, back = _modes(variance, sensitivity)
-    return Modes(energy=values, encode=weighed.mT, decode=back)
-
-
-def _in_modes(curvature: Tensor, covariance: Tensor) -> Modes:
-    """Inputs are encoded by whitening, and the weight absorbs the root of their covariance."""
-    values, weighed, back = _modes(curvature, covariance)
-    return Modes(energy=values, encode=back.mT, decode=weighed)
-
-
-def _modes(gram: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues of `root.T gram root` and its eigenvectors V, as `root V` and `root.T^-1 V`, moment = root root.T."""
-    root = torch.linalg.cholesky(moment)
-    values, vectors = leading_modes(root.mT @ gram @ root)
-    return values, root @ vectors, torch.linalg.solve_triangular(root.mT, vectors, upper=True)
-
-
-def _sensitivity(metric: Metric) -> Tensor:
-    """Where no gradient arrives, every output direction matters alike, and the site's whole variance counts as 1."""
-    if metric.sensitivity_out is not None:
-        return metric.sensitivity_out
-    covariance = metric.covariance_out
-    total = covariance.diagonal(dim1=-2, dim2=-1).sum().clamp_min(torch.finfo(covariance.dtype).tiny)
-    return (
-        torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device).expand_as(covariance) / total
+def metric_spectrum(metric: Metric) -> Spectrum:
+    """The spectrum in the metric of a site: what the network's output loses, second order, per image."""
+    out, in_ = metric.out, metric.in_
+    return Spectrum(
+        # Outputs are encoded by what matters, and decoded back.
+        out=None if out is None else _modes(out.covariance, out.sensitivity, encode_weighed=True),
+        # Inputs are encoded by whitening, and the weight absorbs the root of their covariance.
+        in_=None if in_ is None else _modes(in_.sensitivity, in_.covariance, encode_weighed=False),
     )
+
+
+def _modes(gram: Tensor, moment: Tensor, *, encode_weighed: bool) -> Modes:
+    """Eigenvectors V of `root.T gram root`, where `moment = root root.T`: coordinates `root V` and `root.T^-1 V`."""
+    root = torch.linalg.cholesky(_damped(moment))
+    values, vectors = leading_modes(root.mT @ gram @ root)
+    weighed, back = root @ vectors, torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+    encode, decode = (weighed, back) if encode_weighed else (back, weighed)
+    return Modes(energy=values, encode=encode.mT, decode=decode)
 
 
 def _damped(moment: Tensor) -> Tensor:

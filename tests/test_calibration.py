@@ -1,14 +1,14 @@
-"""Calibration: statistics against plain formulas on a net that is small enough to keep everything, and bad input."""
+"""Calibration: what becomes of images, and bad input."""
 
-import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from batude_fx.calibration import image_batches, mixed, normalized_by, statistics, synthetic_batches
+from batude_fx.calibration import image_batches, mixed, normalized_by, synthetic_batches
 from batude_fx.errors import CalibrationError
+from batude_fx.measuring import statistics
 from batude_fx.sites import ConvSite
 from batude_fx.synthetic import dead_leaves
 
@@ -33,61 +33,6 @@ def _site(name: str, layer: nn.Conv2d) -> ConvSite:
     )  # fmt: skip
 
 
-def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
-    sites = [_site(name, net[int(name)]) for name in ("0", "3")]
-    return dict(statistics(net, sites, [(batch,) for batch in torch.split(images, 4)]))
-
-
-def test_statistics_are_the_covariances_of_all_positions() -> None:
-    net = _net().double().eval()
-    images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
-    measured = statistics(net, [_site("0", net[0]), _site("3", net[3])], [(b,) for b in torch.split(images, 4)])
-    first = images.movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(measured["0"].covariance_in[0], first.T.cov(correction=0))
-    hidden = net[:3](images)
-    for group in (0, 1):
-        grouped = hidden[:, 3 * group : 3 * group + 3].movedim(1, -1).flatten(0, 2)
-        torch.testing.assert_close(measured["3"].covariance_in[group], grouped.T.cov(correction=0))
-    out = net[:4](images).movedim(1, -1).flatten(0, 2)[:, 4:]
-    torch.testing.assert_close(measured["3"].covariance_out[1], out.T.cov(correction=0))
-
-
-def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
-    net = _net().eval()
-    images = 1e3 + torch.randn(8, 3, 7, 7)
-    measured = statistics(net, [_site("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
-    vectors = images.movedim(1, -1).flatten(0, 2).double()
-    torch.testing.assert_close(measured.covariance_in[0].double(), vectors.T.cov(correction=0), rtol=1e-3, atol=1e-3)
-
-
-def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
-    net = _net().double().eval()
-    images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
-    measured = statistics(net, [_site("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
-    # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
-    centred = net[6].weight - net[6].weight.mean(0)
-    expected = (centred.T @ centred / 25).detach()
-    assert measured.sensitivity_out is not None
-    for group in (0, 1):
-        block = expected[4 * group : 4 * group + 4, 4 * group : 4 * group + 4]
-        torch.testing.assert_close(measured.sensitivity_out[group], block, atol=0.1 * block.max().item(), rtol=0)
-
-
-def test_the_model_is_left_as_it_was() -> None:
-    net = _net().train()
-    net[0].weight.requires_grad_(False)
-    net[1].eval()
-    before = copy.deepcopy(net.state_dict())
-    _statistics(net, torch.randn(8, 3, 7, 7))
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name])
-    assert [module.training for module in net] == [True, False, True, True, True, True, True]
-    assert not net[0].weight.requires_grad
-    assert net[3].weight.requires_grad
-    assert all(not module._forward_hooks for module in net)
-    assert all(parameter.grad is None for parameter in net.parameters())
-
-
 def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
     net = _net().eval()
     images = torch.randn(32, 3, 7, 7) * 5 + 3
@@ -100,12 +45,12 @@ def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
 
 def test_mixing_statistics_with_themselves_changes_nothing() -> None:
     net = _net().eval()
-    sites = [_site("0", net[0])]
-    measured = statistics(net, sites, [(torch.randn(8, 3, 7, 7),)])
+    measured = statistics(net, [_site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
     both = mixed(measured, measured)["0"]
-    torch.testing.assert_close(both.covariance_in, measured["0"].covariance_in)
-    assert both.sensitivity_out is not None
-    torch.testing.assert_close(both.sensitivity_out, measured["0"].sensitivity_out)
+    for mode in ("out", "in_"):
+        for field in ("covariance", "sensitivity"):
+            mixture, single = (getattr(getattr(metric, mode), field) for metric in (both, measured["0"]))
+            torch.testing.assert_close(mixture, single)
 
 
 def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:

@@ -431,7 +431,7 @@ def test_a_class_of_the_user_is_unknown_until_registered() -> None:
     class Child(Registered):
         pass
 
-    register(Registered, Handler(weight=lambda module: module.weight / 2))
+    register(Registered, Handler(weight=lambda module: module.weight.div(2)))
     layer = Registered(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.float64)
     set_low_rank_weight(layer, Ranks(2, 2), seed=0)
     assert_same_function(Case(layer, Ranks(2, 2), torch.randn(2, 4, 5, 6, dtype=torch.float64)))

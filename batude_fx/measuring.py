@@ -1,0 +1,203 @@
+"""Statistics of every site over images: the metric in which its error counts.
+
+One forward pass and a few backward passes per image, no weight gradients. Each site keeps running sums only: the
+covariance of its input and output channels, and the second moment of the gradient that random combinations of the
+network's outputs send to its output. Positions are sampled; activations are never kept.
+
+Source: random output combinations estimate the Gauss-Newton matrix: N. Schraudolph, "Fast Curvature Matrix-Vector
+Products", Neural Computation 14(7), 2002; statistics of convolutions: Grosse and Martens 2016 (see `spectra`).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from batude_fx.borrowing import borrowed
+from batude_fx.errors import CalibrationError
+from batude_fx.handlers import canonical_weight
+from batude_fx.sites import ConvSite
+from batude_fx.spectra import Metric, ModeMetric
+from batude_fx.tucker import mode_product, unfold
+
+_DRAWS = 2  # random combinations of the outputs per image; each costs a backward pass
+_POSITIONS = 49  # sampled per image and site: all of a 7 x 7 map
+
+
+def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[tuple[object, ...]]) -> dict[str, Metric]:
+    """Measure the sites of a model over batches of images.
+
+    Args:
+        model: Evaluated in eval mode; parameters, buffers and flags are the same afterwards.
+        sites: The sites to measure.
+        batches: Arguments of the model, on its device; the first tensor among them is (n, ...).
+
+    Returns:
+        Site name to statistics. Sites that no batch reaches are missing.
+
+    Raises:
+        CalibrationError: When there is no batch at all.
+    """
+    sums = {site.name: _Sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
+    generator = torch.Generator().manual_seed(0)
+    images = 0
+    with borrowed(model), _frozen_parameters(model), _listening(model, sums, generator), torch.enable_grad():
+        for batch in batches:
+            inputs = tree_map_only(Tensor, _differentiable, batch)
+            images += len(tree_leaves(batch)[0])
+            _backward_random_combinations(model(*inputs), generator)
+    if not images:
+        raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
+    return {name: site_sums.metric(images) for name, site_sums in sums.items() if site_sums.reached}
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.is_floating_point())
+
+
+class _Moments:
+    """Running sum and second moment of channel vectors, one per group; the sums start near the mean when centred."""
+
+    def __init__(self, channels: int, groups: int, like: Tensor, *, centred: bool) -> None:
+        self.centred = centred
+        self.count = 0
+        self.shift: Tensor | None = None
+        self.total = like.new_zeros(groups, channels)
+        self.products = like.new_zeros(groups, channels, channels)
+
+    def add(self, vectors: Tensor, weight: float = 1.0) -> None:
+        """Add vectors (groups, n, C)."""
+        if self.centred:
+            if self.shift is None:
+                self.shift = vectors.mean(1, keepdim=True)
+            vectors = vectors - self.shift
+        self.count += vectors.shape[1]
+        self.total += vectors.sum(1)
+        self.products.baddbmm_(vectors.mT, vectors, alpha=weight)
+
+    def covariance(self) -> Tensor:
+        """(groups, C, C), centred."""
+        mean = self.total / self.count
+        return self.products / self.count - mean[:, :, None] * mean[:, None, :]
+
+
+class _Sums:
+    """Running sums of one site, of the modes that ranks can cut."""
+
+    def __init__(self, site: ConvSite, weight: Tensor) -> None:
+        self.site, self.weight = site, weight  # (groups, C_out, C_in, k...)
+        c_out, c_in = site.group_out_channels, site.group_in_channels
+        self.covariances = {
+            mode: _Moments((c_out, c_in)[mode], site.groups, weight, centred=True) for mode in site.modes
+        }
+        # With respect to the output, or through the weight to the input where only that is needed: fewer channels.
+        self.through = weight.flatten(2) if site.modes == (1,) else None  # (groups, C_out, C_in)
+        self.gradients = _Moments(c_out if self.through is None else c_in, site.groups, weight, centred=False)
+
+    def add(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        """Add one call; the gradient of its output is added when the backward pass reaches it."""
+        inputs, outputs = self._maps(x), self._maps(y)
+        positions = _sample(outputs.shape[2], generator)
+        if 0 in self.covariances:
+            self.covariances[0].add(self._vectors(outputs, positions))
+        if 1 in self.covariances:
+            self.covariances[1].add(self._vectors(inputs, _sample(inputs.shape[2], generator)))
+        if y.requires_grad:
+            # The sampled positions stand for all of them.
+            weight = outputs.shape[2] / len(positions)
+
+            def add_gradient(gradient: Tensor) -> None:
+                vectors = self._vectors(self._maps(gradient), positions)
+                self.gradients.add(vectors if self.through is None else vectors @ self.through, weight)
+
+            y.register_hook(add_gradient)  # type: ignore[no-untyped-call]
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """(N, C, positions)."""
+        return x.detach().movedim(1 if self.site.kernel_size else -1, 1).flatten(2)
+
+    def _vectors(self, maps: Tensor, positions: Tensor) -> Tensor:
+        """The channel vectors (groups, n, C) of maps (N, groups * C, P) at some positions."""
+        sampled = maps[..., positions]  # (N, groups * C, p)
+        sampled = sampled.view(len(sampled), self.site.groups, -1, len(positions))
+        return sampled.permute(1, 0, 3, 2).flatten(1, 2)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the site was called at all."""
+        return all(moments.count for moments in self.covariances.values())
+
+    def metric(self, images: int) -> Metric:
+        """What the sums amount to over so many images."""
+        covariances = {mode: moments.covariance() for mode, moments in self.covariances.items()}
+        sensitivity = self._sensitivity(images)
+        out = ModeMetric(covariances[0], sensitivity) if 0 in covariances else None
+        if 1 not in covariances:
+            return Metric(out, None)
+        if self.through is None:
+            weighed = unfold(mode_product(self.weight, sensitivity, 0), 1)
+            sensitivity = weighed @ unfold(self.weight, 1).mT
+        return Metric(out, ModeMetric(covariances[1], sensitivity))
+
+    def _sensitivity(self, images: int) -> Tensor:
+        """Where no gradient arrives, every output direction matters alike, and the whole variance counts as 1."""
+        if self.gradients.count:
+            return self.gradients.products / images / _DRAWS
+        alike = torch.eye(self.gradients.products.shape[-1]).to(self.weight).expand_as(self.gradients.products)
+        if self.through is not None:
+            alike = self.through.mT @ self.through
+        covariance = next(iter(self.covariances.values())).covariance()
+        return alike / (covariance * alike).sum().clamp_min(torch.finfo(covariance.dtype).tiny)
+
+
+def _sample(positions: int, generator: torch.Generator) -> Tensor:
+    if positions <= _POSITIONS:
+        return torch.arange(positions)
+    return torch.randperm(positions, generator=generator)[:_POSITIONS]
+
+
+@contextmanager
+def _listening(model: nn.Module, sums: Mapping[str, _Sums], generator: torch.Generator) -> Iterator[None]:
+    handles = []
+    for name, site_sums in sums.items():
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, sums: _Sums = site_sums) -> None:
+            sums.add(inputs[0], output, generator)
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Gradients to activations only: the backward pass then costs no more than the forward pass."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _backward_random_combinations(outputs: object, generator: torch.Generator) -> None:
+    """Send the gradients of random combinations of each image's outputs back; logits are centred over the classes.
+
+    Every output counts alike, not only those that the labels of these images need: users have other images.
+    """
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    for draw in range(_DRAWS if tensors else 0):
+        directions = [_direction(tensor, generator) for tensor in tensors]
+        torch.autograd.backward(tensors, directions, retain_graph=draw < _DRAWS - 1)
+
+
+def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
+    direction = torch.randn(output.shape, generator=generator).to(output)
+    return direction - direction.mean(-1, keepdim=True) if output.ndim == 2 else direction  # noqa: PLR2004 - (N, classes)

@@ -1,0 +1,133 @@
+"""Measuring: statistics against plain formulas on nets that are small enough to keep everything."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from batude_fx.errors import CalibrationError
+from batude_fx.measuring import statistics
+from batude_fx.sites import ConvSite
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def _site(name: str, layer: nn.Conv2d) -> ConvSite:
+    return ConvSite(
+        name, "Conv2d", layer.in_channels, layer.out_channels, (3, 3), layer.groups,
+        transposed=False, positions_in=49, positions_out=49, calls=1, found_by="fx",
+    )  # fmt: skip
+
+
+def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
+    sites = [_site(name, net[int(name)]) for name in ("0", "3")]
+    return dict(statistics(net, sites, [(batch,) for batch in torch.split(images, 4)]))
+
+
+def test_statistics_are_the_covariances_of_all_positions() -> None:
+    net = _net().double().eval()
+    images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
+    measured = statistics(net, [_site("0", net[0]), _site("3", net[3])], [(b,) for b in torch.split(images, 4)])
+    first = images.movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(measured["0"].in_.covariance[0], first.T.cov(correction=0))
+    hidden = net[:3](images)
+    for group in (0, 1):
+        grouped = hidden[:, 3 * group : 3 * group + 3].movedim(1, -1).flatten(0, 2)
+        torch.testing.assert_close(measured["3"].in_.covariance[group], grouped.T.cov(correction=0))
+    out = net[:4](images).movedim(1, -1).flatten(0, 2)[:, 4:]
+    torch.testing.assert_close(measured["3"].out.covariance[1], out.T.cov(correction=0))
+
+
+def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
+    net = _net().eval()
+    images = 1e3 + torch.randn(8, 3, 7, 7)
+    measured = statistics(net, [_site("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
+    vectors = images.movedim(1, -1).flatten(0, 2).double()
+    torch.testing.assert_close(measured.in_.covariance[0].double(), vectors.T.cov(correction=0), rtol=1e-3, atol=1e-3)
+
+
+def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
+    net = _net().double().eval()
+    images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
+    measured = statistics(net, [_site("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
+    # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
+    centred = net[6].weight - net[6].weight.mean(0)
+    expected = (centred.T @ centred / 25).detach()
+    for group in (0, 1):
+        block = expected[4 * group : 4 * group + 4, 4 * group : 4 * group + 4]
+        torch.testing.assert_close(measured.out.sensitivity[group], block, atol=0.1 * block.max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(("c_in", "c_out"), [(6, 4), (4, 6)])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_pointwise_site_is_measured_where_it_has_fewer_channels(c_in: int, c_out: int, linear: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(c_in, c_out) if linear else nn.Conv2d(c_in, c_out, 1)
+    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(c_out * 9, 5)).double()
+    site = ConvSite(
+        "0", type(layer).__name__, c_in, c_out, () if linear else (1, 1), 1,
+        transposed=False, positions_in=9, positions_out=9, calls=1, found_by="fx",
+    )  # fmt: skip
+    shape = (3, 3, c_in) if linear else (c_in, 3, 3)
+    images = torch.randn(1000, *shape, dtype=torch.float64)
+    metric = statistics(net, [site], [(batch,) for batch in torch.split(images, 100)])["0"]
+    axis = 3 if linear else 1
+    weight = layer.weight.detach().flatten(1)
+    vectors = images.movedim(axis, -1).flatten(0, 2)  # (n, c_in)
+    # The gradient of every output position is a slice of the last layer's weight.
+    head = net[2].weight.detach() - net[2].weight.detach().mean(0)
+    head = head.view(5, *((3, 3, c_out) if linear else (c_out, 3, 3))).movedim(axis, -1).flatten(0, 2)  # (m, c_out)
+    if c_out < c_in:
+        assert metric.in_ is None
+        vectors = vectors @ weight.T
+    else:
+        assert metric.out is None
+        head = head @ weight
+    measured = metric.out or metric.in_
+    torch.testing.assert_close(measured.covariance[0], vectors.T.cov(correction=0))
+    expected = head.T @ head
+    torch.testing.assert_close(measured.sensitivity[0], expected, atol=0.15 * expected.max().item(), rtol=0)
+
+
+def test_where_no_gradient_arrives_all_outputs_matter_alike() -> None:
+    class Argmax(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argmax(1)
+
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), Argmax())
+    metric = statistics(net, [_site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])["0"]
+    assert metric.out.total() == pytest.approx(1)
+    torch.testing.assert_close(metric.out.sensitivity[0], metric.out.sensitivity[0, 0, 0] * torch.eye(6))
+
+
+def test_no_batch_is_an_error() -> None:
+    net = _net()
+    with pytest.raises(CalibrationError, match="loader is empty"):
+        statistics(net, [_site("0", net[0])], [])
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    net = _net().train()
+    net[0].weight.requires_grad_(False)
+    net[1].eval()
+    before = copy.deepcopy(net.state_dict())
+    _statistics(net, torch.randn(8, 3, 7, 7))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert [module.training for module in net] == [True, False, True, True, True, True, True]
+    assert not net[0].weight.requires_grad
+    assert net[3].weight.requires_grad
+    assert all(not module._forward_hooks for module in net)
+    assert all(parameter.grad is None for parameter in net.parameters())
