@@ -16,6 +16,7 @@ from batude_fx import allocation
 from batude_fx.borrowing import borrowed
 from batude_fx.budget import Budget
 from batude_fx.calibration import (
+    SYNTHETIC_DRAWS,
     Images,
     Inputs,
     Keeper,
@@ -262,7 +263,8 @@ def _measure(
 
 def _synthetic_metrics(model: nn.Module, sites: Sequence[ConvSite], procedural: Keeper) -> dict[str, Metric]:
     batches = list(procedural)
-    return statistics(normalized_by(model, batches), sites, track(batches, "calibrating, synthetic images"))
+    shown = track(batches, "calibrating, synthetic images")
+    return statistics(normalized_by(model, batches), sites, shown, draws=SYNTHETIC_DRAWS)
 
 
 def _candidates(

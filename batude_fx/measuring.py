@@ -22,17 +22,19 @@ from batude_fx.sites import ConvSite
 from batude_fx.spectra import Metric, ModeMetric
 from batude_fx.tucker import mode_product, unfold
 
-_DRAWS = 2  # random combinations of the outputs per image; each costs a backward pass
 _POSITIONS = 49  # sampled per image and site: all of a 7 x 7 map
 
 
-def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[tuple[object, ...]]) -> dict[str, Metric]:
+def statistics(
+    model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[tuple[object, ...]], *, draws: int = 1
+) -> dict[str, Metric]:
     """Measure the sites of a model over batches of images.
 
     Args:
         model: Evaluated in eval mode; parameters, buffers and flags are the same afterwards.
         sites: The sites to measure.
         batches: Arguments of the model, on its device; the first tensor among them is (n, ...).
+        draws: Random combinations of the outputs per image; each costs a backward pass.
 
     Returns:
         Site name to statistics. Sites that no batch reaches are missing.
@@ -47,10 +49,10 @@ def statistics(model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[tu
         for batch in batches:
             inputs = tree_map_only(Tensor, _differentiable, batch)
             images += len(tree_leaves(batch)[0])
-            _backward_random_combinations(model(*inputs), generator)
+            _backward_random_combinations(model(*inputs), draws, generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
-    return {name: site_sums.metric(images) for name, site_sums in sums.items() if site_sums.reached}
+    return {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if site_sums.reached}
 
 
 def _differentiable(x: Tensor) -> Tensor:
@@ -129,10 +131,10 @@ class _Sums:
         """Whether the site was called at all."""
         return all(moments.count for moments in self.covariances.values())
 
-    def metric(self, images: int) -> Metric:
-        """What the sums amount to over so many images."""
+    def metric(self, gradients: int) -> Metric:
+        """What the sums amount to over so many gradients of images."""
         covariances = {mode: moments.covariance() for mode, moments in self.covariances.items()}
-        sensitivity = self._sensitivity(images)
+        sensitivity = self._sensitivity(gradients)
         out = ModeMetric(covariances[0], sensitivity) if 0 in covariances else None
         if 1 not in covariances:
             return Metric(out, None)
@@ -141,10 +143,10 @@ class _Sums:
             sensitivity = weighed @ unfold(self.weight, 1).mT
         return Metric(out, ModeMetric(covariances[1], sensitivity))
 
-    def _sensitivity(self, images: int) -> Tensor:
+    def _sensitivity(self, gradients: int) -> Tensor:
         """Where no gradient arrives, every output direction matters alike, and the whole variance counts as 1."""
         if self.gradients.count:
-            return self.gradients.products / images / _DRAWS
+            return self.gradients.products / gradients
         alike = torch.eye(self.gradients.products.shape[-1]).to(self.weight).expand_as(self.gradients.products)
         if self.through is not None:
             alike = self.through.mT @ self.through
@@ -187,15 +189,15 @@ def _frozen_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _backward_random_combinations(outputs: object, generator: torch.Generator) -> None:
+def _backward_random_combinations(outputs: object, draws: int, generator: torch.Generator) -> None:
     """Send the gradients of random combinations of each image's outputs back; logits are centred over the classes.
 
     Every output counts alike, not only those that the labels of these images need: users have other images.
     """
     tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    for draw in range(_DRAWS if tensors else 0):
+    for draw in range(draws if tensors else 0):
         directions = [_direction(tensor, generator) for tensor in tensors]
-        torch.autograd.backward(tensors, directions, retain_graph=draw < _DRAWS - 1)
+        torch.autograd.backward(tensors, directions, retain_graph=draw < draws - 1)
 
 
 def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
