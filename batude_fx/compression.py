@@ -49,15 +49,24 @@ class _Candidate:
     """What planning knows of a site that can be replaced.
 
     Attributes:
+        site: The site.
         options: The ranks it may get.
         spectrum: Its factors at all of them.
     """
 
+    site: ConvSite
     options: allocation.Options
     spectrum: Spectrum
 
     def replacement(self, layer: nn.Module, ranks: Ranks, *, with_bias: bool) -> TuckerModule:
         weight, bias = canonical_weight(layer), canonical_bias(layer)
+        site = self.site
+        planned = (site.groups, site.group_out_channels, site.group_in_channels, *site.kernel_size)
+        if weight.shape != planned:
+            raise UnsupportedError(
+                f"{site.name} has a weight {tuple(weight.shape)} (groups, out, in, kernel), the plan was made for "
+                f"{planned}; apply the plan to its own model."
+            )
         if bias is None and with_bias:
             bias = weight.new_zeros(weight.shape[:2].numel())
         return tucker_conv(layer, ranks, replaced(self.spectrum.factors(weight, ranks), bias=bias))
@@ -285,7 +294,7 @@ def _candidates(
 def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, measured: Metric | None) -> _Candidate:
     weight = canonical_weight(model.get_submodule(site.name))
     spectrum = metric_spectrum(measured) if measured else weight_spectrum(weight, pointwise=site.is_pointwise)
-    return _Candidate(options.judged(spectrum.loss()), spectrum)
+    return _Candidate(site, options.judged(spectrum.loss()), spectrum)
 
 
 def _options(
