@@ -24,8 +24,9 @@ from torchvision.models._api import register_model as register_torchvision_model
 
 from batude_fx import serialization
 from batude_fx.errors import BatudeError, SavedModelError
+from batude_fx.modules import TuckerModule
 from batude_fx.origin import ENTRYPOINT
-from batude_fx.saved_config import WEIGHTS, SavedArchitecture, first_problem, read_config
+from batude_fx.saved_config import CONFIG, WEIGHTS, SavedArchitecture, first_problem, read_config
 
 
 def batude_fx(
@@ -45,13 +46,14 @@ def batude_fx(
     kwargs.pop("pretrained_model_args", None)
     own = {key: kwargs.pop(key) for key in SavedArchitecture.model_fields if key in kwargs}
     config: dict[str, Any] = resolve_pretrained_cfg(ENTRYPOINT, cast("Any", pretrained_cfg), overlay).to_dict()  # type: ignore[no-untyped-call]
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     saved = _saved(own, config)
     model = saved.build(**kwargs)
-    if channels := saved.args.get("in_chans"):
-        config["input_size"] = (channels, *config["input_size"][1:])
     vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
     if pretrained:
         _load(model, _state(config, cache_dir), config, adapted=bool(kwargs))
+    else:
+        _initialize_(model)
     if features.pop("features_only", False):
         model = _features(model, **features)
     return model.to(**placement) if placement else model
@@ -78,7 +80,7 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
         SavedModelError: When it is a folder that cannot be read.
     """
     library, _, base = name.rpartition(":")
-    if Path(name).is_dir():
+    if (Path(name) / CONFIG).is_file():
         return serialization.load(name)
     if library in {"", "timm"} and timm.is_model(base.partition(".")[0]) and base != ENTRYPOINT:
         return timm.create_model(base, pretrained=pretrained, **args)
@@ -110,6 +112,15 @@ def _state(config: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> 
     if config.get("source") == "hf-hub":
         return dict(load_state_dict_from_hf(config["hf_hub_id"], WEIGHTS, cache_dir=cast("Any", cache_dir)))
     raise SavedModelError("no weights are known for this config; use pretrained=False, or batude_fx.load(folder).")
+
+
+def _initialize_(model: nn.Module) -> None:
+    """Fresh weights as torch's layers get them."""
+    for module in model.modules():
+        if isinstance(module, TuckerModule):
+            for part in module.children():
+                if not isinstance(part, nn.Identity):
+                    cast("nn.Conv2d | nn.Linear", part).reset_parameters()
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], config: dict[str, Any], *, adapted: bool) -> None:

@@ -1,0 +1,163 @@
+"""The zoo plugin: saved folders through timm and torchvision, and models by name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import batude_fx
+from batude_fx.errors import BatudeError, SavedModelError
+from batude_fx.modules import TuckerModule
+from batude_fx.sites import Ranks
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def _save(model: nn.Module, folder: Path) -> nn.Module:
+    small = batude_fx.compress(model, 0.6, calibration=None, example_inputs=IMAGES[:1], exclude="conv1*").eval()
+    batude_fx.save(small, folder)
+    return small
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("timm") / "out"
+    return _save(timm.create_model("resnet10t"), folder), folder
+
+
+@pytest.fixture(scope="module")
+def torchvision_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("torchvision") / "out"
+    return _save(torchvision.models.resnet18(), folder), folder
+
+
+@pytest.mark.parametrize("library", ["timm_folder", "torchvision_folder"])
+def test_a_saved_network_through_all_four_doors(library: str, request: pytest.FixtureRequest) -> None:
+    small, folder = request.getfixturevalue(library)
+    wanted = small(IMAGES)
+    for network in (
+        batude_fx.load(folder),
+        batude_fx.create(str(folder)),
+        timm.create_model(f"local-dir:{folder}", pretrained=True),
+        torchvision.models.get_model("batude_fx", folder=folder),
+    ):
+        assert type(network) is type(small)
+        assert torch.equal(network.eval()(IMAGES), wanted)
+
+
+def test_timm_gives_fresh_weights_of_the_same_shapes(timm_folder: tuple[nn.Module, Path]) -> None:
+    small, folder = timm_folder
+    fresh = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    assert {n: v.shape for n, v in fresh.state_dict().items()} == {n: v.shape for n, v in small.state_dict().items()}
+    assert not torch.equal(fresh.eval()(IMAGES), small(IMAGES))
+    assert torch.isfinite(fresh(IMAGES)).all()
+
+
+@pytest.mark.parametrize("library", ["timm_folder", "torchvision_folder"])
+def test_another_number_of_classes_keeps_all_other_weights(library: str, request: pytest.FixtureRequest) -> None:
+    small, folder = request.getfixturevalue(library)
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).eval()
+    assert network(IMAGES).shape == (2, 7)
+    for name, value in network.state_dict().items():
+        assert name.startswith("fc.") or torch.equal(value, small.state_dict()[name])
+
+
+def test_timm_adapts_the_stem_to_other_channels(timm_folder: tuple[nn.Module, Path]) -> None:
+    network = timm.create_model(f"local-dir:{timm_folder[1]}", pretrained=True, in_chans=1)
+    assert network.eval()(IMAGES[:, :1]).shape == (2, 1000)
+
+
+def test_arguments_that_the_weights_cannot_follow_are_refused(tmp_path: Path) -> None:
+    small = batude_fx.compress(
+        timm.create_model("resnet10t"),
+        0.95,
+        calibration=None,
+        example_inputs=IMAGES[:1],
+        ranks={"conv1.0": Ranks(8, 3)},
+    )
+    batude_fx.save(small, tmp_path)
+    with pytest.raises(SavedModelError, match="do not fit the arguments"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+
+
+def test_features_are_those_of_the_saved_network(timm_folder: tuple[nn.Module, Path]) -> None:
+    small, folder = timm_folder
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=(1, 3)).eval()
+    wanted = small.forward_intermediates(IMAGES, indices=(1, 3), intermediates_only=True)
+    for feature, expected in zip(network(IMAGES), wanted, strict=True):
+        assert torch.equal(feature, expected)
+
+
+def test_features_of_models_that_have_none_are_refused(torchvision_folder: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(SavedModelError, match="create_feature_extractor"):
+        timm.create_model(f"local-dir:{torchvision_folder[1]}", pretrained=True, features_only=True)
+
+
+def test_dtype_is_respected(timm_folder: tuple[nn.Module, Path]) -> None:
+    network = timm.create_model(f"local-dir:{timm_folder[1]}", pretrained=True, dtype=torch.bfloat16)
+    assert next(network.parameters()).dtype == torch.bfloat16
+
+
+def test_a_loaded_network_has_the_methods_and_the_data_config_of_its_class(timm_folder: tuple[nn.Module, Path]) -> None:
+    small, folder = timm_folder
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    resolve: Any = timm.data.resolve_data_config
+    assert resolve(model=network) == resolve(model=small)
+    network.reset_classifier(3)
+    assert network(IMAGES).shape == (2, 3)
+
+
+def test_the_entrypoint_asks_for_a_folder() -> None:
+    assert timm.is_model("batude_fx")
+    with pytest.raises(SavedModelError, match=r"local-dir:FOLDER"):
+        timm.create_model("batude_fx")
+
+
+def test_a_config_without_weights_is_not_filled_from_elsewhere(timm_folder: tuple[nn.Module, Path]) -> None:
+    config = batude_fx.saved_config.read_config(timm_folder[1])
+    arguments = config.model_args.model_dump()
+    with pytest.raises(SavedModelError, match="no weights are known"):
+        timm.create_model("batude_fx", pretrained=True, pretrained_cfg=config.metadata, **arguments)
+    with pytest.raises(SavedModelError, match="ranks"):
+        timm.create_model("batude_fx", **{**arguments, "ranks": {"conv1": "all"}})
+
+
+# Models by name
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("resnet18", "timm"),
+        ("timm:resnet18", "timm"),
+        ("torchvision:resnet18", "torchvision"),
+        ("raft_small", "torchvision"),
+    ],
+)
+def test_names_are_looked_up_in_both_libraries(name: str, library: str) -> None:
+    assert type(batude_fx.create(name)).__module__.startswith(f"{library}.")
+
+
+def test_arguments_reach_the_model() -> None:
+    assert batude_fx.create("resnet10t", num_classes=3)(IMAGES).shape == (2, 3)
+    assert batude_fx.create("torchvision:resnet18", num_classes=3)(IMAGES).shape == (2, 3)
+
+
+def test_a_folder_is_a_name(timm_folder: tuple[nn.Module, Path]) -> None:
+    network = batude_fx.create(str(timm_folder[1]))
+    assert any(isinstance(module, TuckerModule) for module in network.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet51", "torchvision:resnet51", "keras:resnet50", "batude_fx", ""])
+def test_an_unknown_name_is_refused_with_close_ones(name: str) -> None:
+    with pytest.raises(BatudeError, match=re.escape(f"{name!r} is no saved folder")) as caught:
+        batude_fx.create(name)
+    if "51" in name:
+        assert "resnet50" in str(caught.value)
