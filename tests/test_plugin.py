@@ -74,17 +74,21 @@ def test_timm_adapts_the_stem_to_other_channels(timm_folder: tuple[nn.Module, Pa
     assert network.eval()(IMAGES[:, :1]).shape == (2, 1000)
 
 
-def test_arguments_that_the_weights_cannot_follow_are_refused(tmp_path: Path) -> None:
-    small = batude_fx.compress(
-        timm.create_model("resnet10t"),
-        0.95,
-        calibration=None,
-        example_inputs=IMAGES[:1],
-        ranks={"conv1.0": Ranks(8, 3)},
-    )
+@pytest.mark.parametrize(
+    ("fixed", "args", "message"),
+    [
+        ({"conv1.0": Ranks(8, 3)}, {"in_chans": 1}, "is not the model that was saved"),
+        ({"fc": Ranks(64, 64)}, {"num_classes": 900}, "do not fit the arguments"),
+    ],
+)
+def test_arguments_that_the_weights_cannot_follow_are_refused(
+    fixed: dict[str, Ranks], args: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"calibration": None, "example_inputs": IMAGES[:1], "layers": "conv+linear"}
+    small = batude_fx.compress(timm.create_model("resnet10t"), 0.95, ranks=fixed, **options)
     batude_fx.save(small, tmp_path)
-    with pytest.raises(SavedModelError, match="do not fit the arguments"):
-        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    with pytest.raises(SavedModelError, match=message):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **args)
 
 
 def test_features_are_those_of_the_saved_network(timm_folder: tuple[nn.Module, Path]) -> None:
