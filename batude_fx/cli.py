@@ -1,9 +1,11 @@
 """The command line: arguments to one call, and its result as a table or as JSON. No logic of its own."""
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
 from functools import wraps
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 import batude_fx
 from batude_fx import images, report
 from batude_fx.budget import Budget
-from batude_fx.errors import BatudeError, UnsupportedError
+from batude_fx.errors import BatudeError, SavedModelError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.progress import track
 from batude_fx.saved_config import read_config
@@ -70,7 +72,7 @@ def _one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, R
                 warnings.showwarning = _one_line_warning  # type: ignore[assignment]
                 return command(*args, **kwargs)
         except BatudeError as error:
-            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            _say(f"error: {error}", "red")
             raise typer.Exit(1) from None
 
     return run
@@ -78,7 +80,13 @@ def _one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, R
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if issubclass(category, UserWarning):
-        Console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow", markup=False)
+        _say(f"warning: {message}", "yellow")
+
+
+def _say(text: str, colour: str) -> None:
+    line = " ".join(text.split())
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
+    console.print(line, style=colour, markup=False, highlight=False)
 
 
 @app.command()
@@ -91,7 +99,7 @@ def discover(
 
     Example: batude-fx discover resnet50
     """
-    network = batude_fx.create(model)
+    network = _network(model, "cpu", pretrained=False)
     sites = batude_fx.discover(network, layers=layers.value, include=include or (), exclude=exclude or ())
     _show(report.sites_table(sites, model), [asdict(site) for site in sites], as_json)
 
@@ -129,6 +137,8 @@ def compress(
     Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
     """
     limits = Budget.parse(budget)
+    if output.exists() and not output.is_dir():
+        raise SavedModelError(f"{output} is a file; give another --output, a folder to write.")
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
         network, limits, calibration=_calibration(network, calibration, images),
@@ -179,6 +189,10 @@ def evaluate(
         facts |= {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
     if against is not None:
         other = _logits(_network(against, device, pretrained=pretrained), paths)
+        if other.shape != logits.shape:
+            raise UnsupportedError(
+                f"{model} has {logits.shape[1]} classes, {against} has {other.shape[1]}; they cannot agree."
+            )
         facts["agreement"] = (logits.argmax(1) == other.argmax(1)).float().mean().item()
     if len(facts) == 1:
         raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
@@ -188,15 +202,16 @@ def evaluate(
 def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
     try:
         target = torch.device(device)
-        torch.empty(0, device=target)
+        torch.empty(1, device=target).cpu()  # "meta" has no values to copy
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedError(f"device {device!r} cannot be used here: {reason} Use --device cpu.") from error
     try:
-        return batude_fx.create(name, pretrained=pretrained).to(target).eval()
+        with redirect_stdout(sys.stderr):  # torch.hub says there what it fetches, in the way of --json
+            return batude_fx.create(name, pretrained=pretrained).to(target).eval()
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BatudeError(f"{name!r} cannot be built: {reason} Without its weights: --no-pretrained.") from error
+        way_out = " Without its weights: --no-pretrained." if pretrained else ""
+        raise BatudeError(f"{name!r} cannot be built: {str(error).splitlines()[0]}{way_out}") from error
 
 
 def _calibration(network: nn.Module, wanted: str, count: int) -> Any:  # noqa: ANN401 - what plan takes
@@ -208,8 +223,11 @@ def _calibration(network: nn.Module, wanted: str, count: int) -> Any:  # noqa: A
 def _logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
     device = next(network.parameters()).device
     with torch.no_grad():
-        batches = track(images.batches(network, paths), "evaluating", len(paths) // images.BATCH)
-        return torch.cat([network(batch.to(device)).cpu() for batch in batches])
+        batches = track(images.batches(network, paths), "evaluating", math.ceil(len(paths) / images.BATCH))
+        outputs = [network(batch.to(device)) for batch in batches]
+    if not isinstance(outputs[0], Tensor) or outputs[0].ndim != 2:  # noqa: PLR2004 - (n, classes)
+        raise UnsupportedError(f"{type(network).__name__} is no classifier; evaluate compares one class per image.")
+    return torch.cat(outputs).cpu()
 
 
 def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from batude_fx.errors import CalibrationError
 from batude_fx.zoo import example_inputs
 
 BATCH = 16
+_NDIM = 4  # (N, C, H, W)
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -25,7 +26,7 @@ def image_paths(folder: Path, count: int | None = None) -> list[Path]:
     """
     if not folder.is_dir():
         raise CalibrationError(f"{folder} is no folder. Give a folder of images, of any depth.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         raise CalibrationError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}) at any depth.")
     if count is None or count >= len(paths):
@@ -54,15 +55,19 @@ def batches(model: nn.Module, paths: Sequence[Path]) -> Iterator[Tensor]:
 
 
 def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transform, which is untyped
-    example = example_inputs(model)[0]
-    if not isinstance(example, Tensor) or example.shape[1:2] != (3,):
-        raise CalibrationError(f"{type(model).__name__} takes no colour images; use --calibration synthetic or none.")
+    example, *more = example_inputs(model)
+    if more or not isinstance(example, Tensor) or example.shape[1:2] != (3,) or example.ndim != _NDIM:
+        raise CalibrationError(
+            f"{type(model).__name__} does not take one colour image, so photos cannot be shown to it; "
+            "plan and compress can do without: --calibration synthetic or none."
+        )
     config = resolve_data_config({"input_size": tuple(example.shape[1:])}, model=model)  # type: ignore[no-untyped-call]
     return create_transform(**config, is_training=False)
 
 
 def _opened(path: Path) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's readers raise all kinds, SyntaxError for a broken chunk of a PNG among them
         raise CalibrationError(f"{path} cannot be read as an image: {error}. Remove or replace it.") from error
