@@ -23,7 +23,7 @@ _STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "caption_justify": "left", "min_wi
 def human(count: float) -> str:
     """A count with three digits and a metric prefix: 4089184256 is "4.09 G"."""
     for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
+        if count >= 0.9995 * scale:  # 999 999 is 1 M, not 1000 k
             return f"{count / scale:.3g} {prefix}"
     return f"{count:g} "
 
