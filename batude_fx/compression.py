@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -264,16 +262,19 @@ def _measure(
         return {}, ()
     procedural = Keeper(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
-        return _synthetic_metrics(model, sites, procedural), tuple(procedural.kept)
+        metrics = _synthetic_metrics(model, sites, procedural, draws=SYNTHETIC_DRAWS)
+        return metrics, tuple(procedural.kept)
     own = Keeper(track(image_batches(calibration, inputs), "calibrating"))
     metrics = statistics(model, sites, own)
-    return mixed(metrics, _synthetic_metrics(model, sites, procedural)), tuple(own.kept)
+    return mixed(metrics, _synthetic_metrics(model, sites, procedural, draws=1)), tuple(own.kept)
 
 
-def _synthetic_metrics(model: nn.Module, sites: Sequence[ConvSite], procedural: Keeper) -> dict[str, Metric]:
+def _synthetic_metrics(
+    model: nn.Module, sites: Sequence[ConvSite], procedural: Keeper, *, draws: int
+) -> dict[str, Metric]:
     batches = list(procedural)
     shown = track(batches, "calibrating, synthetic images")
-    return statistics(normalized_by(model, batches), sites, shown, draws=SYNTHETIC_DRAWS)
+    return statistics(normalized_by(model, batches), sites, shown, draws=draws)
 
 
 def _candidates(
@@ -282,13 +283,8 @@ def _candidates(
     options: Mapping[str, allocation.Options],
     measured: Mapping[str, Metric],
 ) -> dict[str, _Candidate]:
-    def candidate(name: str) -> _Candidate:
-        return _candidate(model, sites[name], options[name], measured.get(name))
-
-    # An eigen-decomposition keeps about one core busy.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        decomposed = track(pool.map(candidate, sites), "decomposing", len(sites))
-        return dict(zip(sites, decomposed, strict=True))
+    names = track(list(sites), "decomposing")
+    return {name: _candidate(model, sites[name], options[name], measured.get(name)) for name in names}
 
 
 def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, measured: Metric | None) -> _Candidate:

@@ -1,6 +1,7 @@
 """Which architecture of timm or torchvision a model is, and how that one is built again: by registered names only."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -117,10 +118,15 @@ def _of_torchvision(model: nn.Module, classes: int | None) -> Iterator[Origin]:
     if hasattr(model, "aux_classifier"):
         args["aux_loss"] = model.aux_classifier is not None
     for name in models.list_models():
-        if models.get_model_builder(name).__module__ == type(model).__module__:
+        if _knows(models.get_model_builder(name).__module__, type(model)):
             yield Origin("torchvision", name, args)
             if classes is not None:
                 yield Origin("torchvision", name, {**args, "num_classes": classes})
+
+
+def _knows(module: str, model: type[nn.Module]) -> bool:
+    """Whether a module of torchvision has the class; SSDLite, for one, is an SSD built in another file."""
+    return getattr(sys.modules[module], model.__name__, None) is model
 
 
 _TORCHVISION_FLAGS = ("aux_logits", "transform_input")

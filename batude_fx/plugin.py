@@ -20,12 +20,13 @@ from timm.models._features import FeatureGetterNet
 from timm.models._hub import load_state_dict_from_hf
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models._api import WeightsEnum
 from torchvision.models._api import register_model as register_torchvision_model
 
 from batude_fx import serialization
 from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.modules import TuckerModule
-from batude_fx.origin import ENTRYPOINT
+from batude_fx.origin import ENTRYPOINT, Origin
 from batude_fx.saved_config import CONFIG, WEIGHTS, SavedArchitecture, first_problem, read_config
 
 
@@ -63,7 +64,7 @@ register_model(batude_fx)
 
 
 @register_torchvision_model(ENTRYPOINT)  # type: ignore[untyped-decorator]
-def _torchvision_entrypoint(*, folder: str | os.PathLike[str], weights: None = None) -> nn.Module:  # noqa: ARG001
+def _torchvision_entrypoint(*, folder: str | os.PathLike[str], weights: WeightsEnum | None = None) -> nn.Module:  # noqa: ARG001
     return serialization.load(folder)
 
 
@@ -85,7 +86,9 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
     if library in {"", "timm"} and timm.is_model(base.partition(".")[0]) and base != ENTRYPOINT:
         return timm.create_model(base, pretrained=pretrained, **args)
     if library in {"", "torchvision"} and base in models.list_models() and base != ENTRYPOINT:
-        return models.get_model(base, weights="DEFAULT" if pretrained else None, **args)  # type: ignore[no-any-return]
+        if not pretrained:
+            return Origin("torchvision", base, args).build()
+        return models.get_model(base, weights="DEFAULT", **args)  # type: ignore[no-any-return]
     known = [*timm.list_models(), *models.list_models(), *timm.list_pretrained()]
     close = list(dict.fromkeys(difflib.get_close_matches(base, known, n=5)))
     raise BatudeError(

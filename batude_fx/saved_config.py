@@ -6,6 +6,7 @@ folder is ever read.
 """
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -86,7 +87,8 @@ class SavedArchitecture(BaseModel):
         try:
             return build_skeleton(model, {name: Ranks(*pair) for name, pair in self.ranks.items()}, self.biased)
         except BatudeError as error:
-            raise SavedModelError(f"{type(model).__name__} is not the model that was saved: {error}") from error
+            reason = textwrap.shorten(str(error), 500)  # a module that is no layer prints its whole tree
+            raise SavedModelError(f"{type(model).__name__} is not the model that was saved: {reason}") from error
 
 
 class SavedConfig(BaseModel):
@@ -153,7 +155,9 @@ def _validated(content: object, path: Path) -> SavedConfig:
     try:
         return SavedConfig.model_validate(content)
     except ValidationError as error:
-        raise SavedModelError(f"{path} is not a config of batude_fx: {first_problem(error)}") from error
+        raise SavedModelError(
+            f"{path} is not a config of batude_fx: {first_problem(error)} Save the model again."
+        ) from error
 
 
 def first_problem(error: ValidationError) -> str:

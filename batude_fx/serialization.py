@@ -26,6 +26,7 @@ from batude_fx.origin import Origin, origins
 from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture, SavedConfig, read_config
 from batude_fx.zoo import example_inputs
 
+_TOGETHER = "Give a folder and a model that belong together, or save the model again."
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -97,7 +98,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         SavedModelError: When it is missing, truncated, or no safetensors file.
     """
     if not path.is_file():
-        raise SavedModelError(f"{path} is missing; the folder is incomplete.")
+        raise SavedModelError(f"{path} is missing; the folder is incomplete. Save or copy it again.")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -118,17 +119,21 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if missing or unknown:
         raise SavedModelError(
             f"the weights are not those of this {type(model).__name__}: {len(missing)} tensors are missing and "
-            f"{len(unknown)} are unknown, {[*missing, *unknown][0]!r} first."
+            f"{len(unknown)} are unknown, {[*missing, *unknown][0]!r} first. {_TOGETHER}"
         )
     for name, value in state.items():
-        if value.shape != own[name].shape or value.is_floating_point() != own[name].is_floating_point():
+        if value.shape != own[name].shape or _kind(value) != _kind(own[name]):
             raise SavedModelError(
                 f"the weights are not those of this {type(model).__name__}: {name!r} is {_described(value)} "
-                f"where the model has {_described(own[name])}."
+                f"where the model has {_described(own[name])}. {_TOGETHER}"
             )
     for name, value in state.items():
         own[name].data = own[name].data.to(value.dtype)
     model.load_state_dict(state, strict=False)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _described(tensor: Tensor) -> str:
@@ -201,8 +206,10 @@ def _gives_back(saved: SavedArchitecture, model: nn.Module, weights: Path, outpu
     return len(again) == len(outputs) and all(map(_equal, again, outputs))
 
 
-def _layout(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in model.state_dict().items()}
+def _layout(model: nn.Module) -> tuple[dict[str, torch.Size], dict[str, type[nn.Module]]]:
+    # Types too: in an untrained branch that ends in a zero, another activation leaves the outputs as they are.
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    return shapes, {name: type(module) for name, module in model.named_modules()}
 
 
 def _example_run(model: nn.Module) -> tuple[tuple[object, ...], list[object]]:

@@ -133,6 +133,12 @@ def test_a_config_without_weights_is_not_filled_from_elsewhere(timm_folder: tupl
         timm.create_model("batude_fx", **{**arguments, "ranks": {"conv1": "all"}})
 
 
+def test_torchvision_can_list_weights_of_every_model() -> None:
+    assert list(torchvision.models.get_model_weights("batude_fx")) == []
+    for name in torchvision.models.list_models():
+        torchvision.models.get_model_weights(name)
+
+
 # Models by name
 
 

@@ -20,6 +20,8 @@ import batude_fx
 from batude_fx import serialization
 from batude_fx.errors import SavedModelError
 from batude_fx.modules import TuckerModule
+from batude_fx.sites import Ranks
+from batude_fx.surgery import build_skeleton
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -159,6 +161,30 @@ def test_a_network_changed_by_hand_is_not_passed_off_as_its_architecture(tmp_pat
         batude_fx.save(small, tmp_path / "out")
 
 
+def test_a_change_that_does_not_show_yet_is_seen_too(tmp_path: Path) -> None:
+    small = _small(_timm())
+    example = small(IMAGES)
+    small.layer2[0].act1 = nn.GELU()  # the branch ends in a batch norm whose weight starts at zero
+    assert torch.equal(small(IMAGES), example)
+    with pytest.warns(UserWarning, match="cannot be rebuilt by name"):
+        batude_fx.save(small, tmp_path)
+
+
+def test_a_network_built_in_another_file_than_its_class_comes_back(tmp_path: Path) -> None:
+    name = "ssdlite320_mobilenet_v3_large"
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    ranks = {"backbone.features.0.0.0": Ranks(8, 3)}
+    small = build_skeleton(model, ranks).eval()
+    for parameter in small.get_submodule(*ranks).parameters():
+        nn.init.normal_(parameter)
+    batude_fx.save(small, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_args"]["base"] == name
+    again = batude_fx.load(tmp_path)
+    for key, value in again([IMAGES[0]])[0].items():
+        assert torch.equal(value, small([IMAGES[0]])[0][key])
+
+
 def test_the_folder_holds_json_and_safetensors_and_nothing_else(saved: tuple[nn.Module, Path]) -> None:
     assert sorted(file.name for file in saved[1].iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((saved[1] / "config.json").read_text())
@@ -227,6 +253,8 @@ _BROKEN = {
     "no such site": (_set("model_args", "ranks", value={"layer9.conv": [8, 8]}), "is not the model that was saved"),
     "rank zero": (_set("model_args", "ranks", value={"conv1.0": [0, 3]}), "greater than 0"),
     "rank too large": (_set("model_args", "ranks", value={"conv1.0": [9999, 3]}), "is not the model that was saved"),
+    "a block as site": (_set("model_args", "ranks", value={"layer1": [8, 8]}), "is not the model that was saved"),
+    "the root as site": (_set("model_args", "ranks", value={"": [8, 8]}), "is not the model that was saved"),
     "bias of no site": (_set("model_args", "biased", value=["fc"]), "which has no ranks"),
     "other ranks": (_set("model_args", "ranks", value={}), "the weights are not those"),
     "other classes": (_set("model_args", "args", value={"num_classes": 9}), "the weights are not those"),
@@ -301,6 +329,7 @@ def test_damage_anywhere_is_an_error_of_ours_or_harmless(
         (lambda state: state.update(extra=torch.zeros(1)), "'extra' first"),
         (lambda state: state.update({"fc.bias": torch.zeros(6)}), "(6,) of torch.float32"),
         (lambda state: state.update({"fc.bias": torch.zeros(5, dtype=torch.int32)}), "torch.int32"),
+        (lambda state: state.update({"bn1.num_batches_tracked": torch.tensor(1j)}), "torch.complex64"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
