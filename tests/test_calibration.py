@@ -9,32 +9,12 @@ from torch import Tensor, nn
 from batude_fx.calibration import image_batches, mixed, normalized_by, synthetic_batches
 from batude_fx.errors import CalibrationError
 from batude_fx.measuring import statistics
-from batude_fx.sites import ConvSite
 from batude_fx.synthetic import dead_leaves
-
-
-def _net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3, groups=2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 5),
-    )
-
-
-def _site(name: str, layer: nn.Conv2d) -> ConvSite:
-    return ConvSite(
-        name, "Conv2d", layer.in_channels, layer.out_channels, (3, 3), layer.groups,
-        transposed=False, positions_in=49, positions_out=49, calls=1, found_by="fx",
-    )  # fmt: skip
+from tests import toy
 
 
 def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
-    net = _net().eval()
+    net = toy.net().eval()
     images = torch.randn(32, 3, 7, 7) * 5 + 3
     adapted = normalized_by(net, [(images,)])
     after = adapted[:2](images)
@@ -44,8 +24,8 @@ def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
 
 
 def test_mixing_statistics_with_themselves_changes_nothing() -> None:
-    net = _net().eval()
-    measured = statistics(net, [_site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
+    net = toy.net().eval()
+    measured = statistics(net, [toy.site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
     both = mixed(measured, measured)["0"]
     for mode in ("out", "in_"):
         for field in ("covariance", "sensitivity"):
@@ -87,7 +67,7 @@ def test_bad_images_are_refused_in_one_line(source: object, message: str) -> Non
 
 def test_an_empty_loader_is_refused() -> None:
     with pytest.raises(CalibrationError, match="empty"):
-        statistics(_net(), [], [])
+        statistics(toy.net(), [], [])
 
 
 def test_images_for_a_model_of_several_inputs_are_refused() -> None:

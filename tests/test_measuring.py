@@ -9,37 +9,18 @@ from torch import Tensor, nn
 from batude_fx.errors import CalibrationError
 from batude_fx.measuring import statistics
 from batude_fx.sites import ConvSite
-
-
-def _net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3, groups=2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 5),
-    )
-
-
-def _site(name: str, layer: nn.Conv2d) -> ConvSite:
-    return ConvSite(
-        name, "Conv2d", layer.in_channels, layer.out_channels, (3, 3), layer.groups,
-        transposed=False, positions_in=49, positions_out=49, calls=1, found_by="fx",
-    )  # fmt: skip
+from tests import toy
 
 
 def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
-    sites = [_site(name, net[int(name)]) for name in ("0", "3")]
+    sites = [toy.site(name, net[int(name)]) for name in ("0", "3")]
     return dict(statistics(net, sites, [(batch,) for batch in torch.split(images, 4)]))
 
 
 def test_statistics_are_the_covariances_of_all_positions() -> None:
-    net = _net().double().eval()
+    net = toy.net().double().eval()
     images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
-    measured = statistics(net, [_site("0", net[0]), _site("3", net[3])], [(b,) for b in torch.split(images, 4)])
+    measured = statistics(net, [toy.site("0", net[0]), toy.site("3", net[3])], [(b,) for b in torch.split(images, 4)])
     first = images.movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(measured["0"].in_.covariance[0], first.T.cov(correction=0))
     hidden = net[:3](images)
@@ -51,17 +32,17 @@ def test_statistics_are_the_covariances_of_all_positions() -> None:
 
 
 def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
-    net = _net().eval()
+    net = toy.net().eval()
     images = 1e3 + torch.randn(8, 3, 7, 7)
-    measured = statistics(net, [_site("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
+    measured = statistics(net, [toy.site("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
     vectors = images.movedim(1, -1).flatten(0, 2).double()
     torch.testing.assert_close(measured.in_.covariance[0].double(), vectors.T.cov(correction=0), rtol=1e-3, atol=1e-3)
 
 
 def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
-    net = _net().double().eval()
+    net = toy.net().double().eval()
     images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
-    measured = statistics(net, [_site("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
+    measured = statistics(net, [toy.site("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
     # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
     centred = net[6].weight - net[6].weight.mean(0)
     expected = (centred.T @ centred / 25).detach()
@@ -107,19 +88,19 @@ def test_where_no_gradient_arrives_all_outputs_matter_alike() -> None:
             return x.argmax(1)
 
     net = nn.Sequential(nn.Conv2d(3, 6, 3), Argmax())
-    metric = statistics(net, [_site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])["0"]
+    metric = statistics(net, [toy.site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])["0"]
     assert metric.out.total() == pytest.approx(1)
     torch.testing.assert_close(metric.out.sensitivity[0], metric.out.sensitivity[0, 0, 0] * torch.eye(6))
 
 
 def test_no_batch_is_an_error() -> None:
-    net = _net()
+    net = toy.net()
     with pytest.raises(CalibrationError, match="loader is empty"):
-        statistics(net, [_site("0", net[0])], [])
+        statistics(net, [toy.site("0", net[0])], [])
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    net = _net().train()
+    net = toy.net().train()
     net[0].weight.requires_grad_(False)
     net[1].eval()
     before = copy.deepcopy(net.state_dict())
