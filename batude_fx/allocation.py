@@ -126,7 +126,11 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
         if best is None or _total_loss(options, picked) < _total_loss(options, best):
             best = picked
     if best is None:
-        raise BudgetError(f"no choice of ranks fits {capacity.tolist()} flops and parameters")
+        flops, params = capacity.tolist()
+        raise BudgetError(
+            f"no choice of ranks keeps the replaceable sites within {flops:,} flops and {params:,} parameters, "
+            "though each limit can be met alone; raise one of them."
+        )
     return best
 
 

@@ -322,13 +322,24 @@ def _limits(
     most = np.array([_UNLIMITED if limit is None else limit for limit in (limits.flops, limits.params)], np.int64)
     smallest = fixed + allocation.smallest_costs(options)
     for unit, need, allowed, full in zip(("flops", "params"), smallest.tolist(), most.tolist(), dense, strict=True):
+        if need > allowed and not options:
+            raise BudgetError(
+                f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
+                "print(batude_fx.discover(model)) says why."
+            )
         if need > allowed:
             raise BudgetError(
                 f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
                 f"{round_to}) at all {len(options)} replaceable sites still need {need:,} of {full:,} {unit}. "
-                f"Use at least {math.ceil(need / full * 1e4) / 1e4:.4f}."
+                f"Use at least {_reachable(need, full):.4f}."
             )
     return fixed, most
+
+
+def _reachable(need: int, full: int) -> float:
+    """The smallest fraction of four digits that, multiplied and rounded down as a budget is, allows what is needed."""
+    digits = math.ceil(need / full * 1e4)
+    return (digits if math.floor(digits / 1e4 * full) >= need else digits + 1) / 1e4
 
 
 def _allocate(

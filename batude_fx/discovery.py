@@ -166,7 +166,10 @@ def _site(found: Found, listener: Listener) -> ConvSite:
     )
     site = with_calls(site, listener.calls[site.name])
     reason = handlers.skip_reason(layer) or _shape_reason(site, layer) or _use_reason(site, found, listener)
-    return replace(site, skip_reason=reason)
+    if reason:
+        return replace(site, skip_reason=reason)
+    own_flops, own_params = handlers.own_cost(layer)
+    return replace(site, own_flops=site.calls * own_flops, own_params=own_params)
 
 
 def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:

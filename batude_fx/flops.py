@@ -26,9 +26,9 @@ Count = TypeVar("Count", int, NDArray[np.int64])
 
 
 def dense_cost(site: ConvSite) -> tuple[int, int]:
-    """Flops and weight parameters of the dense layer at a site, for one run of the example input; bias is free."""
+    """Flops and parameters of the dense layer at a site, for one run of the example input; bias is free."""
     weights = site.groups * site.group_out_channels * site.group_in_channels * prod(site.kernel_size)
-    return _core_positions(site) * weights, weights
+    return _core_positions(site) * weights + site.own_flops, weights + site.own_params
 
 
 def tucker_cost(site: ConvSite, rank_out: Count, rank_in: Count) -> tuple[Count, Count]:

@@ -57,12 +57,14 @@ class Handler:
             By default `layer.weight`.
         core: Gives the class of the part that carries stride and padding; its weight is used as it is. By default
             the PyTorch class that the layer derives from.
+        weight_flops: What fvcore counts per weight element and call when the effective weight is computed.
         refuse: Gives the reason why a layer cannot be replaced exactly, or None. By default None.
     """
 
     weight: Callable[[nn.Module], Tensor] = _own_weight
     core: Callable[[nn.Module], type[nn.Module]] = _torch_class
     refuse: Callable[[nn.Module], str | None] = _nothing
+    weight_flops: int = 0
 
 
 _HANDLERS: dict[type[nn.Module], Handler] = {}
@@ -124,10 +126,11 @@ for _class in (*PLAIN_CONVOLUTIONS, nn.Linear, TimmLinear, Conv3DSimple, Conv3DN
 for _class in TRANSPOSED_CONVOLUTIONS:
     register(_class, Handler(refuse=_pointwise_upsampling))
 register(Conv2dSame, Handler(core=_padded_same))
-for _class in (StdConv2d, ScaledStdConv2d):
-    register(_class, Handler(weight=_standardized_weight))
-for _class in (StdConv2dSame, ScaledStdConv2dSame):
-    register(_class, Handler(weight=_standardized_weight, core=_padded_same))
+# fvcore counts a normalization as 4 flops per element, 5 with a gain.
+register(StdConv2d, Handler(weight=_standardized_weight, weight_flops=4))
+register(ScaledStdConv2d, Handler(weight=_standardized_weight, weight_flops=5))
+register(StdConv2dSame, Handler(weight=_standardized_weight, weight_flops=4, core=_padded_same))
+register(ScaledStdConv2dSame, Handler(weight=_standardized_weight, weight_flops=5, core=_padded_same))
 register(
     NonDynamicallyQuantizableLinear,
     Handler(refuse=lambda _: "its weight is read by MultiheadAttention, the layer itself is never called"),
@@ -167,6 +170,15 @@ def handler_of(layer: nn.Module) -> Handler:
     if reason := skip_reason(layer):
         raise UnsupportedError(f"{layer} cannot be replaced exactly: {reason}.")
     return _HANDLERS[type(layer)]
+
+
+def own_cost(layer: nn.Module) -> tuple[int, int]:
+    """Flops of one call besides convolving, as fvcore counts them, and parameters besides weight and bias."""
+    known = handler_of(layer)
+    elements = cast("Tensor", layer.weight).numel()
+    bias = cast("Tensor | None", layer.bias)
+    params = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    return known.weight_flops * elements, params - elements - (0 if bias is None else bias.numel())
 
 
 def canonical_weight(layer: nn.Module) -> Tensor:

@@ -49,7 +49,14 @@ def statistics(
         for batch in batches:
             inputs = tree_map_only(Tensor, _differentiable, batch)
             images += len(tree_leaves(batch)[0])
-            _backward_random_combinations(model(*inputs), draws, generator)
+            try:
+                outputs = model(*inputs)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise CalibrationError(
+                    f"the model does not run on calibration images of shape {tuple(tree_leaves(batch)[0].shape)}: "
+                    f"{(str(error).splitlines() or [type(error).__name__])[0]}. Resize them to what it takes."
+                ) from error
+            _backward_random_combinations(outputs, draws, generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
     return {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if site_sums.reached}

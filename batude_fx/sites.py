@@ -40,6 +40,8 @@ class ConvSite:
         aliases: Further qualified names of the same module.
         skip_reason: Why the site stays dense, or None where it can be replaced.
         has_bias: Whether the dense layer has a bias.
+        own_flops: What the dense layer computes besides convolving, as fvcore counts it: weight standardization.
+        own_params: Its parameters besides weight and bias.
     """
 
     name: str
@@ -56,6 +58,8 @@ class ConvSite:
     aliases: tuple[str, ...] = ()
     skip_reason: str | None = None
     has_bias: bool = False
+    own_flops: int = 0
+    own_params: int = 0
 
     @property
     def group_in_channels(self) -> int:

@@ -1,6 +1,7 @@
 """The contract of `plan` and `compress`, checked by fvcore and by comparing bits."""
 
 import copy
+import random
 import re
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,8 +59,28 @@ def _photos(count: int = 12) -> Tensor:
     return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
-def _bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict(keep_vars=False).items()}
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bytes(tensor: Tensor | None) -> bytes | None:
+    return None if tensor is None else tensor.detach().numpy().tobytes()
+
+
+def _fingerprint(model: nn.Module) -> list[object]:
+    """Everything of a model that must not change, and the states of the random generators."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    return [
+        [(name, id(module), module.training) for name, module in modules],
+        [(list(module._forward_hooks.values()), list(module._backward_hooks.values())) for _, module in modules],
+        [(name, id(tensor), _bytes(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()],
+        [(name, p.requires_grad, _bytes(p.grad)) for name, p in model.named_parameters()],
+        [_bytes(torch.get_rng_state()), random.getstate()],
+    ]
+
+
+def _smallest_reachable(error: BudgetError) -> float:
+    return float(re.findall(r"Use at least ([0-9.]+)\.$", str(error))[0])
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
@@ -69,26 +91,59 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 # The budget
 
 
-@given(
-    width=st.sampled_from([8, 16, 24]),
-    stride=st.sampled_from([1, 2]),
-    groups=st.sampled_from([1, 2, 4]),
-    keep=st.floats(0.35, 0.95),
-    round_to=st.sampled_from([1, 4, 8]),
-)
-@settings(max_examples=20, deadline=None)
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
+        return out
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> nn.Module:
+    """A stem that can be compressed, then convolutions of all kinds, with and without bias, norms and residuals."""
+    torch.manual_seed(0)
+    channels, bias = 16, st.booleans()
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=draw(bias))]
+    for kind in draw(st.lists(st.sampled_from(["full", "pointwise", "depthwise", "residual"]), max_size=3)):
+        width, stride = channels, draw(st.integers(1, 2))
+        if kind == "depthwise":
+            layer: nn.Module = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=draw(bias))
+        elif kind == "residual":
+            layer = Residual(nn.Conv2d(channels, channels, 3, padding=1, bias=draw(bias)), nn.ReLU())
+        else:
+            width, extent = draw(st.sampled_from([8, 24, 40])), 1 if kind == "pointwise" else draw(st.integers(2, 3))
+            groups, padding = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))
+            layer = nn.Conv2d(channels, width, extent, stride, padding, groups=groups, bias=draw(bias))
+        layers += [layer, nn.BatchNorm2d(width)] if draw(bias) else [layer, nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+@given(networks(), st.floats(0.05, 0.95), st.sampled_from([1, 4, 8]), st.sampled_from([None, None, _photos()]))
+@settings(max_examples=40, deadline=None)
 def test_fvcore_finds_the_budget_kept_and_the_plan_exact(
-    width: int, stride: int, groups: int, keep: float, round_to: int
+    model: nn.Module, keep: float, round_to: int, calibration: Tensor | None
 ) -> None:
-    model = _net(width=width, stride=stride, groups=groups)
+    options = {"example_inputs": EXAMPLE, "calibration": calibration, "round_to": round_to}
     try:
-        plan = batude_fx.plan(model, keep, example_inputs=EXAMPLE, calibration=None, round_to=round_to)
-    except BudgetError:
-        return
+        plan = batude_fx.plan(model, keep, **options)
+    except BudgetError as error:
+        keep = _smallest_reachable(error) + 1e-4
+        plan = batude_fx.plan(model, keep, **options)
     small = plan.apply(model)
     assert plan.dense_flops == _flops(model)
     assert plan.flops == _flops(small) <= keep * _flops(model)
-    assert plan.params == sum(parameter.numel() for parameter in small.parameters())
+    assert plan.params == _count(small)
+
+
+@pytest.mark.parametrize("calibration", [None, "synthetic", torch.randn(8, 3, 64, 64)])
+@pytest.mark.parametrize(("name", "keep"), [("resnet10t", 0.4), ("mobilenetv3_small_050", 0.8), ("regnetx_002", 0.6)])
+def test_fvcore_finds_the_budget_of_timm_models_kept(name: str, keep: float, calibration: Tensor | str | None) -> None:
+    model, example = timm.create_model(name), torch.zeros(1, 3, 64, 64)
+    plan = batude_fx.plan(model, keep, example_inputs=example, calibration=calibration)
+    small = plan.apply(model)
+    assert plan.dense_flops == _flops(model, example)
+    assert plan.flops == _flops(small, example) <= keep * plan.dense_flops
+    assert plan.params == _count(small)
 
 
 @pytest.mark.parametrize("calibration", [None, "synthetic", _photos()])
@@ -97,9 +152,18 @@ def test_every_way_to_calibrate_keeps_all_limits(calibration: Tensor | str | Non
     model = _net()
     plan = batude_fx.plan(model, Budget(**limits), example_inputs=EXAMPLE, calibration=calibration)
     small = plan.apply(model)
-    params, dense_params = (sum(p.numel() for p in net.parameters()) for net in (small, model))
     assert plan.flops == _flops(small) <= limits.get("flops", 1) * _flops(model)
-    assert plan.params == params <= limits.get("params", 1) * dense_params
+    assert plan.params == _count(small) <= limits.get("params", 1) * _count(model)
+
+
+@pytest.mark.parametrize("layer", [StdConv2d, ScaledStdConv2d])
+def test_weight_standardization_is_counted_where_it_goes(layer: type[nn.Conv2d]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(3, 32, 3, padding=1), layer(32, 32, 3, padding=1), layer(32, 16, 1))
+    plan = batude_fx.plan(model, Budget(flops=0.7, params=0.8), example_inputs=EXAMPLE, calibration=None)
+    small = plan.apply(model)
+    assert plan.flops == _flops(small)
+    assert plan.params == sum(parameter.numel() for parameter in small.parameters())
 
 
 def test_equal_budgets_in_different_words_give_equal_plans() -> None:
@@ -115,11 +179,33 @@ def test_an_unreachable_budget_names_the_smallest_one_and_that_works(limits: dic
     model = _net()
     with pytest.raises(BudgetError, match=r"Use at least [0-9.]+\.$") as caught:
         batude_fx.compress(model, Budget(**limits), example_inputs=EXAMPLE, calibration=None)
-    smallest = float(re.findall(r"at least ([0-9.]+)\.$", str(caught.value))[0])
+    smallest = _smallest_reachable(caught.value)
     unit = next(iter(limits))
     assert batude_fx.plan(model, Budget(**{unit: smallest}), example_inputs=EXAMPLE, calibration=None).ranks
     with pytest.raises(BudgetError):
         batude_fx.plan(model, Budget(**{unit: smallest - 2e-4}), example_inputs=EXAMPLE, calibration=None)
+
+
+def test_a_smallest_budget_of_few_digits_works() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 25, 1, bias=False))  # 100 flops a position, 29 at rank 1
+    options = {"example_inputs": torch.zeros(1, 4, 1, 1), "calibration": None, "round_to": 1}
+    with pytest.raises(BudgetError) as caught:
+        batude_fx.plan(model, 0.1, **options)
+    assert batude_fx.plan(model, _smallest_reachable(caught.value), **options).flops == 29
+
+
+def test_limits_that_exclude_each_other_name_what_is_reachable() -> None:
+    # Ranks (8, 16) need 20480 flops and 1280 parameters, ranks (8, 8) need 29696 and 832, there are no others.
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, stride=3, padding=1, bias=False))
+    limits = Budget(flops="20480flops", params="832params")
+    with pytest.raises(BudgetError, match="raise one of them"):
+        batude_fx.plan(model, limits, example_inputs=torch.zeros(1, 16, 12, 12), calibration=None)
+
+
+def test_where_nothing_can_be_replaced_no_impossible_budget_is_advised() -> None:
+    with pytest.raises(BatudeError) as caught:
+        batude_fx.plan(nn.Conv2d(3, 3, 3, groups=3), 0.5, example_inputs=EXAMPLE, calibration=None)
+    assert "at least 1.0" not in str(caught.value)
 
 
 @pytest.mark.parametrize("budget", ["abc", 0, 1.5, "0.5x", float("nan"), "1x", "-3", "0GFLOPs", True, ""])
@@ -166,35 +252,44 @@ def test_the_input_model_is_bit_identical_after_success_and_failure(attempt: str
     options, error = _ATTEMPTS[attempt]
     options = {"budget": 0.6, "example_inputs": EXAMPLE, **options}
     model = _hooked()
-    bits, modules = _bits(model), dict(model.named_modules())
-    state = [(m.training, list(m._forward_hooks), list(m._backward_hooks)) for m in model.modules()]
-    flags = [(p.requires_grad, p.grad is not None) for p in model.parameters()]
-    random_state = torch.get_rng_state()
+    before = _fingerprint(model)
     if error is None:
         batude_fx.compress(model, **options)
     else:
         with pytest.raises(error) as caught:
             batude_fx.compress(model, **options)
         assert "\n" not in str(caught.value)
-    assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items())
-    assert dict(model.named_modules()) == modules
-    assert [(m.training, list(m._forward_hooks), list(m._backward_hooks)) for m in model.modules()] == state
-    assert [(p.requires_grad, p.grad is not None) for p in model.parameters()] == flags
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert _fingerprint(model) == before
 
 
-def test_the_input_model_survives_a_loader_that_breaks() -> None:
-    def broken() -> Iterator[Tensor]:
-        yield _photos()
-        raise OSError("disk gone")
+def _broken() -> Iterator[Tensor]:
+    yield _photos()
+    raise OSError("disk gone")
 
+
+class Picky(Net):
+    """Runs on the example input, and no further."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            raise OSError("disk gone")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "calibration"), [(Net, _broken()), (Picky, _photos()), (Picky, "synthetic")])
+def test_the_input_model_survives_what_others_raise(kind: type[Net], calibration: object) -> None:
     model = _hooked()
-    before = copy.deepcopy(model)
+    model.__class__ = kind
+    before = _fingerprint(model)
     with pytest.raises(OSError, match="disk gone"):
-        batude_fx.compress(model, 0.6, example_inputs=EXAMPLE, calibration=broken())
-    assert _same(model, before)
-    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-    assert [len(m._forward_hooks) for m in model.modules()] == [len(m._forward_hooks) for m in before.modules()]
+        batude_fx.compress(model, 0.6, example_inputs=EXAMPLE, calibration=calibration)
+    assert _fingerprint(model) == before
+
+
+def test_images_of_another_size_are_refused_where_the_model_takes_one_size() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(1024, 4))
+    with pytest.raises(CalibrationError, match="shape"):
+        batude_fx.compress(model, 0.6, example_inputs=EXAMPLE, calibration=torch.randn(4, 3, 10, 10))
 
 
 # The result
@@ -212,6 +307,25 @@ def test_untouched_layers_keep_their_keys_values_hooks_and_modes() -> None:
     assert small.training
     assert not small.norm.training
     assert len(small.depthwise._forward_hooks) == 1
+
+
+def test_a_hook_of_the_user_is_called_in_the_result_too() -> None:
+    model, heard = _net(), []
+    model.depthwise.register_forward_hook(lambda module, *_: heard.append(module))
+    small = batude_fx.compress(model, 0.6, example_inputs=EXAMPLE, calibration=None)
+    heard.clear()
+    small(EXAMPLE)
+    assert heard == [small.depthwise]
+
+
+def test_the_result_can_be_copied_and_takes_its_own_state() -> None:
+    small = batude_fx.compress(_net(), 0.6, example_inputs=EXAMPLE, calibration=_photos()).eval()
+    twin = copy.deepcopy(small)
+    for parameter in twin.parameters():
+        nn.init.zeros_(parameter)
+    assert not torch.equal(twin(_photos()), small(_photos()))
+    twin.load_state_dict(small.state_dict())
+    assert torch.equal(twin(_photos()), small(_photos()))
 
 
 def test_a_backward_pass_reaches_every_factor() -> None:
@@ -255,20 +369,25 @@ def test_calibrated_beats_weights_only_on_images_like_those() -> None:
     assert error(images[:40]) < 0.7 * error(None)
 
 
+@pytest.fixture(scope="module")
+def from_a_tensor() -> nn.Module:
+    return batude_fx.compress(_net(), 0.6, example_inputs=EXAMPLE, calibration=_photos(16))
+
+
 @pytest.mark.parametrize(
     "source",
     [
-        lambda images: images,
         lambda images: list(torch.split(images, 8)),
         lambda images: iter(torch.split(images, 8)),
         lambda images: DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=8),
     ],
-    ids=["tensor", "list", "iterator", "DataLoader with labels"],
+    ids=["list", "iterator", "DataLoader with labels"],
 )
-def test_the_same_images_in_any_form_give_the_same_network(source: Callable[[Tensor], object]) -> None:
-    images = _photos(16)
-    reference = batude_fx.compress(_net(), 0.6, example_inputs=EXAMPLE, calibration=images)
-    assert _same(reference, batude_fx.compress(_net(), 0.6, example_inputs=EXAMPLE, calibration=source(images)))
+def test_the_same_images_in_any_form_give_the_same_network(
+    source: Callable[[Tensor], object], from_a_tensor: nn.Module
+) -> None:
+    small = batude_fx.compress(_net(), 0.6, example_inputs=EXAMPLE, calibration=source(_photos(16)))
+    assert _same(small, from_a_tensor)
 
 
 # Selection

