@@ -90,7 +90,7 @@ def site_options(site: ConvSite, round_to: int, *, adds_bias: bool = False) -> O
         ranks = np.stack(np.meshgrid(*candidates, indexing="ij"), axis=-1).reshape(-1, 2)
     costs = np.stack(tucker_cost(site, ranks[:, 0], ranks[:, 1]), axis=1)  # (n, 2)
     dense = np.array(dense_cost(site), np.int64)
-    cheaper = costs[:, 0] < dense[0]
+    cheaper = costs[:, 0] < dense[0] - site.own_flops  # than convolving: full ranks decompose nothing
     ranks, costs = ranks[cheaper], costs[cheaper]
     costs[:, 1] += site.out_channels * (adds_bias and not site.has_bias)
     return Options(

@@ -83,15 +83,13 @@ def _plan_within_reach(plan: Plan, keep: float) -> tuple[Plan, float]:
         return plan.at(reached), reached
 
 
-STANDARDIZED = pytest.mark.xfail(
+COARSE = pytest.mark.xfail(
     strict=True,
-    reason="fvcore counts the standardization of a ScaledStdConv2d, 5 flops a weight; plans forget that it goes",
+    reason="at 0.8 only 98.5 % is used: the next step of any site is too large for what is left",
 )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=STANDARDIZED) if "nfnet" in name else name for name in MODELS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=COARSE) if "nfnet" in name else name for name in MODELS])
 def test_fvcore_finds_the_budget_used_and_never_exceeded(name: str, rows: list[Row]) -> None:
     torch.manual_seed(0)
     library, _, base = name.partition(":")
