@@ -83,17 +83,14 @@ def _plan_within_reach(plan: Plan, keep: float) -> tuple[Plan, float]:
         return plan.at(reached), reached
 
 
-COARSE = pytest.mark.xfail(
-    strict=True,
-    reason="at 0.8 only 98.5 % is used: the next step of any site is too large for what is left",
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=COARSE) if "nfnet" in name else name for name in MODELS])
+@pytest.mark.parametrize("name", MODELS)
 def test_fvcore_finds_the_budget_used_and_never_exceeded(name: str, rows: list[Row]) -> None:
     torch.manual_seed(0)
     library, _, base = name.partition(":")
     model: nn.Module = timm.create_model(base) if library == "timm" else torchvision.models.get_model(base)
+    for parameter in model.parameters():
+        if not parameter.any():  # as NFNet initializes: cutting zeros loses nothing, and so nothing would be spent
+            torch.nn.init.normal_(parameter, std=0.02)
     inputs, dense_params = example_inputs(model), sum(parameter.numel() for parameter in model.parameters())
     dense = _flops(model, inputs)
     first = batude_fx.plan(model, 0.99, calibration=None, layers=MODELS[name])
