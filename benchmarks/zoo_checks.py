@@ -1,0 +1,372 @@
+"""What the sweep asks of one model: is every convolution found, and is the compressed network right?
+
+Each check answers with a plain dict that goes into `docs/data/zoo.json`. Nothing here is taken from `batude_fx` when
+the answer can be had elsewhere: convolutions are counted by torch's dispatcher, flops by fvcore, outputs by the dense
+network in float64.
+"""
+
+import copy
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from timm.layers import DropPath  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torchvision import models
+from torchvision.ops import StochasticDepth
+
+import batude_fx
+from batude_fx import allocation, surgery
+from batude_fx.compression import Plan
+from batude_fx.flops import dense_cost
+from batude_fx.handlers import canonical_bias, canonical_weight, to_canonical
+from batude_fx.modules import TuckerModule, tucker_conv
+from batude_fx.sites import ConvSite, Ranks
+from batude_fx.spectra import weight_spectrum
+from batude_fx.zoo import example_inputs
+
+ROUND_TO = 8
+LARGEST = 1_500_000_000  # parameters: 6 GB, of which two workers hold two copies each
+LAYERS = "conv+linear"
+TOLERANCE = 1e-9  # relative to the largest output, float64
+
+Inputs = tuple[Any, ...]
+Record = dict[str, Any]
+
+
+def all_models() -> list[str]:
+    """Every name that timm and torchvision list, with the library in front; our own entry point is no model."""
+    names = [f"timm:{name}" for name in timm.list_models()]
+    names += [f"torchvision:{name}" for name in models.list_models()]
+    return [name for name in names if not name.endswith(":batude_fx")]
+
+
+def family(name: str) -> str:
+    """Library and module that a model is written in: "timm:resnet", "torchvision:detection.ssd"."""
+    library, _, base = name.partition(":")
+    entrypoint = timm.model_entrypoint(base) if library == "timm" else models.get_model_builder(base)
+    return f"{library}:{entrypoint.__module__.removeprefix('timm.models.').removeprefix('torchvision.models.')}"
+
+
+def size(name: str) -> Record:
+    """Parameters of a model, counted without allocating them where the model allows it."""
+    try:
+        with torch.device("meta"):
+            model = batude_fx.create(name)
+    except (NotImplementedError, RuntimeError, batude_fx.BatudeError):  # some initializations need values
+        model = batude_fx.create(name)
+    return {"params": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def found(name: str, *, weightless: bool) -> Record:
+    """Discovery of one model, against an independent count.
+
+    Args:
+        name: One of `all_models`.
+        weightless: Build it on the meta device, where shapes are computed and values are not. fvcore cannot count
+            there, so shares of the whole model are left out.
+    """
+    started = time.perf_counter()
+    model = _built(name, weightless=weightless)
+    inputs = example_inputs(model)
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    sites = batude_fx.discover(model, inputs, layers=LAYERS)
+    convolutions = [site for site in sites if _is_convolution(site)]
+    record: Record = {
+        "input": [list(leaf.shape) for leaf in leaves],
+        "weightless": weightless,
+        "convolutions": len(convolutions),
+        "calls": sum(site.calls for site in convolutions),
+        "found_by": dict(Counter(site.found_by for site in convolutions)),
+        "kinds": dict(Counter(site.kind for site in convolutions)),
+        "eligible": sum(site.skip_reason is None for site in convolutions),
+        "skipped": dict(Counter(site.skip_reason for site in convolutions if site.skip_reason)),
+        "linear": len(sites) - len(convolutions),
+        "linear_skipped": dict(Counter(s.skip_reason for s in sites if s.skip_reason and not _is_convolution(s))),
+    }
+    if not weightless:
+        dense = _count(model, inputs)
+        record |= {"flops": dense, "conv": _reach(convolutions, dense), "conv+linear": _reach(sites, dense)}
+    counted = convolution_calls(model, inputs)
+    record["counted"] = sum(counted.values())
+    known = {alias for site in convolutions for alias in (site.name, *site.aliases)}
+    record["missing"] = [part for part, module in model.named_modules() if _is_layer(module) and part not in known]
+    if record["calls"] != record["counted"]:
+        record["error"] = f"{record['counted']} convolutions ran, the sites have {record['calls']} calls"
+    elif record["missing"]:
+        record["error"] = f"{len(record['missing'])} convolution layers are no sites"
+    return record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def compressed(name: str) -> Record:
+    """Compression of one model at a budget halfway between 1 and the smallest reachable.
+
+    Linear layers take part where convolutions alone make up less than half of the flops.
+    """
+    started = time.perf_counter()
+    model = _built(name, weightless=False)
+    for parameter in model.parameters():
+        if not parameter.any():  # zero-initialized branches would send no gradient to what lies behind
+            nn.init.normal_(parameter, std=0.02)
+    inputs = example_inputs(model)
+    dense = _count(model, inputs)
+    sites = batude_fx.discover(model, inputs, layers=LAYERS)
+    layers = "conv" if _reach([s for s in sites if _is_convolution(s)], dense)["share"] >= 0.5 else LAYERS
+    reach = _reach([site for site in sites if layers == LAYERS or _is_convolution(site)], dense)
+    record: Record = {"layers": layers, "flops": dense, **reach}
+    if not reach["eligible"]:
+        return record | {"note": "no layer that can be replaced"}
+    keep = (1 + reach["smallest"]) / 2
+    plan = batude_fx.plan(model, keep, calibration=None, layers=layers, round_to=ROUND_TO)
+    small = plan.apply(model)
+    count = _count(small, inputs)
+    record |= {"keep": keep, "sites": len(plan.sites), "replaced": len(plan.ranks), "compressed": count}
+    problems = [] if count == plan.flops <= keep * dense else [f"fvcore counts {count}, the plan says {plan.flops}"]
+    problems += [problem for check in (_same_structure, _trains, _saves) for problem in check(model, small, inputs)]
+    problems += _exact(model, small, plan, inputs)
+    if problems:
+        record["error"] = "; ".join(problems)
+    return record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+class _CountConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what reaches torch's convolution kernels, by the innermost module that is running."""
+
+    def __init__(self, running: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running = running
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:  # noqa: ANN401
+        if func is torch.ops.aten.convolution.default:
+            self.calls[self.running[-1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def convolution_calls(model: nn.Module, inputs: Inputs) -> Counter[str]:
+    """How many convolutions one run computes inside each module, counted below everything that Python can hide."""
+    running = [""]
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
+    try:
+        with torch.no_grad(), _CountConvolutions(running) as counted:
+            model.eval()(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Counter(counted.calls)
+
+
+def _built(name: str, *, weightless: bool) -> nn.Module:
+    torch.manual_seed(0)
+    if not weightless:
+        return batude_fx.create(name)
+    with torch.device("meta"):
+        return batude_fx.create(name)
+
+
+def _is_convolution(site: ConvSite) -> bool:
+    return site.kernel_size != ()
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001
+
+
+def _count(model: nn.Module, inputs: Inputs) -> int:
+    with torch.no_grad():
+        analysis = FlopCountAnalysis(model.eval(), inputs)
+        return int(analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False).total())
+
+
+def _reach(sites: list[ConvSite] | tuple[ConvSite, ...], dense: int) -> Record:
+    """Share of the whole model's flops that lies in replaceable sites, and the smallest budget that can be met."""
+    eligible = [site for site in sites if site.skip_reason is None]
+    own = sum(dense_cost(site)[0] for site in eligible)
+    options = [allocation.site_options(site, ROUND_TO) for site in eligible]
+    smallest = dense - own + int(allocation.smallest_costs(options)[0])
+    return {"eligible": len(eligible), "share": round(own / dense, 4), "smallest": round(smallest / dense, 4)}
+
+
+def _structure(output: object) -> tuple[object, ...]:
+    """Nesting, shapes and dtypes; of detections, whose number is free, all but the first extent."""
+    leaves, spec = tree_flatten(_plain(output))
+    detections = isinstance(output, list)
+    return spec, *((tuple(x.shape[detections:]), x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
+
+
+def _plain(output: object) -> object:
+    return dict(output) if isinstance(output, dict) else output
+
+
+def _same_structure(model: nn.Module, small: nn.Module, inputs: Inputs) -> Iterator[str]:
+    if type(small) is not type(model):
+        yield f"the class became {type(small).__name__}"
+    with torch.no_grad():
+        before, after = _structure(model.eval()(*inputs)), _structure(small.eval()(*inputs))
+    if before != after:
+        yield f"eval output {after} instead of {before}"
+
+
+def _trains(model: nn.Module, small: nn.Module, inputs: Inputs) -> Iterator[str]:
+    """Train mode: the same output structure, and a gradient in every factor.
+
+    It must not be zero either, but for detectors, whose losses look at a sample of the anchors only.
+    """
+    model, small = _undropped(model), _undropped(small)
+    batch = _training_batch(inputs)
+    with torch.no_grad():
+        before = _structure(model(*batch))
+    output = small(*batch)
+    if (after := _structure(output)) != before:
+        yield f"train output {after} instead of {before}"
+    floats = [x.float() for x in tree_leaves(_plain(output)) if isinstance(x, Tensor) and x.requires_grad]
+    torch.autograd.backward(floats, [torch.randn_like(x) for x in floats])
+    modules = {name: module for name, module in small.named_modules() if isinstance(module, TuckerModule)}
+    parameters = {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
+    may_be_zero = isinstance(inputs[0], list)
+    without = [name for name, p in parameters.items() if not _has_gradient(p, may_be_zero=may_be_zero)]
+    if without:
+        yield f"no gradient reaches {', '.join(without[:3])} ({len(without)} in all)"
+
+
+def _has_gradient(parameter: nn.Parameter, *, may_be_zero: bool) -> bool:
+    gradient = parameter.grad
+    return gradient is not None and bool(gradient.isfinite().all()) and (may_be_zero or bool(gradient.any()))
+
+
+def _undropped(model: nn.Module) -> nn.Module:
+    """A copy in train mode, with everything that drops at random off."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd | DropPath | StochasticDepth):  # noqa: SLF001
+            module.eval()
+    return model
+
+
+def _training_batch(inputs: Inputs) -> Inputs:
+    """Two images instead of one, since batch-norm needs them; detectors get targets as well."""
+    torch.manual_seed(0)
+    if isinstance(inputs[0], list):
+        images = [torch.rand_like(image) for image in inputs[0] * 2]
+        return images, [_target(image) for image in images]
+    return cast("Inputs", tree_map_only(Tensor, lambda x: torch.randn(2, *x.shape[1:]).to(x), inputs))
+
+
+def _target(image: Tensor) -> dict[str, Tensor]:
+    height, width = image.shape[-2:]
+    return {
+        "boxes": torch.tensor([[width * 0.2, height * 0.2, width * 0.7, height * 0.8]]),
+        "labels": torch.ones(1, dtype=torch.int64),
+        "masks": torch.ones(1, height, width, dtype=torch.uint8),
+        "keypoints": torch.tensor([[[width * 0.4, height * 0.5, 1.0]] * 17]),
+    }
+
+
+def _saves(_: nn.Module, small: nn.Module, inputs: Inputs) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        batude_fx.save(small, Path(folder) / "small")
+        again = batude_fx.load(Path(folder) / "small")
+    state, loaded = small.state_dict(), again.state_dict()
+    if state.keys() != loaded.keys() or not all(torch.equal(state[key], loaded[key]) for key in state):
+        yield "the loaded weights differ"
+    with torch.no_grad():
+        pairs = zip(_tensors(small.eval()(*inputs)), _tensors(again.eval()(*inputs)), strict=True)
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+            yield "the loaded network gives other outputs"
+
+
+def _exact(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[str]:
+    """Equality in float64 on the real module tree.
+
+    At full rank no factor is left of a k x k site, and pointwise ones become an SVD pair: this network must equal the
+    original. And the compressed network must equal the full-rank one that has its composed weights.
+
+    The outputs of a detector jump with the last bit of a score, and RAFT does not run in float64: there each site is
+    compared on the inputs that it gets in the float32 network.
+    """
+    model, small = copy.deepcopy(model).double(), copy.deepcopy(small).double()
+    eligible = [site.name for site in plan.sites if site.skip_reason is None]
+    weights = {name: canonical_weight(model.get_submodule(name)) for name in eligible}
+    parts = {name: cast("TuckerModule", small.get_submodule(name)) for name in plan.ranks}
+    composed = {name: to_canonical(part.weight.detach(), part) for name, part in parts.items()}
+    whole = {name: _full_rank(model, name, weight) for name, weight in weights.items()}
+    dense = {name: _full_rank(model, name, weight) for name, weight in composed.items()}
+    if _is_continuous(model, inputs := _double(inputs)):
+        yield from _differences(model, surgery.replace(model, whole), inputs, "full rank")
+        yield from _differences(surgery.replace(model, dense), small, inputs, "composed weights")
+        return
+    float32 = cast("Inputs", tree_map_only(Tensor, Tensor.float, inputs))
+    yield from _site_differences(model, whole, float32, "full rank")
+    yield from _site_differences(surgery.replace(model, dense), parts, float32, "composed weights")
+
+
+def _is_continuous(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the network can be compared by its outputs in float64."""
+    if isinstance(inputs[0], list):
+        return False
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _site_differences(model: nn.Module, others: Mapping[str, nn.Module], inputs: Inputs, what: str) -> Iterator[str]:
+    """Feed what every layer gets, in a float32 run, to the layer and its replacement in float64."""
+    layers = {name: model.get_submodule(name) for name in others}
+    worst = dict.fromkeys(others, 0.0)
+    single = copy.deepcopy(model).float()
+
+    def compare(name: str, args: tuple[Tensor, ...]) -> None:
+        x = args[0].double()
+        worst[name] = max(worst[name], _relative(layers[name](x), others[name](x)))
+
+    for name in others:
+        single.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: compare(name, args))
+    with torch.no_grad():
+        single(*inputs)
+    name = max(worst, key=lambda name: worst[name])
+    if worst[name] > TOLERANCE:
+        yield f"{what}: relative difference {worst[name]:.1e} at {name}"
+
+
+def _full_rank(model: nn.Module, name: str, weight: Tensor) -> TuckerModule:
+    layer = model.get_submodule(name)
+    _, c_out, c_in, *kernel = weight.shape
+    pointwise = all(extent == 1 for extent in kernel)
+    full = Ranks(min(c_out, c_in), min(c_out, c_in)) if pointwise else Ranks(c_out, c_in)
+    factors = weight_spectrum(weight, pointwise=pointwise).factors(weight, full)
+    return tucker_conv(layer, full, replace(factors, bias=canonical_bias(layer)))
+
+
+def _differences(expected: nn.Module, model: nn.Module, inputs: Inputs, what: str) -> Iterator[str]:
+    with torch.no_grad():
+        pairs = zip(_tensors(expected(*inputs)), _tensors(model(*inputs)), strict=True)
+        worst = max((_relative(a, b) for a, b in pairs), default=0.0)
+    if worst > TOLERANCE:
+        yield f"{what}: relative difference {worst:.1e}"
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
+
+
+def _double(inputs: Inputs) -> Inputs:
+    return cast("Inputs", tree_map_only(Tensor, Tensor.double, inputs))
+
+
+def _tensors(output: object) -> list[Tensor]:
+    return [x for x in tree_leaves(_plain(output)) if isinstance(x, Tensor)]
