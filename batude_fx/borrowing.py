@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 def borrowed(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode; at the end its modules have the attributes, hooks and `training` flags of before.
 
+    torch's global random generators, which some models draw from in their forward, are where they were as well.
+
     Models keep things for later in attributes: a proxy while they are traced, a cache when they run. These are undone,
     and so are hooks that a failing tool leaves behind. Buffers get back their values; parameters that are written to,
     and lists that grow, stay as they are then.
@@ -27,9 +29,11 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         for buffer in model.buffers()
         if not is_lazy(buffer) and not buffer.is_inference()
     ]
+    devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     try:
-        model.eval()
-        yield
+        with torch.random.fork_rng(devices):
+            model.eval()
+            yield
     finally:
         for current, before in (*attributes, *contents):
             current.clear()

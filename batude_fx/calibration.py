@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from batude_fx.borrowing import borrowed
 from batude_fx.errors import CalibrationError
 from batude_fx.spectra import Metric, ModeMetric
 from batude_fx.synthetic import dead_leaves
@@ -161,7 +162,7 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over the batches
             norm.train()
-    with torch.no_grad():
+    with borrowed(model), torch.no_grad():  # for the random generators, which the copy may draw from
         for batch in batches:
             adapted(*batch)
     return adapted.eval()

@@ -1,6 +1,6 @@
 """Wall time and memory of `compress`, one table: measured, limit, ok or missed.
 
-Run `make bench`, or `python benchmarks/compress_time.py [--quick]`; about ten minutes on 2 idle cores, `--quick` one.
+Run `make bench`, or `python -m benchmarks.compress_time [--quick]`; about ten minutes on 2 idle cores, `--quick` one.
 What is compared runs in one process and takes turns, on the threads that torch uses by itself; medians, and the
 slowest and fastest turn beside them. Exit code 1 when a limit is missed.
 

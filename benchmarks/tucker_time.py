@@ -1,6 +1,6 @@
 """Seconds of our Tucker-2 decomposition against tensorly's `partial_tucker`, on layers of ResNet-50 and ResNeXt-50.
 
-Run `python benchmarks/tucker_time.py`; two minutes. Both sides decompose the same random weight to the same ranks (half
+Run `python -m benchmarks.tucker_time`; two minutes. Both sides decompose the same random weight to the same ranks (half
 of each mode) by HOSVD and ten sweeps of HOOI, in one process, on one thread, taking turns. tensorly decomposes one
 group at a time; ours all groups in one call. The last column is the ratio of the errors: 1 where both end at the same
 approximation. `tests/test_tucker.py` holds the two equal in float64.

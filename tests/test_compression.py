@@ -262,6 +262,22 @@ def test_the_input_model_is_bit_identical_after_success_and_failure(attempt: str
     assert _fingerprint(model) == before
 
 
+class Noisy(Net):
+    """Draws from the global generator in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.01 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("calibration", [None, "synthetic", _photos()])
+def test_the_global_random_generator_stays_where_it_is(calibration: object) -> None:
+    model = _hooked()
+    model.__class__ = Noisy
+    before = _fingerprint(model)
+    batude_fx.compress(model, 0.6, example_inputs=EXAMPLE, calibration=calibration)
+    assert _fingerprint(model) == before
+
+
 def _broken() -> Iterator[Tensor]:
     yield _photos()
     raise OSError("disk gone")
