@@ -99,9 +99,9 @@ def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Found]:
     for layer, own in names.items():
         if isinstance(layer, kinds):
             found_by = next((how for name in own if (how := _reached(name, called))), "tree")
-            one = Found(layer, tuple(own), cast("FoundBy", found_by), ())
-            sharers = (name for name in owners.get(id(one.weight), ()) if name != own[0])
-            found.append(replace(one, sharers=tuple(sharers)))
+            holders = (name for parameter in layer.parameters(recurse=False) for name in owners[id(parameter)])
+            sharers = tuple(name for name in holders if name != own[0])
+            found.append(Found(layer, tuple(own), cast("FoundBy", found_by), sharers))
     return found
 
 
@@ -189,7 +189,7 @@ def _use_reason(site: ConvSite, found: Found, listener: Listener) -> str | None:
     if not site.name:
         return "is the model itself; wrap it in nn.Sequential"
     if found.sharers:
-        return f"weight shared with {found.sharers[0]!r}"
+        return f"shares a parameter with {found.sharers[0]!r}"
     if site.name in listener.used_directly:
         return "its weight is also used directly, outside the layer"
     return None if site.calls else "never called on the example input"

@@ -21,7 +21,7 @@ _FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
 
 @dataclass(frozen=True)
 class Found:
-    """A layer, the names it has, how it was found, and the names of other modules that hold its weight."""
+    """A layer, the names it has, how it was found, and the names of other modules that hold one of its parameters."""
 
     layer: nn.Module
     names: tuple[str, ...]

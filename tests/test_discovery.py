@@ -208,9 +208,11 @@ class WeightsElsewhere(Toy):
         site("asked"),
         site("used", skip_reason="its weight is also used directly, outside the layer"),
         site("split", skip_reason="its weight is also used directly, outside the layer"),
-        site("twin", skip_reason="weight shared with 'twin_too'"),
-        site("twin_too", skip_reason="weight shared with 'twin'"),
-        site("tied", skip_reason="weight shared with 'owner'"),
+        site("twin", skip_reason="shares a parameter with 'twin_too'"),
+        site("twin_too", skip_reason="shares a parameter with 'twin'"),
+        site("tied", skip_reason="shares a parameter with 'owner'"),
+        site("biased", skip_reason="shares a parameter with 'biased_too'"),
+        site("biased_too", skip_reason="shares a parameter with 'biased'"),
     )
 
     def __init__(self) -> None:
@@ -218,12 +220,14 @@ class WeightsElsewhere(Toy):
         self.asked, self.used, self.split, self.twin, self.twin_too, self.tied = (conv() for _ in range(6))
         self.twin_too.weight = self.twin.weight
         self.owner = nn.ParameterList([self.tied.weight])
+        self.biased, self.biased_too = conv(), conv()
+        self.biased_too.bias = self.biased.bias
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.asked(x.to(self.asked.weight.dtype)) * self.asked.weight.shape[0]
         x = self.used(x) + self.used.weight.mean()
         x = self.split(x) + self.split.weight.chunk(2)[0].mean()
-        y: Tensor = self.tied(self.twin_too(self.twin(x)))
+        y: Tensor = self.biased_too(self.biased(self.tied(self.twin_too(self.twin(x)))))
         return y
 
 
