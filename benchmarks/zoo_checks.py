@@ -9,7 +9,7 @@ import copy
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,7 @@ from batude_fx.zoo import example_inputs
 ROUND_TO = 8
 LARGEST = 1_500_000_000  # parameters: 6 GB, of which two workers hold two copies each
 LAYERS = "conv+linear"
+LARGEST_WHOLE = 150_000_000  # parameters of networks that are compared as a whole in float64
 TOLERANCE = 1e-9  # relative to the largest output, float64
 
 Inputs = tuple[Any, ...]
@@ -147,14 +148,14 @@ def compressed(name: str) -> Record:
 
 def _any_plan(model: nn.Module) -> Plan | None:
     """A plan to be taken to other budgets; linear layers too where convolutions are less than half of the flops."""
-    for layers, least in (("conv", 0.5), (LAYERS, 0.0)):
-        try:
-            plan = batude_fx.plan(model, 1 - 1e-9, calibration=None, layers=layers, round_to=ROUND_TO)
-        except (batude_fx.BudgetError, batude_fx.DiscoveryError):  # nothing that could be replaced, or nothing at all
-            continue
-        if _reach(plan.sites, plan.dense_flops)["share"] >= least:
-            return plan
-    return None
+    costs = {True: 0, False: 0}
+    for site in batude_fx.discover(model, layers=LAYERS):
+        costs[_is_convolution(site)] += dense_cost(site)[0]
+    layers = "conv" if costs[True] >= costs[False] else LAYERS
+    try:
+        return batude_fx.plan(model, 1 - 1e-9, calibration=None, layers=layers, round_to=ROUND_TO)
+    except batude_fx.BudgetError:  # nothing can be replaced
+        return None
 
 
 class _CountConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -312,58 +313,74 @@ def _exact(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> It
     At full rank no factor is left of a k x k site, and pointwise ones become an SVD pair: this network must equal the
     original. And the compressed network must equal the full-rank one that has its composed weights.
 
-    The outputs of a detector jump with the last bit of a score, and RAFT does not run in float64: there each site is
-    compared on the inputs that it gets in the float32 network.
+    The outputs of a detector jump with the last bit of a score, RAFT does not run in float64, and the largest do not
+    fit: there each site is compared on the inputs that it gets in the float32 network.
     """
+    whole = sum(p.numel() for p in model.parameters()) <= LARGEST_WHOLE and not isinstance(inputs[0], list)
+    doubles = cast("Inputs", tree_map_only(Tensor, Tensor.double, inputs))
+    yield from (
+        _exact_networks(model, small, plan, doubles)
+        if whole and _runs(copy.deepcopy(model).double(), doubles)
+        else _exact_sites(model, small, plan, inputs)
+    )
+
+
+def _exact_networks(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[str]:
     model, small = copy.deepcopy(model).double(), copy.deepcopy(small).double()
-    eligible = [site.name for site in plan.sites if site.skip_reason is None]
-    weights = {name: canonical_weight(model.get_submodule(name)) for name in eligible}
+    layers = {site.name: model.get_submodule(site.name) for site in plan.sites if site.skip_reason is None}
+    full = {name: _full_rank(layer, canonical_weight(layer)) for name, layer in layers.items()}
+    yield from _differences(model, surgery.replace(model, full), inputs, "full rank")
     parts = {name: cast("TuckerModule", small.get_submodule(name)) for name in plan.ranks}
-    composed = {name: to_canonical(part.weight.detach(), part) for name, part in parts.items()}
-    whole = {name: _full_rank(model, name, weight) for name, weight in weights.items()}
-    dense = {name: _full_rank(model, name, weight) for name, weight in composed.items()}
-    if _is_continuous(model, inputs := _double(inputs)):
-        yield from _differences(model, surgery.replace(model, whole), inputs, "full rank")
-        yield from _differences(surgery.replace(model, dense), small, inputs, "composed weights")
-        return
-    float32 = cast("Inputs", tree_map_only(Tensor, Tensor.float, inputs))
-    yield from _site_differences(model, whole, float32, "full rank")
-    yield from _site_differences(surgery.replace(model, dense), parts, float32, "composed weights")
+    composed = {name: _full_rank(layers[name], _composed(part)) for name, part in parts.items()}
+    yield from _differences(surgery.replace(model, composed), small, inputs, "composed weights")
 
 
-def _is_continuous(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether the network can be compared by its outputs in float64."""
-    if isinstance(inputs[0], list):
-        return False
+def _exact_sites(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[str]:
+    layers = {
+        site.name: copy.deepcopy(model.get_submodule(site.name)).double()
+        for site in plan.sites
+        if site.skip_reason is None
+    }
+    worst = dict.fromkeys(layers, 0.0)
+
+    def compare(name: str, x: Tensor) -> None:
+        layer = layers[name]
+        pairs = [(layer, _full_rank(layer, canonical_weight(layer)))]
+        if name in plan.ranks:
+            part = cast("TuckerModule", copy.deepcopy(small.get_submodule(name)).double())
+            pairs.append((_full_rank(layer, _composed(part)), part))
+        worst[name] = max(worst[name], *(_relative(expected(x), given(x)) for expected, given in pairs))
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: compare(n, args[0].double()))
+        for name in layers
+    ]
     try:
         with torch.no_grad():
-            model(*inputs)
+            model.eval()(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    name = max(worst, key=lambda name: worst[name])
+    if worst[name] > TOLERANCE:
+        yield f"relative difference {worst[name]:.1e} at {name}"
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
     except RuntimeError:
         return False
     return True
 
 
-def _site_differences(model: nn.Module, others: Mapping[str, nn.Module], inputs: Inputs, what: str) -> Iterator[str]:
-    """Feed what every layer gets, in a float32 run, to the layer and its replacement in float64."""
-    layers = {name: model.get_submodule(name) for name in others}
-    worst = dict.fromkeys(others, 0.0)
-    single = copy.deepcopy(model).float()
-
-    def compare(name: str, args: tuple[Tensor, ...]) -> None:
-        x = args[0].double()
-        worst[name] = max(worst[name], _relative(layers[name](x), others[name](x)))
-
-    for name in others:
-        single.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: compare(name, args))
-    with torch.no_grad():
-        single(*inputs)
-    name = max(worst, key=lambda name: worst[name])
-    if worst[name] > TOLERANCE:
-        yield f"{what}: relative difference {worst[name]:.1e} at {name}"
+def _composed(part: TuckerModule) -> Tensor:
+    """(groups, C_out, C_in, k...) that the factors stand for."""
+    return to_canonical(part.weight.detach(), part)
 
 
-def _full_rank(model: nn.Module, name: str, weight: Tensor) -> TuckerModule:
-    layer = model.get_submodule(name)
+def _full_rank(layer: nn.Module, weight: Tensor) -> TuckerModule:
     _, c_out, c_in, *kernel = weight.shape
     pointwise = all(extent == 1 for extent in kernel)
     full = Ranks(min(c_out, c_in), min(c_out, c_in)) if pointwise else Ranks(c_out, c_in)
@@ -381,10 +398,6 @@ def _differences(expected: nn.Module, model: nn.Module, inputs: Inputs, what: st
 
 def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
-
-
-def _double(inputs: Inputs) -> Inputs:
-    return cast("Inputs", tree_map_only(Tensor, Tensor.double, inputs))
 
 
 def _tensors(output: object) -> list[Tensor]:

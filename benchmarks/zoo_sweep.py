@@ -32,7 +32,7 @@ from benchmarks.zoo_checks import LARGEST, Record
 
 WORKERS = 2
 SECONDS = 120  # most that discovery of one model with weights may take
-COMPRESS_SECONDS = 600
+COMPRESS_SECONDS = 1200
 TASKS_PER_WORKER = 40  # then a fresh process takes over: models leave caches behind
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +47,11 @@ def main(*, quick: bool) -> int:
     """Run what the journal lacks, write the result, print what is wrong."""
     names = zoo_checks.all_models()
     journal = Journal(JOURNAL, versions())
-    journal.fill(((("size", name)) for name in names), "counting parameters")
+    journal.fill((("size", name) for name in names), "counting parameters")
     families = smallest(names, journal)
-    chosen = sorted(families.values()) if quick else names
-    journal.fill((("found", name) for name in chosen), "discovering")
-    journal.fill((("compressed", name) for name in families.values()), "compressing")
+    chosen = list(families.values()) if quick else names
+    journal.fill((("found", name) for name in largest_first(chosen, journal)), "discovering")
+    journal.fill((("compressed", name) for name in largest_first(families.values(), journal)), "compressing")
     result = collected(journal, chosen, families)
     path = QUICK_RESULT if quick else RESULT
     write(path, result)
@@ -149,6 +149,11 @@ def _ask(task: Task, weightless: bool) -> Record:  # noqa: FBT001 - pebble passe
         return zoo_checks.found(model, weightless=weightless) if what == "found" else zoo_checks.compressed(model)
     except Exception as error:  # noqa: BLE001
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def largest_first(names: Iterable[str], journal: Journal) -> list[str]:
+    """So that no worker is left with a large one at the end."""
+    return sorted(names, key=lambda name: -journal.records["size", name].get("params", LARGEST))
 
 
 def smallest(names: Iterable[str], journal: Journal) -> dict[str, str]:
