@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import CalibrationError
@@ -28,6 +28,7 @@ Inputs = tuple[object, ...]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SYNTHETIC_IMAGES = 96
+SYNTHETIC_CLIPS = 16
 SYNTHETIC_DRAWS = 2  # where they are all there is: few images need several random combinations of the outputs
 _BATCH = 8  # the backward passes keep the activations of this many images
 _KEPT = 8  # batches that later pass through the compressed network
@@ -106,37 +107,62 @@ def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> lis
         seed: Of the images.
 
     Returns:
-        Batches of dead leaves wherever the example has images (1, 1 or 3 channels, H, W), Gaussian noise of the
-        example's shape elsewhere.
+        Batches of dead leaves wherever the example has images (1, 1 or 3 channels, H, W) or clips (1, 1 or 3 channels,
+        frames, H, W), which pan over them; Gaussian noise of the example's shape elsewhere.
     """
     like = _only_tensor(inputs)
     if like is not None:
-        images = _synthetic_tensor(model, SYNTHETIC_IMAGES, like.shape[1:], seed).to(like)
+        count = SYNTHETIC_CLIPS if like.ndim > 4 else SYNTHETIC_IMAGES  # noqa: PLR2004 - (N, C, frames, H, W)
+        images = _synthetic_tensor(model, count, like.shape[1:], seed).to(like)
         return [(batch,) for batch in torch.split(images, _BATCH)]
 
     def like_example(run: int) -> Inputs:
         def one(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 return tensor
-            batch = tensor.shape[0] if tensor.ndim > 3 else 1  # noqa: PLR2004 - (C, H, W)
-            return _synthetic_tensor(model, batch, tensor.shape[-3:], seed + run).view(tensor.shape).to(tensor)
+            return _synthetic_tensor(model, *_items(tensor), seed + run).view(tensor.shape).to(tensor)
 
         return cast("Inputs", tree_map_only(Tensor, one, inputs))
 
     return [like_example(run) for run in range(_BATCH)]
 
 
+def sees_noise(inputs: Inputs) -> bool:
+    """Whether `synthetic_batches` makes noise of any tensor of the example, as no procedural image fits it."""
+    like = _only_tensor(inputs)
+    if like is not None:
+        return not _is_picture(like.shape[1:])
+    floats = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return any(not _is_picture(_items(tensor)[1]) for tensor in floats)
+
+
+def _items(tensor: Tensor) -> tuple[int, Sequence[int]]:
+    """How many items a tensor inside a structure holds, and the shape of one: detectors take images without a batch."""
+    return (tensor.shape[0], tensor.shape[1:]) if tensor.ndim > 3 else (1, tensor.shape)  # noqa: PLR2004 - (C, H, W)
+
+
+def _is_picture(shape: Sequence[int]) -> bool:
+    """(C, H, W) or (C, frames, H, W)."""
+    return len(shape) in {3, 4} and shape[0] in {1, 3}
+
+
 def _synthetic_tensor(model: nn.Module, count: int, shape: Sequence[int], seed: int) -> Tensor:
-    if len(shape) != 3 or shape[0] not in {1, 3}:  # noqa: PLR2004 - (C, H, W)
+    if not _is_picture(shape):
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-    channels = shape[0]
+    channels, *frames, height, width = shape
     config = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (
         torch.tensor(config.get(key, default)[:channels]).view(-1, 1, 1)
         for key, default in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD))
     )
-    images = dead_leaves(count, (shape[1], shape[2]), seed=seed)  # (count, 3, H, W)
-    return ((images if channels == 3 else images.mean(1, keepdim=True)) - mean) / std  # noqa: PLR2004 - RGB
+    steps = sum(frames)
+    images = dead_leaves(
+        count, (height + steps, width + steps), seed=seed
+    )  # (count, 3, H, W), and a margin to pan over
+    images = ((images if channels == 3 else images.mean(1, keepdim=True)) - mean) / std  # noqa: PLR2004 - RGB
+    if not frames:
+        return images
+    return torch.stack([images[..., step : step + height, step : step + width] for step in range(steps)], dim=2)
 
 
 def _only_tensor(inputs: Inputs) -> Tensor | None:

@@ -21,6 +21,7 @@ from batude_fx.calibration import (
     image_batches,
     mixed,
     normalized_by,
+    sees_noise,
     synthetic_batches,
 )
 from batude_fx.discovery import discover
@@ -84,7 +85,7 @@ class Plan:
         flops: Multiply-adds of the compressed model, as fvcore will count them.
         dense_params: Parameters of the model.
         params: Parameters of the compressed model.
-        calibration: `"weights only"`, `"synthetic"` or `"images"`.
+        calibration: `"weights only"`, `"synthetic"`, `"synthetic noise"` (no images fit its input) or `"images"`.
         round_to: Multiple of the ranks.
     """
 
@@ -119,7 +120,7 @@ class Plan:
         return replace(model, modules)
 
     def _match_moments(self, model: nn.Module, modules: dict[str, TuckerModule]) -> None:
-        if self.calibration == "synthetic":
+        if self.calibration != "images":
             model = normalized_by(model, self._kept)
         with borrowed(model):
             batches = track(self._kept, "matching moments")
@@ -205,7 +206,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         flops=flops,
         dense_params=dense[1],
         params=params,
-        calibration=_label(calibration),
+        calibration=_label(calibration, inputs),
         round_to=round_to,
         _candidates=candidates,
         _kept=kept,
@@ -246,10 +247,12 @@ def _check_dtype(model: nn.Module) -> None:
             )
 
 
-def _label(calibration: Calibration) -> str:
+def _label(calibration: Calibration, inputs: Inputs) -> str:
     if calibration is None:
         return "weights only"
-    return "synthetic" if isinstance(calibration, str) else "images"
+    if not isinstance(calibration, str):
+        return "images"
+    return "synthetic noise" if sees_noise(inputs) else "synthetic"
 
 
 def _measure(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from batude_fx.flops import dense_cost, site_cost
@@ -65,9 +66,10 @@ def sites_table(sites: Sequence[ConvSite], model_name: str) -> Table:
 def saved_table(folder: object, facts: dict[str, Any]) -> Table:
     """What a saved folder holds, and its Tucker modules."""
     saved = facts["model_args"]
-    table = Table("site", "ranks", title=f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}", **_STYLE)
+    title = escape(f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}")
+    table = Table("site", "ranks", title=title, **_STYLE)
     for name, (rank_out, rank_in) in saved["ranks"].items():
-        table.add_row(name, f"{rank_out} / {rank_in}")
+        table.add_row(escape(name), f"{rank_out} / {rank_in}")
     flops = f"{human(facts['flops'])}FLOPs, " if "flops" in facts else ""
     table.caption = (
         f"{flops}{human(facts['params'])} parameters, {human(facts['bytes'])}B on disk; {len(saved['ranks'])} sites in "
@@ -78,9 +80,9 @@ def saved_table(folder: object, facts: dict[str, Any]) -> Table:
 
 def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Names and values in two columns."""
-    table = Table(title=title, show_header=False, box=SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row)
+    table = Table(title=escape(title), show_header=False, box=SIMPLE_HEAD)
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
     return table
 
 
@@ -92,7 +94,7 @@ def as_text(table: Table) -> str:
 
 
 def _site_table(title: str, sites: Sequence[ConvSite], *columns: str) -> Table:
-    table = Table(title=title, padding=(0, 1, 0, 0), **_STYLE)
+    table = Table(title=escape(title), padding=(0, 1, 0, 0), **_STYLE)
     longest = max((len(site.name) for site in sites), default=0)
     table.add_column("site", overflow="fold", min_width=min(longest, _SITE_WIDTH))
     table.add_column("convolution", no_wrap=True)
@@ -107,7 +109,9 @@ def _add_site(table: Table, site: ConvSite, *cells: str) -> None:
     groups = " dw" if site.groups == site.in_channels > 1 else f" /{site.groups}" if site.groups > 1 else ""
     kind = "" if site.kind == "Conv2d" else f"{site.kind} "
     mark = "*" if site.skip_reason else ""
-    table.add_row(site.name, f"{kind}{site.in_channels} > {site.out_channels} {kernel}{groups}".rstrip(), *cells, mark)
+    table.add_row(
+        escape(site.name), f"{kind}{site.in_channels} > {site.out_channels} {kernel}{groups}".rstrip(), *cells, mark
+    )
 
 
 def _notes(sites: Iterable[ConvSite]) -> str:
@@ -116,7 +120,7 @@ def _notes(sites: Iterable[ConvSite]) -> str:
     for site in sites:
         if site.skip_reason:
             named.setdefault(site.skip_reason, []).append(site.name)
-    return "".join(f"\n* {reason}: {_few(names)}" for reason, names in named.items())
+    return "".join(escape(f"\n* {reason}: {_few(names)}") for reason, names in named.items())
 
 
 def _few(names: Sequence[str]) -> str:

@@ -17,8 +17,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, as_completed
 from datetime import UTC, datetime
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -138,6 +139,15 @@ def _record(answer: Record | BaseException) -> Record:
 def _prepare() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """A worker must not compute on for a sweep that was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _ask(task: Task, weightless: bool) -> Record:  # noqa: FBT001 - pebble passes positions

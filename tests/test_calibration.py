@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batude_fx.calibration import image_batches, mixed, normalized_by, synthetic_batches
+from batude_fx.calibration import image_batches, mixed, normalized_by, sees_noise, synthetic_batches
 from batude_fx.errors import CalibrationError
 from batude_fx.measuring import statistics
 from batude_fx.synthetic import dead_leaves
@@ -82,8 +82,33 @@ def test_synthetic_inputs_have_the_structure_of_the_example() -> None:
     nested = synthetic_batches(nn.Identity(), ([torch.zeros(3, 8, 9)], torch.zeros(1, dtype=torch.long)))
     assert nested[0][0][0].shape == (3, 8, 9)
     assert nested[0][1].dtype == torch.long
-    video = synthetic_batches(nn.Identity(), (torch.zeros(1, 3, 4, 8, 9),))
-    assert video[0][0].shape == (8, 3, 4, 8, 9)
+
+
+def test_synthetic_clips_pan_over_an_image() -> None:
+    batches = synthetic_batches(nn.Identity(), (torch.zeros(1, 3, 4, 18, 19),))
+    assert sum(len(batch[0]) for batch in batches) == 16
+    clip = batches[0][0][0]  # (3, frames, H, W)
+    assert clip.shape == (3, 4, 18, 19)
+    for step in range(3):
+        assert torch.equal(clip[:, step, 1:, 1:], clip[:, step + 1, :-1, :-1])
+        assert not torch.equal(clip[:, step], clip[:, step + 1])
+    (nested,) = {batch[0][0].shape for batch in synthetic_batches(nn.Identity(), ([torch.zeros(2, 3, 4, 18, 19)],))}
+    assert nested == (2, 3, 4, 18, 19)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "noise"),
+    [
+        ((torch.zeros(1, 3, 8, 9),), False),
+        ((torch.zeros(1, 1, 4, 8, 9),), False),
+        ((torch.zeros(1, 5, 8, 9),), True),
+        ((torch.zeros(1, 3, 9),), True),
+        (([torch.zeros(3, 8, 9)], torch.zeros(1, dtype=torch.long)), False),
+        ((torch.zeros(1, 3, 8, 9), torch.zeros(1, 7)), True),
+    ],
+)
+def test_noise_stands_in_where_no_image_fits(inputs: tuple[object, ...], noise: bool) -> None:
+    assert sees_noise(inputs) is noise
 
 
 def test_dead_leaves_are_reproducible_images() -> None:

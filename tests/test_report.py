@@ -69,6 +69,12 @@ def test_a_row_per_site_with_the_costs_of_the_closed_formulas(plan: batude_fx.Pl
         assert row[""] == ("*" if site.skip_reason else "")
 
 
+def test_brackets_in_names_are_shown() -> None:
+    sites = batude_fx.discover(timm.create_model("test_resnet"), (IMAGE,), exclude="[a-c]onv1")
+    assert "excluded by '[a-c]onv1'" in _text(report.sites_table(sites, "net[bold]"))
+    assert "net[bold]" in _text(report.sites_table(sites, "net[bold]"))
+
+
 def test_the_totals_are_fvcores(plan: batude_fx.Plan) -> None:
     model = timm.create_model("efficientnet_b0").eval()
     counts = FlopCountAnalysis(model, IMAGE).unsupported_ops_warnings(enabled=False)
