@@ -17,6 +17,7 @@ from batude_fx.sites import ConvSite, FoundBy
 
 _TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
+_SELECTIONS = {torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Calls:
     positions_out: int = 0
     calls: int = 0
     first_call: float = inf
+    positions_vary: bool = False
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Listener:
         calls: Name of a site to what the run does to it.
         used_directly: Names of the found layers whose weight something else computes with.
         depth: How many of the layers are computing at this moment, one inside the other.
+        selected: Whether the run has made a tensor by now whose size depends on values.
     """
 
     found: list[Found]
@@ -61,6 +64,7 @@ class Listener:
     calls: dict[str, Calls] = field(default_factory=dict)
     used_directly: set[str] = field(default_factory=set)
     depth: int = 0
+    selected: bool = False
     _functional: dict[str, ConvSite] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,6 +93,7 @@ class Listener:
         if _tensors(result):  # shapes, dtypes and devices may be asked for
             used = (self._weights.get(id(arg)) for arg in _tensors((args, kwargs)))
             self.used_directly.update(name for name in used if name is not None)
+        self.selected |= _selects(function, args)
         if function in _FUNCTIONS:
             self._hear_convolution(cast("Callable[..., Tensor]", function), args, kwargs, cast("Tensor", result))
 
@@ -129,6 +134,7 @@ class Listener:
         calls.positions_in += x.numel() // x.shape[axis]
         calls.positions_out += output.numel() // output.shape[axis]
         calls.calls += 1
+        calls.positions_vary |= self.selected
         calls.first_call = min(calls.first_call, self._total)
         self._total += 1
 
@@ -153,13 +159,28 @@ class _Overhear(TorchFunctionMode):
         return result
 
 
+def _selects(function: object, args: tuple[object, ...]) -> bool:
+    """Whether the size of what a function returns depends on values."""
+    if function is torch.where:
+        return len(args) == 1
+    if function is Tensor.__getitem__:
+        return any(index.dtype == torch.bool for index in _tensors(args[1:]))
+    return function in _SELECTIONS
+
+
 def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def with_calls(site: ConvSite, calls: Calls) -> ConvSite:
     """The site with what a run does to it."""
-    return replace(site, positions_in=calls.positions_in, positions_out=calls.positions_out, calls=calls.calls)
+    return replace(
+        site,
+        positions_in=calls.positions_in,
+        positions_out=calls.positions_out,
+        calls=calls.calls,
+        positions_vary=calls.positions_vary,
+    )
 
 
 def listen(model: nn.Module, found: list[Found], inputs: tuple[object, ...]) -> Listener:

@@ -192,8 +192,11 @@ def _built(name: str, *, weightless: bool) -> nn.Module:
     torch.manual_seed(0)
     if not weightless:
         return batude_fx.create(name)
-    with torch.device("meta"):
-        return batude_fx.create(name)
+    try:
+        with torch.device("meta"):
+            return batude_fx.create(name)
+    except batude_fx.BatudeError:  # torchvision's RegNets need values to initialize
+        return batude_fx.create(name).to("meta")
 
 
 def _is_convolution(site: ConvSite) -> bool:
