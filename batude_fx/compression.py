@@ -24,7 +24,7 @@ from batude_fx.calibration import (
     sees_noise,
     synthetic_batches,
 )
-from batude_fx.discovery import discover
+from batude_fx.discovery import discover_run
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.handlers import canonical_bias, canonical_weight
@@ -41,6 +41,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
 _UNLIMITED = 2**60
+_STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,37 @@ class Plan:
     round_to: int
     _candidates: Mapping[str, _Candidate] = field(repr=False, compare=False)
     _kept: tuple[Inputs, ...] = field(repr=False, compare=False)
+    _recounted: Inputs | None = field(repr=False, compare=False)
 
     def apply(self, model: ModelT) -> ModelT:
         """The compressed copy of the model that this plan was made for.
 
+        A detector computes its heads for as many boxes as it chooses, and a compressed one may choose more. So where
+        sizes depend on values the copy is counted, and gets smaller ranks than planned until it meets the budget.
+
         Raises:
             SelectionError: When the model lacks a site of the plan.
             UnsupportedError: When a site has another shape than in the plan.
+            BudgetError: When the copy needs more flops than planned and cannot be made small enough.
         """
+        plan, small = self, self._applied(model)
+        limit = self.budget.limits(self.dense_flops, self.dense_params).flops
+        if self._recounted is None or limit is None:
+            return small
+        while (count := count_flops(small, self._recounted)) > limit:
+            try:
+                tighter = plan.flops / self.dense_flops * min(max(limit / count, _STEPS[0]), _STEPS[1])
+                plan = plan.at(Budget(flops=tighter, params=self.budget.params))
+            except BudgetError as error:
+                raise BudgetError(
+                    f"fvcore counts {count:,} flops for the compressed {self.model_name}, {limit:,} are allowed: it "
+                    "chooses more boxes than the dense one on the same input, and smaller ranks do not make up for "
+                    "them. Pass example_inputs= with real images."
+                ) from error
+            small = plan._applied(model)  # noqa: SLF001 - of another plan
+        return small
+
+    def _applied(self, model: ModelT) -> ModelT:
         modules = dict(model.named_modules())
         if missing := [name for name in self.ranks if name not in modules]:
             raise SelectionError(f"{type(model).__name__} has no site {missing[0]!r}; apply the plan to its own model.")
@@ -188,7 +212,8 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         raise SelectionError(f"round_to={round_to} is not a rank multiple; use 1 or more, 8 by default.")
     _check_dtype(model)
     inputs = _arguments(model, example_inputs)
-    sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
+    run = discover_run(model, inputs, layers=layers, include=include, exclude=exclude)
+    sites = run.sites
     eligible = {site.name: site for site in sites if site.skip_reason is None}
     options = _options(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
     dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
@@ -210,6 +235,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         round_to=round_to,
         _candidates=candidates,
         _kept=kept,
+        _recounted=inputs if run.selects else None,
     )
 
 

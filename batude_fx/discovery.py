@@ -11,7 +11,7 @@ must not be traced.
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -56,6 +56,32 @@ def discover(
         DiscoveryError: The model has no such layer, or does not run on the example input.
         SelectionError: A pattern matches no site, or `layers` is neither of its two values.
     """
+    return discover_run(model, example_inputs, layers=layers, include=include, exclude=exclude).sites
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the example shows.
+
+    Attributes:
+        sites: As `discover` returns them.
+        selects: Whether the run makes a tensor whose size depends on values, as a detector chooses its boxes. Then
+            another network of the same shapes may need another number of flops.
+    """
+
+    sites: tuple[ConvSite, ...]
+    selects: bool
+
+
+def discover_run(
+    model: nn.Module,
+    example_inputs: tuple[object, ...] | None = None,
+    *,
+    layers: str = "conv",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+) -> Run:
+    """As `discover`, with what else the run shows."""
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
     if isinstance(example_inputs, Tensor):
@@ -70,7 +96,7 @@ def discover(
     if not sites:
         raise _nothing_found(model, layers)
     sites.sort(key=lambda site: listener.calls[site.name].first_call)
-    return _select(sites, _patterns(include), _patterns(exclude))
+    return Run(_select(sites, _patterns(include), _patterns(exclude)), listener.selects)
 
 
 class _Tracer(fx.Tracer):

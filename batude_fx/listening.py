@@ -43,7 +43,6 @@ class Calls:
     positions_out: int = 0
     calls: int = 0
     first_call: float = inf
-    positions_vary: bool = False
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Listener:
         calls: Name of a site to what the run does to it.
         used_directly: Names of the found layers whose weight something else computes with.
         depth: How many of the layers are computing at this moment, one inside the other.
-        selected: Whether the run has made a tensor by now whose size depends on values.
+        selects: Whether the run makes a tensor whose size depends on values, as a detector chooses its boxes.
     """
 
     found: list[Found]
@@ -64,7 +63,7 @@ class Listener:
     calls: dict[str, Calls] = field(default_factory=dict)
     used_directly: set[str] = field(default_factory=set)
     depth: int = 0
-    selected: bool = False
+    selects: bool = False
     _functional: dict[str, ConvSite] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +92,7 @@ class Listener:
         if _tensors(result):  # shapes, dtypes and devices may be asked for
             used = (self._weights.get(id(arg)) for arg in _tensors((args, kwargs)))
             self.used_directly.update(name for name in used if name is not None)
-        self.selected |= _selects(function, args)
+        self.selects |= _selects(function, args)
         if function in _FUNCTIONS:
             self._hear_convolution(cast("Callable[..., Tensor]", function), args, kwargs, cast("Tensor", result))
 
@@ -134,7 +133,6 @@ class Listener:
         calls.positions_in += x.numel() // x.shape[axis]
         calls.positions_out += output.numel() // output.shape[axis]
         calls.calls += 1
-        calls.positions_vary |= self.selected
         calls.first_call = min(calls.first_call, self._total)
         self._total += 1
 
@@ -174,13 +172,7 @@ def _tensors(tree: object) -> list[Tensor]:
 
 def with_calls(site: ConvSite, calls: Calls) -> ConvSite:
     """The site with what a run does to it."""
-    return replace(
-        site,
-        positions_in=calls.positions_in,
-        positions_out=calls.positions_out,
-        calls=calls.calls,
-        positions_vary=calls.positions_vary,
-    )
+    return replace(site, positions_in=calls.positions_in, positions_out=calls.positions_out, calls=calls.calls)
 
 
 def listen(model: nn.Module, found: list[Found], inputs: tuple[object, ...]) -> Listener:

@@ -42,8 +42,6 @@ class ConvSite:
         has_bias: Whether the dense layer has a bias.
         own_flops: What the dense layer computes besides convolving, as fvcore counts it: weight standardization.
         own_params: Its parameters besides weight and bias.
-        positions_vary: Whether the positions depend on the values of the input, as behind a detector's choice of
-            boxes: then they are those of this example on the dense model, and only those.
     """
 
     name: str
@@ -62,7 +60,6 @@ class ConvSite:
     has_bias: bool = False
     own_flops: int = 0
     own_params: int = 0
-    positions_vary: bool = False
 
     @property
     def group_in_channels(self) -> int:

