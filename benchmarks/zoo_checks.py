@@ -32,12 +32,14 @@ from batude_fx.handlers import canonical_bias, canonical_weight, to_canonical
 from batude_fx.modules import TuckerModule, tucker_conv
 from batude_fx.sites import ConvSite, Ranks
 from batude_fx.spectra import weight_spectrum
+from batude_fx.tucker import Factors
 from batude_fx.zoo import example_inputs
 
 ROUND_TO = 8
 LARGEST = 600_000_000  # parameters; larger ones take minutes to run, and two at once do not fit into 24 GiB
 LAYERS = "conv+linear"
-LARGEST_WHOLE = 150_000_000  # parameters of networks that are compared as a whole in float64
+LARGEST_WHOLE = 5e9, 150e6  # flops and parameters of networks that are compared as a whole in float64
+EXTENT = 64  # positions per axis on which single sites are compared
 TOLERANCE = 1e-9  # relative to the largest output, float64
 
 Inputs = tuple[Any, ...]
@@ -322,10 +324,11 @@ def _exact(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> It
     At full rank no factor is left of a k x k site, and pointwise ones become an SVD pair: this network must equal the
     original. And the compressed network must equal the full-rank one that has its composed weights.
 
-    The outputs of a detector jump with the last bit of a score, RAFT does not run in float64, and the largest do not
-    fit: there each site is compared on the inputs that it gets in the float32 network.
+    The outputs of a detector jump with the last bit of a score, RAFT does not run in float64, and large networks take
+    minutes: there each site is compared by itself, on a corner of the inputs that it gets in the float32 network.
     """
-    whole = sum(p.numel() for p in model.parameters()) <= LARGEST_WHOLE and not isinstance(inputs[0], list)
+    small_enough = plan.dense_flops <= LARGEST_WHOLE[0] and plan.dense_params <= LARGEST_WHOLE[1]
+    whole = small_enough and not isinstance(inputs[0], list)
     doubles = cast("Inputs", tree_map_only(Tensor, Tensor.double, inputs))
     yield from (
         _exact_networks(model, small, plan, doubles)
@@ -352,8 +355,14 @@ def _exact_sites(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs)
     }
     worst = dict.fromkeys(layers, 0.0)
 
-    def compare(name: str, x: Tensor) -> None:
-        layer = layers[name]
+    def corner(name: str, x: Tensor) -> Tensor:
+        kernel = getattr(layers[name], "kernel_size", None)  # linear layers have none, and their channels are last
+        for axis in range(1, x.ndim - 1) if kernel is None else range(x.ndim - len(kernel), x.ndim):
+            x = x.narrow(axis, 0, min(EXTENT, x.shape[axis]))
+        return x.double()
+
+    def compare(name: str, args: tuple[Tensor, ...]) -> None:
+        layer, x = layers[name], corner(name, args[0])
         pairs = [(layer, _full_rank(layer, canonical_weight(layer)))]
         if name in plan.ranks:
             part = cast("TuckerModule", copy.deepcopy(small.get_submodule(name)).double())
@@ -361,8 +370,7 @@ def _exact_sites(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs)
         worst[name] = max(worst[name], *(_relative(expected(x), given(x)) for expected, given in pairs))
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: compare(n, args[0].double()))
-        for name in layers
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: compare(n, args)) for name in layers
     ]
     try:
         with torch.no_grad():
@@ -392,8 +400,10 @@ def _composed(part: TuckerModule) -> Tensor:
 def _full_rank(layer: nn.Module, weight: Tensor) -> TuckerModule:
     _, c_out, c_in, *kernel = weight.shape
     pointwise = all(extent == 1 for extent in kernel)
-    full = Ranks(min(c_out, c_in), min(c_out, c_in)) if pointwise else Ranks(c_out, c_in)
-    factors = weight_spectrum(weight, pointwise=pointwise).factors(weight, full)
+    if not pointwise:
+        return tucker_conv(layer, Ranks(c_out, c_in), Factors(None, weight, None, canonical_bias(layer)))
+    full = Ranks(min(c_out, c_in), min(c_out, c_in))
+    factors = weight_spectrum(weight, pointwise=True).factors(weight, full)
     return tucker_conv(layer, full, replace(factors, bias=canonical_bias(layer)))
 
 
