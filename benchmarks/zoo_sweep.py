@@ -95,7 +95,7 @@ class Journal:
             for (what, model), record in answers(open_, self.records):
                 self.records[what, model] = record
                 line = {"task": what, "model": model, "versions": self.valid, "record": record}
-                file.write(json.dumps(line) + "\n")
+                file.write("\n" + json.dumps(line))  # on a line of its own, also after half a one
                 file.flush()
                 progress.update(bar, advance=1, description=f"{title} ({model})")
 
