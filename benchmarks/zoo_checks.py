@@ -36,7 +36,7 @@ from batude_fx.tucker import Factors
 from batude_fx.zoo import example_inputs
 
 ROUND_TO = 8
-LARGEST = 600_000_000  # parameters; larger ones take minutes to run, and two at once do not fit into 24 GiB
+LARGEST = 250_000_000  # parameters; larger ones take minutes to run, and two at once do not fit into 24 GiB
 LAYERS = "conv+linear"
 LARGEST_WHOLE = 5e9, 150e6  # flops and parameters of networks that are compared as a whole in float64
 EXTENT = 64  # positions per axis on which single sites are compared

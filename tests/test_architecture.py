@@ -14,8 +14,10 @@ import pytest
 
 import batude_fx
 
+ROOT = Path(batude_fx.__file__).parent
 TREES = {
-    path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in Path(batude_fx.__file__).parent.rglob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+    for path in ROOT.rglob("*.py")
 }
 
 
@@ -67,6 +69,7 @@ def test_exactly_these_rooms_import(package: str, rooms: set[str]) -> None:
         ("tucker", "torch.nn"),
         ("spectra", "torch.nn"),
         ("synthetic", "torch.nn"),
+        ("training.adl", "batude_fx.compression"),
     ],
 )
 def test_mathematics_has_no_model_in_sight(room: str, package: str) -> None:

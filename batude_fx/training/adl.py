@@ -1,0 +1,180 @@
+"""BC-ADL, the budget-constrained alternating direction Lagrangian: weights that learn to be of low rank.
+
+Minimise the task's loss of the weights W subject to a budget on what their ranks cost. Every weight has a twin z that
+always meets the budget, and a scaled dual u that remembers how far they have been apart:
+
+1. W-step: ordinary training steps on `loss(W) + rho / 2 * ||W - z + u||^2`; `penalty_` adds the gradient.
+2. z-step: `project_` finds the ranks that lose least of `W + u` within the budget, all sites at once, and makes z the
+   thresholded `W + u`.
+3. u-step: `update_duals_` adds `W - z` to u, and tells how far the two are from each other.
+
+Source: M. Yin, H. Phan, X. Zang, S. Liao, B. Yuan, "BATUDE", AAAI 2022, https://doi.org/10.1609/aaai.v36i8.20869;
+scaled form and residuals from S. Boyd et al., "Distributed Optimization and Statistical Learning via the Alternating
+Direction Method of Multipliers", 2011, sections 3.1.1, 3.3 and 9.1. Unlike the paper, which picks ranks greedily site
+by site, each round solves one knapsack over all sites (`allocation`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from batude_fx.allocation import Integers, Options, SiteLoss, allocate
+from batude_fx.handlers import from_canonical, to_canonical
+from batude_fx.sites import ConvSite, Ranks
+from batude_fx.spectra import Modes, Spectrum, weight_spectrum
+from batude_fx.tucker import mode_product
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One site whose weight is to become of low rank.
+
+    Attributes:
+        site: The site.
+        layer: Its dense layer; `layer.weight` is trained.
+        options: The ranks it may get, and what they cost.
+        importance: What losing all of its energy would cost the network, on any scale that all sites share.
+    """
+
+    site: ConvSite
+    layer: nn.Module
+    options: Options
+    importance: float = 1.0
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The trained weight, in the layer's own layout."""
+        return cast("nn.Parameter", self.layer.weight)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """How far W and z are from agreeing, and z from standing still; both relative to the norm of W."""
+
+    primal: float
+    dual: float
+
+
+class Lagrangian:
+    """The split weights of a network, their duals, and the penalty that pulls W and z together.
+
+    Args:
+        constraints: Site name to constraint.
+        rho: Weight of the penalty; may be changed between rounds with `rescale_`.
+        soft: Whether z is thresholded softly: what is kept of a mode shrinks by the first singular value that is cut,
+            as the nuclear norm's proximal operator does. Otherwise what is kept stays as it is.
+
+    Attributes:
+        z: Site name to the twin of its weight; until the first projection the weight itself.
+        u: Site name to the scaled dual.
+        ranks: Site name to the ranks of z; None where it is dense.
+    """
+
+    def __init__(self, constraints: Mapping[str, Constraint], *, rho: float, soft: bool = False) -> None:
+        self.constraints = dict(constraints)
+        self.rho, self.soft = rho, soft
+        self.z = {name: one.weight.detach().clone() for name, one in self.constraints.items()}
+        self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
+        self.ranks: dict[str, Ranks | None] = dict.fromkeys(self.constraints)
+        self._last_z = dict(self.z)
+        self._weights = [one.weight for one in self.constraints.values()]
+        self._targets = list(self.z.values())  # z - u, which is all that the penalty needs
+
+    def penalty_(self) -> None:
+        """Add the gradient of `rho / 2 * ||W - z + u||^2` to the weights' gradients; call it after `backward`."""
+        pairs = zip(self._weights, self._targets, strict=True)
+        reached = [(w.grad, w.detach(), target) for w, target in pairs if w.grad is not None]
+        if not reached:  # all of them are frozen
+            return
+        gradients, weights, targets = ([parts[i] for parts in reached] for i in range(3))
+        torch._foreach_add_(gradients, weights, alpha=self.rho)
+        torch._foreach_sub_(gradients, targets, alpha=self.rho)
+
+    def project_(self, capacity: Integers) -> None:
+        """z-step: the ranks within the capacity that lose least of `W + u`, and z of exactly these ranks.
+
+        Args:
+            capacity: (2,) most flops and most parameters of all constrained sites together.
+
+        Raises:
+            BudgetError: When no choice of ranks fits.
+        """
+        sums = {name: self._sum(name) for name in self.constraints}
+        spectra = {name: self._spectrum(name, total) for name, total in sums.items()}
+        options = [self._judged(name, spectrum) for name, spectrum in spectra.items()]
+        rows = allocate(options, capacity)
+        self._last_z = self.z
+        self.z = {}
+        for (name, one), row in zip(self.constraints.items(), rows, strict=True):
+            dense = (one.options.costs[row] == one.options.dense).all()
+            self.ranks[name] = None if dense else Ranks(*one.options.ranks[row].tolist())
+            z = thresholded(sums[name], spectra[name], self.ranks[name], soft=self.soft)
+            self.z[name] = from_canonical(z, one.layer)
+        self._retarget()
+
+    def update_duals_(self) -> Residuals:
+        """u-step: add `W - z` to u."""
+        gaps = {name: one.weight.detach() - self.z[name] for name, one in self.constraints.items()}
+        self.u = {name: self.u[name] + gap for name, gap in gaps.items()}
+        self._retarget()
+        size = _norm(one.weight.detach() for one in self.constraints.values())
+        moved = _norm(self.z[name] - self._last_z[name] for name in self.z)
+        return Residuals(primal=_norm(gaps.values()) / size, dual=moved / size)
+
+    def rescale_(self, rho: float) -> None:
+        """Change rho; the scaled duals are divided by what it grows by, so that the unscaled ones stay."""
+        self.u = {name: u * (self.rho / rho) for name, u in self.u.items()}
+        self.rho = rho
+        self._retarget()
+
+    def _sum(self, name: str) -> Tensor:
+        """`W + u` as (groups, C_out, C_in, k...)."""
+        one = self.constraints[name]
+        return to_canonical(one.weight.detach() + self.u[name], one.layer)
+
+    def _spectrum(self, name: str, weight: Tensor) -> Spectrum:
+        return weight_spectrum(weight, pointwise=self.constraints[name].site.is_pointwise)
+
+    def _judged(self, name: str, spectrum: Spectrum) -> Options:
+        one, loss = self.constraints[name], spectrum.loss()
+        return one.options.judged(SiteLoss(one.importance * loss.out, one.importance * loss.in_))
+
+    def _retarget(self) -> None:
+        self._targets = [self.z[name] - self.u[name] for name in self.constraints]
+
+
+def thresholded(weight: Tensor, spectrum: Spectrum, ranks: Ranks | None, *, soft: bool) -> Tensor:
+    """A weight with both modes cut to their ranks.
+
+    Args:
+        weight: (groups, C_out, C_in, k...).
+        spectrum: Of this weight, by `weight_spectrum`.
+        ranks: Per group; None leaves the weight as it is.
+        soft: Whether what is kept of a mode shrinks by the first singular value that is cut.
+
+    Returns:
+        (groups, C_out, C_in, k...), of these ranks.
+    """
+    if ranks is None:
+        return weight
+    for mode, modes, rank in ((0, spectrum.out, ranks.rank_out), (1, spectrum.in_, ranks.rank_in)):
+        if modes is not None and rank < modes.energy.shape[1]:
+            weight = mode_product(weight, _shrinking(modes, rank, soft=soft), mode)
+    return weight
+
+
+def _shrinking(modes: Modes, rank: int, *, soft: bool) -> Tensor:
+    """(groups, C, C) projection on the leading directions, shrunk where thresholding is soft."""
+    kept, encode = modes.decode[..., :rank], modes.encode[:, :rank]
+    if not soft:
+        return kept @ encode
+    singular = modes.energy.sqrt()  # (groups, C), all relative to the same norm
+    gains = 1 - singular[:, rank : rank + 1] / singular[:, :rank].clamp_min(torch.finfo(singular.dtype).tiny)
+    return (kept * gains[:, None, :]) @ encode
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
