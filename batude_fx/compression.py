@@ -1,13 +1,10 @@
 """The two verbs: `plan` decides the ranks under a budget, `compress` also builds the network that has them."""
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batude_fx import allocation
@@ -24,6 +21,7 @@ from batude_fx.calibration import (
     sees_noise,
     synthetic_batches,
 )
+from batude_fx.capacity import capacity, choices
 from batude_fx.discovery import discover_run
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.flops import count_flops
@@ -40,7 +38,6 @@ from batude_fx.zoo import example_inputs as default_inputs
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
-_UNLIMITED = 2**60
 _STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
 
 
@@ -215,9 +212,9 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     run = discover_run(model, inputs, layers=layers, include=include, exclude=exclude)
     sites = run.sites
     eligible = {site.name: site for site in sites if site.skip_reason is None}
-    options = _options(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
+    options = choices(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
     dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
-    _limits(options.values(), budget, dense, round_to)  # a budget out of reach is said before any image is looked at
+    capacity(options.values(), budget, dense, round_to)  # a budget out of reach is said before any image is looked at
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     picked, losses, flops, params = _allocate(candidates, budget, dense, round_to)
@@ -322,63 +319,15 @@ def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, me
     return _Candidate(site, options.judged(spectrum.loss()), spectrum)
 
 
-def _options(
-    sites: Mapping[str, ConvSite], round_to: int, ranks: Mapping[str, Ranks | None], *, adds_bias: bool
-) -> dict[str, allocation.Options]:
-    """What each site can be, with a single choice left where the user fixed the ranks."""
-    if unknown := [name for name in ranks if name not in sites]:
-        raise SelectionError(f"ranks are given for {unknown[0]!r}, which is no replaceable site; see discover(model).")
-    options = {name: allocation.site_options(site, round_to, adds_bias=adds_bias) for name, site in sites.items()}
-    for name, wanted in ranks.items():
-        full = Ranks(rank_out=sites[name].group_out_channels, rank_in=sites[name].group_in_channels)
-        kept = wanted or full
-        single = options[name].only(kept.rank_out, kept.rank_in)
-        if single is None:
-            raise SelectionError(
-                f"{wanted} at {name!r} is not among its options: multiples of {round_to}, all groups together, up to "
-                f"{full} per group, that need fewer flops than the dense layer."
-            )
-        options[name] = single
-    return options
-
-
-def _limits(
-    options: Collection[allocation.Options], budget: Budget, dense: tuple[int, int], round_to: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Flops and parameters of all that is not a site, and the most that the whole model may have of both."""
-    fixed = np.array(dense, np.int64) - sum((option.dense for option in options), start=np.zeros(2, np.int64))
-    limits = budget.limits(*dense)
-    most = np.array([_UNLIMITED if limit is None else limit for limit in (limits.flops, limits.params)], np.int64)
-    smallest = fixed + allocation.smallest_costs(options)
-    for unit, need, allowed, full in zip(("flops", "params"), smallest.tolist(), most.tolist(), dense, strict=True):
-        if need > allowed and not options:
-            raise BudgetError(
-                f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
-                "print(batude_fx.discover(model)) says why."
-            )
-        if need > allowed:
-            raise BudgetError(
-                f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
-                f"{round_to}) at all {len(options)} replaceable sites still need {need:,} of {full:,} {unit}. "
-                f"Use at least {_reachable(need, full):.4f}."
-            )
-    return fixed, most
-
-
-def _reachable(need: int, full: int) -> float:
-    """The smallest fraction of four digits that, multiplied and rounded down as a budget is, allows what is needed."""
-    digits = math.ceil(need / full * 1e4)
-    return (digits if math.floor(digits / 1e4 * full) >= need else digits + 1) / 1e4
-
-
 def _allocate(
     candidates: Mapping[str, _Candidate], budget: Budget, dense: tuple[int, int], round_to: int
 ) -> tuple[dict[str, Ranks], dict[str, float], int, int]:
     """Ranks and losses of the sites that are replaced, and flops and parameters of the whole compressed model."""
     options = [candidate.options for candidate in candidates.values()]
-    fixed, most = _limits(options, budget, dense, round_to)
-    rows = allocation.allocate(options, most - fixed)
-    ranks, losses, total = {}, {}, fixed
+    most, total = capacity(options, budget, dense, round_to)
+    rows = allocation.allocate(options, most)
+    ranks: dict[str, Ranks] = {}
+    losses: dict[str, float] = {}
     for name, option, row in zip(candidates, options, rows, strict=True):
         total = total + option.costs[row]
         if (option.costs[row] != option.dense).any():

@@ -1,0 +1,85 @@
+"""From a budget on the whole model to what its sites can be, and to what they may cost together."""
+
+import math
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from batude_fx.allocation import Integers, Options, site_options, smallest_costs
+from batude_fx.budget import Budget
+from batude_fx.errors import BudgetError, SelectionError
+from batude_fx.sites import ConvSite, Ranks
+
+_UNLIMITED = 2**60
+
+
+def choices(
+    sites: Mapping[str, ConvSite], round_to: int, ranks: Mapping[str, Ranks | None], *, adds_bias: bool
+) -> dict[str, Options]:
+    """What each site can be, with a single choice left where the user fixed the ranks.
+
+    Args:
+        sites: Name to site, all of them replaceable.
+        round_to: Multiple of the ranks, all groups of a site together.
+        ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
+        adds_bias: Whether replacements have a bias even where the dense layer has none.
+
+    Raises:
+        SelectionError: A name is no site, or its ranks are not among what the site can be.
+    """
+    if unknown := [name for name in ranks if name not in sites]:
+        raise SelectionError(f"ranks are given for {unknown[0]!r}, which is no replaceable site; see discover(model).")
+    options = {name: site_options(site, round_to, adds_bias=adds_bias) for name, site in sites.items()}
+    for name, wanted in ranks.items():
+        full = Ranks(rank_out=sites[name].group_out_channels, rank_in=sites[name].group_in_channels)
+        kept = wanted or full
+        single = options[name].only(kept.rank_out, kept.rank_in)
+        if single is None:
+            raise SelectionError(
+                f"{wanted} at {name!r} is not among its options: multiples of {round_to}, all groups together, up to "
+                f"{full} per group, that need fewer flops than the dense layer."
+            )
+        options[name] = single
+    return options
+
+
+def capacity(
+    options: Collection[Options], budget: Budget, dense: tuple[int, int], round_to: int
+) -> tuple[Integers, Integers]:
+    """What is left for the sites of a budget on the whole model.
+
+    Args:
+        options: What each site can be.
+        budget: On the whole model.
+        dense: Flops and parameters of the whole dense model.
+        round_to: Multiple of the ranks, for the message.
+
+    Returns:
+        Two pairs (2,) of flops and parameters: the most of all sites together, and those of everything else.
+
+    Raises:
+        BudgetError: Out of reach; the message names the smallest budget that is not.
+    """
+    fixed = np.array(dense, np.int64) - sum((option.dense for option in options), start=np.zeros(2, np.int64))
+    limits = budget.limits(*dense)
+    most = np.array([_UNLIMITED if limit is None else limit for limit in (limits.flops, limits.params)], np.int64)
+    smallest = fixed + smallest_costs(options)
+    for unit, need, allowed, full in zip(("flops", "params"), smallest.tolist(), most.tolist(), dense, strict=True):
+        if need > allowed and not options:
+            raise BudgetError(
+                f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
+                "print(batude_fx.discover(model)) says why."
+            )
+        if need > allowed:
+            raise BudgetError(
+                f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
+                f"{round_to}) at all {len(options)} replaceable sites still need {need:,} of {full:,} {unit}. "
+                f"Use at least {_reachable(need, full):.4f}."
+            )
+    return most - fixed, fixed
+
+
+def _reachable(need: int, full: int) -> float:
+    """The smallest fraction of four digits that, multiplied and rounded down as a budget is, allows what is needed."""
+    digits = math.ceil(need / full * 1e4)
+    return (digits if math.floor(digits / 1e4 * full) >= need else digits + 1) / 1e4
