@@ -11,6 +11,7 @@ from batude_fx.errors import BudgetError
 
 _FORMS = 'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute count ("0.9GFLOPs")'
 _NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
+_MOST = 2**62  # of any count, so that it is an integer of 64 bits
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -22,7 +23,7 @@ def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
     if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
         return float(match[1]) / 100, None
     if match := re.fullmatch(rf"{_NUMBER}\s*([kmgt]?){unit}s?", text):
-        return None, int(float(match[1]) * _SCALES[match[2]])
+        return None, int(min(float(match[1]) * _SCALES[match[2]], _MOST))
     if re.fullmatch(_NUMBER, text):
         return float(text), None
     raise ValueError(f"cannot read {text!r}")

@@ -9,7 +9,6 @@ Source: batch-norm as a memory of the training images: H. Yin et al., "Dreaming 
 https://arxiv.org/abs/1912.08795.
 """
 
-import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import CalibrationError
 from batude_fx.spectra import Metric, ModeMetric
+from batude_fx.surgery import copied
 from batude_fx.synthetic import dead_leaves
 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
@@ -75,17 +75,22 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
             "calibration images need a model that takes one tensor (N, ...), this one takes a structure. "
             'Use calibration="synthetic" or calibration=None.'
         )
-    source: Iterable[Tensor | Sequence[Tensor]] = (images,) if isinstance(images, Tensor) else images
+    if not isinstance(images, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(images).__name__}; give a tensor (N, ...) or batches of images."
+        )
+    source: Iterable[object] = (images,) if isinstance(images, Tensor) else images
     for index, item in enumerate(source):
-        batch = item if isinstance(item, Tensor) else item[0]
-        _check_batch(batch, index, like)
+        batch = _checked_batch(item[0] if isinstance(item, Sequence) and len(item) else item, index, like)
         for part in torch.split(batch, _BATCH):
             yield (part.to(like),)
 
 
-def _check_batch(batch: Tensor, index: int, like: Tensor) -> None:
+def _checked_batch(batch: object, index: int, like: Tensor) -> Tensor:
     if not isinstance(batch, Tensor):
-        raise CalibrationError(f"calibration batch {index} is a {type(batch).__name__}, not a tensor (N, ...).")
+        raise CalibrationError(
+            f"calibration batch {index} is a {type(batch).__name__}, not a tensor (N, ...) or an (images, labels) pair."
+        )
     if batch.ndim != like.ndim or batch.shape[1] != like.shape[1]:
         expected = ", ".join(["N", *map(str, like.shape[1:])])
         hint = " Add the batch axis: images.unsqueeze(0)." if batch.ndim == like.ndim - 1 else ""
@@ -96,6 +101,7 @@ def _check_batch(batch: Tensor, index: int, like: Tensor) -> None:
         raise CalibrationError(f"calibration batch {index} is {batch.dtype}; normalize the images to floats first.")
     if not batch.isfinite().all():
         raise CalibrationError(f"calibration batch {index} holds NaN or infinite values; check the loader.")
+    return batch
 
 
 def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> list[Inputs]:
@@ -181,7 +187,7 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     """
     if not any(_has_running_statistics(module) for module in model.modules()):
         return model
-    adapted = copy.deepcopy(model).eval()
+    adapted = copied(model).eval()
     for module in adapted.modules():
         if _has_running_statistics(module):
             norm = cast("nn.BatchNorm2d", module)

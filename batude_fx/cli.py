@@ -107,7 +107,7 @@ def discover(
 @app.command()
 @_one_line_errors
 def plan(
-    model: Model, budget: BudgetOption, calibration: Calibration = "none", images: Count = 256,
+    model: Model, budget: BudgetOption, calibration: Calibration = "synthetic", images: Count = 256,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
     pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip

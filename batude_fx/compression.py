@@ -64,6 +64,11 @@ class _Candidate:
                 f"{site.name} has a weight {tuple(weight.shape)} (groups, out, in, kernel), the plan was made for "
                 f"{planned}; apply the plan to its own model."
             )
+        if weight.dtype != self.spectrum.dtype:
+            raise UnsupportedError(
+                f"{site.name} is {weight.dtype}, the plan was made for {self.spectrum.dtype}; apply it to its own "
+                "model, then convert the result."
+            )
         if bias is None and with_bias:
             bias = weight.new_zeros(weight.shape[:2].numel())
         return tucker_conv(layer, ranks, replaced(self.spectrum.factors(weight, ranks), bias=bias))
@@ -110,9 +115,10 @@ class Plan:
 
         Raises:
             SelectionError: When the model lacks a site of the plan.
-            UnsupportedError: When a site has another shape than in the plan.
+            UnsupportedError: When a site has another shape or dtype than in the plan, or the model holds NaN.
             BudgetError: When the copy needs more flops than planned and cannot be made small enough.
         """
+        _check_values(model)
         plan, small = self, self._applied(model)
         limit = self.budget.limits(self.dense_flops, self.dense_params).flops
         if self._recounted is None or limit is None:
@@ -202,12 +208,12 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         DiscoveryError: The model has no convolution, or does not run on the example input.
         SelectionError: A pattern or a name in `ranks` matches no site.
         CalibrationError: The calibration images are empty, not finite or of the wrong shape.
-        UnsupportedError: The model is in half precision or on the meta device.
+        UnsupportedError: The model is in half precision, on the meta device, or holds NaN.
     """
     budget = Budget.parse(budget)
     if round_to < 1:
         raise SelectionError(f"round_to={round_to} is not a rank multiple; use 1 or more, 8 by default.")
-    _check_dtype(model)
+    _check_values(model)
     inputs = _arguments(model, example_inputs)
     run = discover_run(model, inputs, layers=layers, include=include, exclude=exclude)
     sites = run.sites
@@ -232,7 +238,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         round_to=round_to,
         _candidates=candidates,
         _kept=kept,
-        _recounted=inputs if run.selects else None,
+        _recounted=inputs if run.sizes_vary else None,
     )
 
 
@@ -259,7 +265,7 @@ def _arguments(model: nn.Module, example_inputs: Tensor | Inputs | None) -> Inpu
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
-def _check_dtype(model: nn.Module) -> None:
+def _check_values(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights first.")
@@ -268,6 +274,8 @@ def _check_dtype(model: nn.Module) -> None:
                 f"{name} is {parameter.dtype}, too coarse to decompose; compress model.float(), "
                 f"then convert the result back with .to({parameter.dtype})."
             )
+        if not parameter.isfinite().all():
+            raise UnsupportedError(f"{name} holds NaN or infinite values; load other weights.")
 
 
 def _label(calibration: Calibration, inputs: Inputs) -> str:

@@ -25,6 +25,7 @@ from batude_fx import handlers
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SelectionError
 from batude_fx.listening import Found, Listener, listen, with_calls
+from batude_fx.modules import TuckerModule
 from batude_fx.sites import ConvSite, FoundBy
 from batude_fx.zoo import example_inputs as default_inputs
 
@@ -65,12 +66,13 @@ class Run:
 
     Attributes:
         sites: As `discover` returns them.
-        selects: Whether the run makes a tensor whose size depends on values, as a detector chooses its boxes. Then
-            another network of the same shapes may need another number of flops.
+        sizes_vary: Whether sizes may depend on values, as where a detector chooses its boxes: the run makes a tensor
+            of such a size, or the model decides in Python and cannot be traced. Then another network of the same
+            shapes may need another number of flops.
     """
 
     sites: tuple[ConvSite, ...]
-    selects: bool
+    sizes_vary: bool
 
 
 def discover_run(
@@ -88,7 +90,8 @@ def discover_run(
         raise DiscoveryError("example_inputs is a tensor; pass the tuple of what forward takes: (tensor,).")
     _refuse_lazy(model)
     with borrowed(model):
-        found = _find(model, _LAYERS[layers])
+        called = _called_modules(model, _LAYERS[layers])
+        found = _find(model, _LAYERS[layers], called)
         if not found and example_inputs is None:
             raise _nothing_found(model, layers)
         listener = listen(model, found, default_inputs(model) if example_inputs is None else example_inputs)
@@ -96,7 +99,8 @@ def discover_run(
     if not sites:
         raise _nothing_found(model, layers)
     sites.sort(key=lambda site: listener.calls[site.name].first_call)
-    return Run(_select(sites, _patterns(include), _patterns(exclude)), listener.selects)
+    sizes_vary = listener.selects or "child" in called.values()
+    return Run(_select(sites, _patterns(include), _patterns(exclude)), sizes_vary)
 
 
 class _Tracer(fx.Tracer):
@@ -111,8 +115,8 @@ class _Tracer(fx.Tracer):
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Found]:
-    """Every layer in the module tree; the graph says how it was reached."""
+def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...], called: Mapping[str, str]) -> list[Found]:
+    """Every layer in the module tree; what the graph calls says how it was reached."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -120,15 +124,27 @@ def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Found]:
     for module, (name, *_) in names.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    called = _called_modules(model, kinds)
+    places = _places(model)
     found = []
     for layer, own in names.items():
         if isinstance(layer, kinds):
             found_by = next((how for name in own if (how := _reached(name, called))), "tree")
             holders = (name for parameter in layer.parameters(recurse=False) for name in owners[id(parameter)])
             sharers = tuple(name for name in holders if name != own[0])
-            found.append(Found(layer, tuple(own), cast("FoundBy", found_by), sharers))
+            found.append(Found(layer, tuple(own), cast("FoundBy", found_by), sharers, places.get(layer)))
     return found
+
+
+def _places(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers that cannot be replaced where they are, and why."""
+    places: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, TuckerModule):
+            places |= dict.fromkeys(module.children(), "is part of a Tucker module already")
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            reason = "TransformerEncoderLayer reads its weight instead of calling it"
+            places |= dict.fromkeys((module.linear1, module.linear2), reason)
+    return places
 
 
 def _reached(name: str, called: Mapping[str, str]) -> str | None:
@@ -214,6 +230,8 @@ def _use_reason(site: ConvSite, found: Found, listener: Listener) -> str | None:
     """Why a layer that is used like this stays dense."""
     if not site.name:
         return "is the model itself; wrap it in nn.Sequential"
+    if found.place:
+        return found.place
     if found.sharers:
         return f"shares a parameter with {found.sharers[0]!r}"
     if site.name in listener.used_directly:

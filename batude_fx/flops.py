@@ -70,7 +70,7 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
     Raises:
         DiscoveryError: torch.jit, which fvcore counts with, cannot trace the model on the example input.
     """
-    with borrowed(model), _quiet(), torch.no_grad():
+    with borrowed(model), _quiet(), _unfused(), torch.no_grad():
         from fvcore.nn import FlopCountAnalysis  # imported here, so that `import batude_fx` stays light
 
         analysis = FlopCountAnalysis(model, example_inputs)
@@ -82,6 +82,17 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
                 f"fvcore cannot count the flops of {type(model).__name__}, as torch.jit cannot trace it: "
                 f"{type(error).__name__}: {error}. Pass example_inputs= with tensors that its forward takes."
             ) from error
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Without gradients torch's attention takes a fused path that fvcore does not see; with them it does not."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

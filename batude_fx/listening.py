@@ -17,17 +17,29 @@ from batude_fx.sites import ConvSite, FoundBy
 
 _TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
-_SELECTIONS = {torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique}
+_SELECTIONS = {
+    *(torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.masked_select, Tensor.masked_select),
+    *(torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive),
+}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A layer, the names it has, how it was found, and the names of other modules that hold one of its parameters."""
+    """A layer found in a model.
+
+    Attributes:
+        layer: The layer.
+        names: The names it has.
+        found_by: How it was found.
+        sharers: Names of other modules that hold one of its parameters.
+        place: Why a layer at this place cannot be replaced, or None.
+    """
 
     layer: nn.Module
     names: tuple[str, ...]
     found_by: FoundBy
     sharers: tuple[str, ...]
+    place: str | None
 
     @property
     def weight(self) -> nn.Parameter | None:

@@ -172,10 +172,12 @@ def _listening(model: nn.Module, sums: Mapping[str, _Sums], generator: torch.Gen
     handles = []
     for name, site_sums in sums.items():
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, sums: _Sums = site_sums) -> None:
-            sums.add(inputs[0], output, generator)
+        def hook(
+            _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor, sums: _Sums = site_sums
+        ) -> None:
+            sums.add(tree_leaves((args, kwargs))[0], output, generator)
 
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
+        handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ group), transposed convolutions and weight-standardized ones, whose standardizat
 
 from functools import partial
 from math import prod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class TuckerModule(nn.Module):
         transposed: Whether the dense layer is a transposed convolution.
     """
 
+    __jit_unused_properties__: ClassVar = ["weight", "bias", "ranks", "_carrier", "_last"]  # torch.jit.script
+
     def __init__(self, factor_in: nn.Module, core: nn.Module, factor_out: nn.Module) -> None:
         super().__init__()
         self.factor_in = factor_in
@@ -67,9 +69,9 @@ class TuckerModule(nn.Module):
         self.kernel_size: tuple[int, ...] = getattr(self._carrier, "kernel_size", ())
         self.transposed: bool = getattr(self._carrier, "transposed", False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch's layers call it
         """Apply the three parts: (N, C_in, in...) to (N, C_out, out...)."""
-        x = self.factor_in(x)  # (N, groups * r_in, in...), at a pointwise layer (N, groups * r, out...)
+        x = self.factor_in(input)  # (N, groups * r_in, in...), at a pointwise layer (N, groups * r, out...)
         x = self.core(x)  # (N, groups * r_out, out...)
         return cast("Tensor", self.factor_out(x))  # (N, C_out, out...)
 
@@ -165,12 +167,12 @@ class TuckerConv(TuckerModule):
 class TuckerConvTranspose(TuckerConv):
     """A transposed convolution in Tucker-2 form, with the attributes of the `nn.ConvTranspose1d/2d/3d` it replaces."""
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - as torch does
         """Apply the three parts: (N, C_in, in...) to (N, C_out, out...), `out` as `output_size` asks where given."""
         if isinstance(self.core, nn.Identity):
-            x = self.factor_in(x, output_size)  # (N, groups * r, out...)
+            x = self.factor_in(input, output_size)  # (N, groups * r, out...)
         else:
-            x = self.factor_in(x)  # (N, groups * r_in, in...)
+            x = self.factor_in(input)  # (N, groups * r_in, in...)
             x = self.core(x, output_size)  # (N, groups * r_out, out...)
         return cast("Tensor", self.factor_out(x))  # (N, C_out, out...)
 

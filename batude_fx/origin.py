@@ -50,7 +50,7 @@ class Origin:
             SavedModelError: When the name is not registered, or does not take the arguments.
         """
         args = {**self.args, **overrides}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")  # about initial values, which are about to be replaced
             if weightless:
                 try:

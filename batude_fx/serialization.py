@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -27,6 +27,18 @@ from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture,
 from batude_fx.zoo import example_inputs
 
 _TOGETHER = "Give a folder and a model that belong together, or save the model again."
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -81,6 +93,9 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     folder = Path(folder)
     config = read_config(folder)
     saved = config.model_args
+    shapes = _read_shapes(folder / WEIGHTS)
+    if model is None:
+        _check_fits(saved.build(weightless=True), shapes)  # before anything is allocated for what a config claims
     network = saved.build() if model is None else saved.skeleton(model)
     load_weights_(network, read_weights(folder / WEIGHTS))
     if config.channels_last:
@@ -97,10 +112,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         SavedModelError: When it is missing, truncated, or no safetensors file.
     """
+    with _reading(path):
+        return load_file(path)
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device: their shapes and dtypes, at no cost."""
+    with _reading(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        odd = {name: one.get_dtype() for name, one in slices.items() if one.get_dtype() not in _DTYPES}
+        if odd:
+            raise SavedModelError(f"{path} holds {next(iter(odd.items()))}, no dtype that networks run in.")
+        return {
+            name: torch.empty(one.get_shape(), dtype=_DTYPES[one.get_dtype()], device="meta")
+            for name, one in slices.items()
+        }
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     if not path.is_file():
         raise SavedModelError(f"{path} is missing; the folder is incomplete. Save or copy it again.")
     try:
-        return load_file(path)
+        yield
     except (SafetensorError, OSError) as error:
         raise SavedModelError(f"{path} is broken: {_last_line(error)}. Save or copy it again.") from error
 
@@ -111,6 +145,14 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         SavedModelError: When names or shapes differ, with the first that does.
     """
+    _check_fits(model, state)
+    own = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        own[name].data = own[name].data.to(value.dtype)
+    model.load_state_dict(state, strict=False)
+
+
+def _check_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
     # A tensor with several names is stored under one of them.
     stored = {id(own[name]) for name in own.keys() & state.keys()}
@@ -127,9 +169,6 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"the weights are not those of this {type(model).__name__}: {name!r} is {_described(value)} "
                 f"where the model has {_described(own[name])}. {_TOGETHER}"
             )
-    for name, value in state.items():
-        own[name].data = own[name].data.to(value.dtype)
-    model.load_state_dict(state, strict=False)
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:

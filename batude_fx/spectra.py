@@ -10,6 +10,7 @@ Source: the metric is the Kronecker-factored approximation of the output's Gauss
 The weights-only loss is the bound of De Lathauwer et al. 2000, property 10.
 """
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,7 +47,7 @@ class ModeMetric:
 
 @dataclass(frozen=True)
 class Metric:
-    """How errors at one site are weighed; made by `calibration`.
+    """How errors at one site are weighed; made by `measuring`.
 
     Attributes:
         out: Of the output channels; None at a pointwise site that has fewer input channels.
@@ -96,6 +97,11 @@ class Spectrum:
         only = (self.out or cast("Modes", self.in_)).tail()
         return SiteLoss(out=only, in_=np.zeros_like(only))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight that it was made from."""
+        return cast("Modes", self.out or self.in_).energy.dtype
+
     def factors(self, weight: Tensor, ranks: Ranks) -> Factors:
         """Factors of the weight at some ranks.
 
@@ -127,6 +133,8 @@ class Spectrum:
             factor_in = modes.encode[:, :rank].mT
         # Equal norms: a metric can put all of the scale into one part, which starves the other in training.
         scale = (factor_out.norm() / factor_in.norm()).sqrt()
+        if not 0 < scale < math.inf:  # a weight of zeros
+            scale = torch.ones_like(scale)
         return Factors(factor_in=factor_in * scale, core=None, factor_out=factor_out / scale, bias=None)
 
 

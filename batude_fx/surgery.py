@@ -7,7 +7,7 @@ disappear are never copied.
 
 import copy
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -41,16 +41,25 @@ def replace(model: ModelT, modules: Mapping[str, nn.Module]) -> ModelT:
     for name, new in modules.items():
         if new_of.setdefault(id(old_modules[name]), new) is not new:
             raise SelectionError(f"{name!r} is another name of a module that is replaced already; give one of them.")
+    # deepcopy adds its own entries, of other types, to the memo it is given.
+    replaced = copied(model, {**new_of})
+    _check(replaced, {name: new_of[id(old)] for name, old in old_modules.items() if id(old) in new_of})
+    return replaced
+
+
+def copied(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
+    """A deep copy.
+
+    Raises:
+        BatudeError: When the model holds what cannot be copied.
+    """
     try:
-        # deepcopy adds its own entries, of other types, to the memo it is given.
-        replaced = copy.deepcopy(model, {**new_of})
+        return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise BatudeError(
             f"{type(model).__name__} cannot be copied: {error}. Detach the tensors it holds that are the result of a "
             "computation (`tensor.detach()`), and drop handles to files, locks and processes, then try again."
         ) from error
-    _check(replaced, {name: new_of[id(old)] for name, old in old_modules.items() if id(old) in new_of})
-    return replaced
 
 
 def build_skeleton(model: ModelT, ranks: Mapping[str, Ranks], biased: Collection[str] = ()) -> ModelT:
