@@ -49,13 +49,22 @@ class Budget(BaseModel):
         params: Parameters, in the same forms; absolute counts are written "12MParams".
 
     Raises:
-        BudgetError: From `Budget.parse`, when a limit cannot be read or lies outside (0, 1).
+        BudgetError: When there is no limit, or one cannot be read or lies outside (0, 1).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     flops: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "flop"))] = None
     params: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "param"))] = None
+
+    def __init__(self, **limits: float | str | None) -> None:
+        try:
+            super().__init__(**limits)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = first["msg"].removeprefix("Value error, ")
+            limit = "".join(f" {name}={limits.get(str(name))!r}" for name in first["loc"][:1])
+            raise BudgetError(f"budget{limit}: {reason}. Write {_FORMS}.") from None
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":
@@ -72,11 +81,7 @@ class Budget(BaseModel):
         """
         if isinstance(budget, Budget):
             return budget
-        try:
-            return cls(flops=budget)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise BudgetError(f"budget {budget!r}: {reason}. Write {_FORMS}.") from None
+        return cls(flops=budget)
 
     def __str__(self) -> str:
         """The limits in the user's words: "flops 2.5x, params 40%"."""

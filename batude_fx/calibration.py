@@ -76,9 +76,7 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
             'Use calibration="synthetic" or calibration=None.'
         )
     if not isinstance(images, Iterable):
-        raise CalibrationError(
-            f"calibration is a {type(images).__name__}; give a tensor (N, ...) or batches of images."
-        )
+        raise CalibrationError(f"calibration is a {type(images).__name__}, not a tensor (N, ...) or batches of images.")
     source: Iterable[object] = (images,) if isinstance(images, Tensor) else images
     for index, item in enumerate(source):
         batch = _checked_batch(item[0] if isinstance(item, Sequence) and len(item) else item, index, like)

@@ -31,6 +31,8 @@ def choices(
         raise SelectionError(f"ranks are given for {unknown[0]!r}, which is no replaceable site; see discover(model).")
     options = {name: site_options(site, round_to, adds_bias=adds_bias) for name, site in sites.items()}
     for name, wanted in ranks.items():
+        if not isinstance(wanted, Ranks | None):
+            raise SelectionError(f"ranks of {name!r} are {wanted!r}; give Ranks(rank_out, rank_in), or None for dense.")
         full = Ranks(rank_out=sites[name].group_out_channels, rank_in=sites[name].group_in_channels)
         kept = wanted or full
         single = options[name].only(kept.rank_out, kept.rank_in)

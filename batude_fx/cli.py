@@ -20,10 +20,11 @@ from torch import Tensor, nn
 import batude_fx
 from batude_fx import images, report
 from batude_fx.budget import Budget
-from batude_fx.errors import BatudeError, SavedModelError, UnsupportedError
+from batude_fx.errors import BatudeError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.progress import track
 from batude_fx.saved_config import read_config
+from batude_fx.serialization import check_folder
 from batude_fx.zoo import example_inputs
 
 app = typer.Typer(
@@ -47,8 +48,9 @@ class Layers(StrEnum):
 
 Model = Annotated[str, typer.Argument(help="timm name, torchvision:NAME, or a saved folder.")]
 BudgetOption = Annotated[
-    str, typer.Option("--budget", help='What remains: 0.5, "2.5x", "40%", or an absolute "0.9GFLOPs".')
+    str | None, typer.Option("--budget", help='What remains of the flops: 0.5, "2.5x", "40%", or "0.9GFLOPs".')
 ]
+Params = Annotated[str | None, typer.Option(help='What remains of the parameters: 0.5, "2.5x", "40%", or "12MParams".')]
 Pretrained = Annotated[bool, typer.Option(help="Fetch trained weights, as timm and torchvision do.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
@@ -107,15 +109,15 @@ def discover(
 @app.command()
 @_one_line_errors
 def plan(
-    model: Model, budget: BudgetOption, calibration: Calibration = "synthetic", images: Count = 256,
-    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
-    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+    model: Model, budget: BudgetOption = None, params: Params = None, calibration: Calibration = "synthetic",
+    images: Count = 256, layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None,
+    round_to: RoundTo = 8, pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Decide ranks under a budget and show them; nothing is written.
 
     Example: batude-fx plan resnet50 --budget 2.5x
     """
-    limits = Budget.parse(budget)  # before any weights are fetched
+    limits = Budget(flops=budget, params=params)  # before any weights are fetched
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
         network, limits, calibration=_calibration(network, calibration, images),
@@ -127,18 +129,17 @@ def plan(
 @app.command()
 @_one_line_errors
 def compress(
-    model: Model, budget: BudgetOption, output: Annotated[Path, typer.Option(help="Folder to write.")],
-    calibration: Calibration = "synthetic", images: Count = 256, layers: LayersOption = Layers.CONV,
-    include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8, pretrained: Pretrained = True,
-    device: Device = "cpu", as_json: AsJson = False,
+    model: Model, output: Annotated[Path, typer.Option(help="Folder to write.")], budget: BudgetOption = None,
+    params: Params = None, calibration: Calibration = "synthetic", images: Count = 256,
+    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
+    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compress a network to a budget and save it.
 
     Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
     """
-    limits = Budget.parse(budget)
-    if output.exists() and not output.is_dir():
-        raise SavedModelError(f"{output} is a file; give another --output, a folder to write.")
+    limits = Budget(flops=budget, params=params)
+    check_folder(output)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
         network, limits, calibration=_calibration(network, calibration, images),
@@ -146,6 +147,9 @@ def compress(
     )  # fmt: skip
     batude_fx.save(decided.apply(network), output)
     _show(report.plan_table(decided), {**_plan_facts(decided), "output": str(output)}, as_json)
+    if not as_json:
+        written = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
+        Console().print(f"saved to {output}: {report.human(written)}B", markup=False, highlight=False)
 
 
 @app.command()
@@ -179,12 +183,13 @@ def evaluate(
     paths = images.image_paths(data)
     logits = _logits(network, paths)  # (N, classes)
     facts: dict[str, Any] = {"images": len(paths)}
-    labels = images.class_indices(paths, data)
-    if labels is not None:
-        if max(labels) >= logits.shape[1]:
-            raise UnsupportedError(
-                f"{data} has {max(labels) + 1} class folders, {model} has {logits.shape[1]} classes."
-            )
+    labels, folders = images.class_indices(paths, data), len(images.class_folders(data))
+    if labels is not None and folders != logits.shape[1]:
+        reason = f"{data} has {folders} class folders, {model} has {logits.shape[1]} classes, so there is no accuracy"
+        if against is None:
+            raise UnsupportedError(f"{reason}; give one folder per class in their order, or --against MODEL.")
+        _say(f"warning: {reason}.", "yellow")
+    elif labels is not None:
         hits = logits.topk(min(5, logits.shape[1])).indices == torch.tensor(labels)[:, None]
         facts |= {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
     if against is not None:

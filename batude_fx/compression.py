@@ -33,7 +33,7 @@ from batude_fx.progress import track
 from batude_fx.sites import ConvSite, Ranks
 from batude_fx.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
 from batude_fx.surgery import replace
-from batude_fx.zoo import example_inputs as default_inputs
+from batude_fx.zoo import arguments
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
@@ -214,7 +214,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     if round_to < 1:
         raise SelectionError(f"round_to={round_to} is not a rank multiple; use 1 or more, 8 by default.")
     _check_values(model)
-    inputs = _arguments(model, example_inputs)
+    inputs = arguments(model, example_inputs)
     run = discover_run(model, inputs, layers=layers, include=include, exclude=exclude)
     sites = run.sites
     eligible = {site.name: site for site in sites if site.skip_reason is None}
@@ -259,13 +259,9 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
     return plan(model, budget, **options).apply(model)
 
 
-def _arguments(model: nn.Module, example_inputs: Tensor | Inputs | None) -> Inputs:
-    if example_inputs is None:
-        return default_inputs(model)
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-
-
 def _check_values(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"{model!r} is no model; batude_fx.create makes one from a name.")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights first.")

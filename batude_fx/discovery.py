@@ -26,20 +26,20 @@ from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SelectionError
 from batude_fx.listening import Found, Listener, listen, with_calls
 from batude_fx.modules import TuckerModule
-from batude_fx.sites import ConvSite, FoundBy
-from batude_fx.zoo import example_inputs as default_inputs
+from batude_fx.sites import ConvSite, FoundBy, Sites
+from batude_fx.zoo import arguments
 
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (_ConvNd,), "conv+linear": (_ConvNd, nn.Linear)}
 
 
 def discover(
     model: nn.Module,
-    example_inputs: tuple[object, ...] | None = None,
+    example_inputs: Tensor | tuple[object, ...] | None = None,
     *,
     layers: str = "conv",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
-) -> tuple[ConvSite, ...]:
+) -> Sites:
     """List every convolution of a model, each replaceable or with the reason why not.
 
     Args:
@@ -50,8 +50,9 @@ def discover(
         exclude: Globs; sites that match one are listed as excluded.
 
     Returns:
-        The sites in the order of their first call; those that are never called come last. A convolution that is
-        called as a function is listed too, under the name of its weight or, where that has none, its shape.
+        The sites, a tuple that prints as a table, in the order of their first call; those that are never called come
+        last. A convolution that is called as a function is listed too, under the name of its weight or, where that has
+        none, its shape.
 
     Raises:
         DiscoveryError: The model has no such layer, or does not run on the example input.
@@ -71,13 +72,13 @@ class Run:
             shapes may need another number of flops.
     """
 
-    sites: tuple[ConvSite, ...]
+    sites: Sites
     sizes_vary: bool
 
 
 def discover_run(
     model: nn.Module,
-    example_inputs: tuple[object, ...] | None = None,
+    example_inputs: Tensor | tuple[object, ...] | None = None,
     *,
     layers: str = "conv",
     include: str | Iterable[str] = (),
@@ -86,15 +87,13 @@ def discover_run(
     """As `discover`, with what else the run shows."""
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
-    if isinstance(example_inputs, Tensor):
-        raise DiscoveryError("example_inputs is a tensor; pass the tuple of what forward takes: (tensor,).")
     _refuse_lazy(model)
     with borrowed(model):
         called = _called_modules(model, _LAYERS[layers])
         found = _find(model, _LAYERS[layers], called)
         if not found and example_inputs is None:
             raise _nothing_found(model, layers)
-        listener = listen(model, found, default_inputs(model) if example_inputs is None else example_inputs)
+        listener = listen(model, found, arguments(model, example_inputs))
     sites = [*(_site(layer, listener) for layer in found), *listener.functional_sites()]
     if not sites:
         raise _nothing_found(model, layers)
@@ -261,7 +260,7 @@ def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> tuple[ConvSite, ...]:
+def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> Sites:
     for pattern in (*include, *exclude):
         if not any(_matches(site, pattern) for site in sites):
             close = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.4)
@@ -269,7 +268,7 @@ def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence
                 f"pattern {pattern!r} matches none of the {len(sites)} sites. "
                 f"Close names: {', '.join(close or [site.name for site in sites[:3]])}."
             )
-    return tuple(replace(site, skip_reason=site.skip_reason or _deselected(site, include, exclude)) for site in sites)
+    return Sites(replace(site, skip_reason=site.skip_reason or _deselected(site, include, exclude)) for site in sites)
 
 
 def _matches(site: ConvSite, pattern: str) -> bool:

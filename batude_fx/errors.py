@@ -16,7 +16,7 @@ class BatudeError(Exception):
     """Root of every error that batude_fx raises on purpose."""
 
 
-class BudgetError(BatudeError):
+class BudgetError(BatudeError, ValueError):
     """A budget that cannot be read, or that no plan can meet; then the message names the smallest reachable one."""
 
 

@@ -34,12 +34,17 @@ def image_paths(folder: Path, count: int | None = None) -> list[Path]:
     return [paths[index * len(paths) // count] for index in range(count)]
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Names of its subfolders in sorted order, which is that of the classes."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
 def class_indices(paths: Sequence[Path], folder: Path) -> list[int] | None:
     """The class of every image, its first subfolder's place in sorted order; None where images lie outside of any."""
     parts = [path.relative_to(folder).parts for path in paths]
     if any(len(part) == 1 for part in parts):
         return None
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    classes = class_folders(folder)
     return [classes.index(part[0]) for part in parts]
 
 

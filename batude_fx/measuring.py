@@ -124,8 +124,9 @@ class _Sums:
             y.register_hook(add_gradient)  # type: ignore[no-untyped-call]
 
     def _maps(self, x: Tensor) -> Tensor:
-        """(N, C, positions)."""
-        return x.detach().movedim(1 if self.site.kernel_size else -1, 1).flatten(2)
+        """(N, C, positions); a classifier's features have a single one."""
+        maps = x.detach().movedim(1 if self.site.kernel_size else -1, 1)
+        return maps.flatten(2) if maps.ndim > 2 else maps[..., None]  # noqa: PLR2004 - (N, C)
 
     def _vectors(self, maps: Tensor, positions: Tensor) -> Tensor:
         """The channel vectors (groups, n, C) of maps (N, groups * C, P) at some positions."""

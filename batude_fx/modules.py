@@ -73,7 +73,8 @@ class TuckerModule(nn.Module):
         """Apply the three parts: (N, C_in, in...) to (N, C_out, out...)."""
         x = self.factor_in(input)  # (N, groups * r_in, in...), at a pointwise layer (N, groups * r, out...)
         x = self.core(x)  # (N, groups * r_out, out...)
-        return cast("Tensor", self.factor_out(x))  # (N, C_out, out...)
+        output: Tensor = self.factor_out(x)  # (N, C_out, out...)
+        return output
 
     @property
     def weight(self) -> Tensor:

@@ -57,6 +57,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         UserWarning: When neither timm nor torchvision can rebuild the model by name (layers were changed by hand, say).
             The folder is complete, and `load(folder, model=fresh)` reads it.
     """
+    check_folder(folder)
     _check_savable(model)
     folder = Path(folder)
     try:
@@ -74,6 +75,19 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model).",
             stacklevel=2,
         )
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse to write into a folder of other things.
+
+    Raises:
+        SavedModelError: When it is a file, or holds files and no saved model.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SavedModelError(f"{folder} is a file; give a folder to write.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise SavedModelError(f"{folder} holds other files and no saved model; give a new folder, or empty this one.")
 
 
 def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:

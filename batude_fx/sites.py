@@ -82,3 +82,15 @@ class ConvSite:
         if not self.is_pointwise:
             return (0, 1)
         return (0,) if self.out_channels <= self.in_channels else (1,)
+
+
+class Sites(tuple[ConvSite, ...]):
+    """What `discover` found; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Every site with its sizes and cost, and why some stay dense."""
+        from batude_fx.report import as_text, sites_table
+
+        return as_text(sites_table(self, "sites"))

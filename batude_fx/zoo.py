@@ -41,6 +41,17 @@ def example_inputs(model: nn.Module) -> tuple[object, ...]:
     )
 
 
+def arguments(model: nn.Module, given: Tensor | tuple[object, ...] | None) -> tuple[object, ...]:
+    """The arguments of one run: what was given, a single tensor by itself too, or else what is known of the model.
+
+    Raises:
+        DiscoveryError: Nothing was given, and the model is of neither library.
+    """
+    if given is None:
+        return example_inputs(model)
+    return (given,) if isinstance(given, Tensor) else tuple(given)
+
+
 def _timm_size(model: nn.Module) -> tuple[int, ...]:
     config = cast("dict[str, Any]", getattr(model, "pretrained_cfg", None) or model.default_cfg)
     _, *size = config.get("input_size", (3, _SIDE, _SIDE))

@@ -49,7 +49,7 @@ def _within(package: str, names: Iterable[str]) -> bool:
         ("PIL", {"images"}),
         ("torchvision", {"handlers", "origin", "plugin", "zoo"}),
         ("timm", {"discovery", "handlers", "images", "origin", "plugin"}),
-        ("batude_fx.report", {"cli", "compression"}),
+        ("batude_fx.report", {"cli", "compression", "sites"}),
         ("batude_fx.cli", {"__main__"}),
         ("batude_fx.images", {"cli"}),
         ("batude_fx.compression", {"__init__", "report"}),  # report: for the type checker only

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from batude_fx.calibration import image_batches, mixed, normalized_by, sees_noise, synthetic_batches
 from batude_fx.errors import CalibrationError
 from batude_fx.measuring import statistics
+from batude_fx.spectra import Metric, ModeMetric
 from batude_fx.synthetic import dead_leaves
 from tests import toy
 
@@ -31,6 +32,17 @@ def test_mixing_statistics_with_themselves_changes_nothing() -> None:
         for field in ("covariance", "sensitivity"):
             mixture, single = (getattr(getattr(metric, mode), field) for metric in (both, measured["0"]))
             torch.testing.assert_close(mixture, single)
+
+
+def test_mixing_is_half_and_half_on_the_scale_of_the_own_images() -> None:
+    def metric(covariance: float, sensitivity: float) -> Metric:
+        return Metric(ModeMetric(*(value * torch.eye(2)[None] for value in (covariance, sensitivity))), None)
+
+    both = mixed({"a": metric(2, 1)}, {"a": metric(4, 3)})["a"].out
+    assert both is not None
+    torch.testing.assert_close(both.covariance[0], 3 * torch.eye(2))
+    # All errors together cost 4 and 24: the synthetic sensitivity counts for a sixth.
+    torch.testing.assert_close(both.sensitivity[0], (1 + 3 / 6) / 2 * torch.eye(2))
 
 
 def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:

@@ -84,7 +84,7 @@ def test_plan_decides_what_the_library_decides() -> None:
     torch.manual_seed(0)  # the same weights
     facts = _json(
         "plan", NAME, "--budget", 0.6, "--no-pretrained", "--round-to", 16, "--layers", "conv+linear",
-        "--include", "layer*", "--include", "fc", "--exclude", "layer1*",
+        "--include", "layer*", "--include", "fc", "--exclude", "layer1*", "--calibration", "none",
     )  # fmt: skip
     assert facts == {
         "model": "ResNet",
@@ -177,7 +177,7 @@ def test_accuracy_is_that_of_timms_own_images(folder: Path, photos: Path) -> Non
     # Class folders get the places of what the model says, so that it is right wherever images of a folder agree.
     data = folder.parent / "data"
     answers = logits.argmax(1).tolist()
-    for place in range(max(answers) + 1):
+    for place in range(logits.shape[1]):
         (data / f"{place:04}").mkdir(parents=True)
     for index, (path, answer) in enumerate(zip(paths, answers, strict=True)):
         wrong = index == 0
@@ -197,6 +197,20 @@ def test_evaluate_needs_labels_or_another_network(photos: Path, tmp_path: Path) 
         (tmp_path / label).mkdir()
         (tmp_path / label / "x.png").write_bytes((photos / "ant" / "0.png").read_bytes())
     assert "has 4 class folders, zero has 3 classes" in _error("evaluate", "zero", "--data", tmp_path)
+    result = _run("evaluate", "zero", "--data", tmp_path, "--against", "zero", "--json")
+    assert json.loads(result.stdout) == {"images": 4, "agreement": 1.0}
+    assert "has 4 class folders" in result.stderr
+
+
+def test_a_budget_may_be_on_parameters_and_must_be_on_something() -> None:
+    facts = _json("plan", NAME, "--params", 0.5, "--no-pretrained", "--calibration", "none")
+    assert facts["params"] <= 0.5 * facts["dense_params"]
+    assert "no limit given" in _error("plan", NAME, "--no-pretrained")
+
+
+def test_folders_of_other_things_are_not_written_to(photos: Path) -> None:
+    assert "holds other files" in _error("compress", NAME, "--budget", 0.5, "--no-pretrained", "--output", photos)
+    assert sorted(path.name for path in photos.iterdir()) == ["ant", "bee", "cat"]
 
 
 # A user's mistakes
@@ -357,7 +371,6 @@ def test_a_network_that_no_name_rebuilds_is_a_warning_in_one_line(
     "arguments",
     [
         ("compress", NAME),
-        ("plan", NAME),
         ("evaluate", NAME),
         ("discover",),
         ("discover", NAME, "--layers", "all"),

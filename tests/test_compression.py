@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -550,3 +551,95 @@ def test_a_model_of_several_inputs_takes_synthetic_ones() -> None:
     plan = batude_fx.plan(Two(), 0.8, example_inputs=example, round_to=1)
     assert plan.ranks
     assert plan.apply(Two())(*example)["sum"].shape == (1, 16, 10, 10)
+
+
+# What a reviewer broke
+
+
+def test_attention_counts_as_it_does_with_gradients() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 32, 3)
+            self.more = nn.Conv2d(32, 32, 3)
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.more(self.conv(x)).flatten(2).mT  # (N, positions, 32)
+            out: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+            return out
+
+    model = Net().eval()
+    with torch.no_grad():
+        small = batude_fx.compress(model, 0.8, calibration=None, example_inputs=EXAMPLE)
+    assert _flops(small) <= 0.8 * _flops(model)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("calibration", [None, "synthetic"])
+def test_a_weight_of_zeros_stays_finite(calibration: object) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3))
+    nn.init.zeros_(model[1].weight)
+    small = batude_fx.compress(model, 0.3, calibration=calibration, example_inputs=EXAMPLE)
+    assert isinstance(small[1], batude_fx.modules.TuckerModule)
+    assert all(parameter.isfinite().all() for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float) -> None:
+    model = _net()
+    model.stem.weight.data[0, 0, 0, 0] = value
+    with pytest.raises(UnsupportedError, match=r"stem\.weight holds NaN or infinite"):
+        batude_fx.compress(model, 0.5, calibration=None, example_inputs=EXAMPLE)
+
+
+class ByKeyword(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(input=x)
+        return x
+
+
+@pytest.mark.parametrize("calibration", [None, "synthetic"])
+def test_layers_may_be_called_by_keyword(calibration: object) -> None:
+    model = ByKeyword(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.ConvTranspose2d(32, 32, 3))
+    small = batude_fx.compress(model, 0.5, calibration=calibration, example_inputs=EXAMPLE)
+    assert small(EXAMPLE).shape == model(EXAMPLE).shape
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning", "ignore:.torch.jit.script.:DeprecationWarning")
+def test_the_result_can_be_scripted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
+    small = batude_fx.compress(model, 0.5, calibration=None, example_inputs=EXAMPLE)
+    torch.testing.assert_close(torch.jit.script(small)(EXAMPLE), small(EXAMPLE))
+
+
+def test_a_model_that_cannot_be_copied_says_so() -> None:
+    model = _net()
+    vars(model)["lock"] = threading.Lock()
+    with pytest.raises(BatudeError, match="cannot be copied"):
+        batude_fx.compress(model, 0.6, example_inputs=EXAMPLE)
+
+
+def test_a_plan_is_for_its_own_dtype() -> None:
+    model = _net()
+    plan = batude_fx.plan(model, 0.6, calibration=None, example_inputs=EXAMPLE)
+    for other in (copy.deepcopy(model).double(), copy.deepcopy(model).half()):
+        with pytest.raises(UnsupportedError, match=r"float(64|16)"):
+            plan.apply(other)
+
+
+@pytest.mark.parametrize("images", [7, [{"image": torch.zeros(1, 3, 12, 12)}], [()]])
+def test_what_holds_no_images_is_refused(images: object) -> None:
+    with pytest.raises(CalibrationError, match="not a tensor"):
+        batude_fx.compress(_net(), 0.6, calibration=images, example_inputs=EXAMPLE)
+
+
+@pytest.mark.parametrize("calibration", ["synthetic", _photos()])
+def test_a_classifier_is_calibrated_too(calibration: object) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 400))
+    small = batude_fx.compress(
+        model, 0.95, calibration=calibration, layers="conv+linear", ranks={"0": None}, example_inputs=EXAMPLE
+    )
+    assert isinstance(small[3], TuckerModule)
+    assert small(EXAMPLE).shape == (1, 400)

@@ -399,7 +399,6 @@ def test_unknown_layers_are_an_error() -> None:
         (nn.Sequential(nn.ReLU()), "conv", Toy.inputs, "no convolution among its 2 modules. Pass the network"),
         (nn.Sequential(nn.ReLU()), "conv+linear", Toy.inputs, "no convolution or linear layer"),
         (nn.Sequential(nn.LazyConv2d(4, 3)), "conv", Toy.inputs, "'0.weight' is lazy.*run it once"),
-        (nn.Sequential(conv()), "conv", torch.ones(1, 4, 8, 8), "is a tensor; pass the tuple"),
         (nn.Sequential(conv()), "conv", None, "no timm or torchvision model.*Pass example_inputs="),
     ],
 )  # fmt: skip
@@ -556,3 +555,10 @@ def test_a_run_tells_whether_values_decide_sizes(choose: Callable[[Tensor], Tens
             return choose(self.conv(x))
 
     assert discover_run(Net(), (torch.ones(1, 3, 8, 8),)).sizes_vary is selects
+
+
+def test_sites_print_as_a_table_and_take_a_tensor() -> None:
+    x = torch.ones(1, 4, 8, 8)
+    sites = discover(nn.Sequential(conv()), x)
+    assert sites == discover(nn.Sequential(conv()), (x,))
+    assert "1 of 1 can be replaced" in str(sites)
