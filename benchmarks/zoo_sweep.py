@@ -139,6 +139,7 @@ def _record(answer: Record | BaseException) -> Record:
 def _prepare() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    torch.backends.mha.set_fastpath_enabled(False)  # fvcore does not see attention that is fused
     Thread(target=_follow_parent, daemon=True).start()
 
 
