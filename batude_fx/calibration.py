@@ -81,7 +81,8 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
     for index, item in enumerate(source):
         batch = _checked_batch(item[0] if isinstance(item, Sequence) and len(item) else item, index, like)
         for part in torch.split(batch, _BATCH):
-            yield (part.to(like),)
+            if len(part):
+                yield (part.to(like),)
 
 
 def _checked_batch(batch: object, index: int, like: Tensor) -> Tensor:
@@ -181,7 +182,8 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
         batches: Arguments of the model.
 
     Returns:
-        A copy in eval mode; `model` itself where it has no batch-norm with running statistics.
+        A copy in eval mode; `model` itself where it has no batch-norm with running statistics, or one that sees too
+        little to normalize.
     """
     if not any(_has_running_statistics(module) for module in model.modules()):
         return model
@@ -192,9 +194,12 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over the batches
             norm.train()
-    with borrowed(model), torch.no_grad():  # for the random generators, which the copy may draw from
-        for batch in batches:
-            adapted(*batch)
+    try:
+        with borrowed(model), torch.no_grad():  # for the random generators, which the copy may draw from
+            for batch in batches:
+                adapted(*batch)
+    except ValueError:  # a layer that sees one value per channel has no variance to normalize by
+        return model
     return adapted.eval()
 
 

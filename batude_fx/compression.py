@@ -6,6 +6,7 @@ from dataclasses import replace as replaced
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batude_fx import allocation
 from batude_fx.borrowing import borrowed
@@ -149,9 +150,12 @@ class Plan:
     def _match_moments(self, model: nn.Module, modules: dict[str, TuckerModule]) -> None:
         if self.calibration != "images":
             model = normalized_by(model, self._kept)
+        training = {part: part.training for module in modules.values() for part in module.modules()}
         with borrowed(model):
             batches = track(self._kept, "matching moments")
             match_moments_(model, replace(model, modules).eval(), modules, batches)
+        for part, flag in training.items():
+            part.training = flag
 
     def at(self, budget: Budget | float | str) -> "Plan":
         """The plan for another budget, from the same measurements: no image is looked at again.
@@ -259,10 +263,12 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
     return plan(model, budget, **options).apply(model)
 
 
-def _check_values(model: nn.Module) -> None:
+def _check_values(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"{model!r} is no model; batude_fx.create makes one from a name.")
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):  # discovery says so
+            continue
         if parameter.is_meta:
             raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights first.")
         if parameter.is_floating_point() and parameter.dtype.itemsize < 4:  # noqa: PLR2004 - bytes of float32

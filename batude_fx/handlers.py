@@ -153,12 +153,19 @@ def skip_reason(layer: nn.Module) -> str | None:
         return f"no handler for class {type(layer).__name__}; register one with batude_fx.register"
     if hooks := [name.strip("_") for name in _HOOKS if getattr(layer, name)]:
         return f"has {', '.join(hooks).replace('_', ' ')}; remove them to replace it"
+    if _holds_more(layer):
+        return "holds more than a weight and a bias, which its replacement would lose"
     if "forward" in vars(layer):
         return "its forward method was replaced on the instance"
     weight = cast("Tensor", layer.weight)
-    if not weight.is_floating_point():
-        return f"weight of dtype {weight.dtype}, not a real floating-point one"
-    return handler.refuse(layer)
+    real = weight.is_floating_point()
+    return handler.refuse(layer) if real else f"weight of dtype {weight.dtype}, not a real floating-point one"
+
+
+def _holds_more(layer: nn.Module) -> bool:
+    own = type(layer) in _LAYERS  # subclasses may have further parameters, of which their handlers know
+    more = own and (layer._buffers or layer._parameters.keys() - {"weight", "bias"})  # noqa: SLF001
+    return bool(more) or any(layer.children())
 
 
 def handler_of(layer: nn.Module) -> Handler:

@@ -63,7 +63,8 @@ def statistics(
 
 
 def _differentiable(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.is_floating_point())
+    # Not a leaf: models may work in place on what they are given.
+    return x.detach().requires_grad_(x.is_floating_point()).clone()
 
 
 class _Moments:

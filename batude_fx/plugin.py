@@ -44,11 +44,16 @@ def batude_fx(
     cache_dir = kwargs.pop("cache_dir", None)
     placement = {key: kwargs.pop(key) for key in ("device", "dtype") if key in kwargs}
     features = {key: kwargs.pop(key) for key in ("features_only", "out_indices", "feature_cls") if key in kwargs}
-    kwargs.pop("pretrained_model_args", None)
+    stored = kwargs.pop("pretrained_model_args", None) or {}
+    if foreign := [*(stored.keys() - SavedArchitecture.model_fields.keys()), *(kwargs.keys() & {"checkpoint_path"})]:
+        raise SavedModelError(f"model_args of the config hold {foreign[0]!r}, which batude_fx does not write.")
     own = {key: kwargs.pop(key) for key in SavedArchitecture.model_fields if key in kwargs}
     config: dict[str, Any] = resolve_pretrained_cfg(ENTRYPOINT, cast("Any", pretrained_cfg), overlay).to_dict()  # type: ignore[no-untyped-call]
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     saved = _saved(own, config)
+    if pretrained and not kwargs and config.get("source") == "local-dir":
+        shapes = serialization.read_shapes(Path(config["file"]) / WEIGHTS)
+        serialization.check_fits(saved.build(weightless=True), shapes)  # before anything is allocated
     model = saved.build(**kwargs)
     vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
     if pretrained:

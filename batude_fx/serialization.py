@@ -3,8 +3,10 @@
 `save` proves that the folder gives the network back, to the bit, before it says so. Nothing in a folder is executed.
 """
 
+import json
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SavedModelError
 from batude_fx.modules import TuckerModule
-from batude_fx.origin import Origin, origins
+from batude_fx.origin import ENTRYPOINT, Origin, origins
 from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture, SavedConfig, read_config
 from batude_fx.zoo import example_inputs
 
@@ -86,8 +88,16 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise SavedModelError(f"{folder} is a file; give a folder to write.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _is_saved(folder / CONFIG):
         raise SavedModelError(f"{folder} holds other files and no saved model; give a new folder, or empty this one.")
+
+
+def _is_saved(config: Path) -> bool:
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("architecture") == ENTRYPOINT
 
 
 def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
@@ -107,9 +117,9 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     folder = Path(folder)
     config = read_config(folder)
     saved = config.model_args
-    shapes = _read_shapes(folder / WEIGHTS)
+    shapes = read_shapes(folder / WEIGHTS)
     if model is None:
-        _check_fits(saved.build(weightless=True), shapes)  # before anything is allocated for what a config claims
+        check_fits(saved.build(weightless=True), shapes)  # before anything is allocated for what a config claims
     network = saved.build() if model is None else saved.skeleton(model)
     load_weights_(network, read_weights(folder / WEIGHTS))
     if config.channels_last:
@@ -130,8 +140,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def _read_shapes(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the meta device: their shapes and dtypes, at no cost."""
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device: their shapes and dtypes, at no cost.
+
+    Raises:
+        SavedModelError: As `read_weights`.
+    """
     with _reading(path), safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         odd = {name: one.get_dtype() for name, one in slices.items() if one.get_dtype() not in _DTYPES}
@@ -159,14 +173,21 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         SavedModelError: When names or shapes differ, with the first that does.
     """
-    _check_fits(model, state)
+    check_fits(model, state)
     own = model.state_dict(keep_vars=True)
     for name, value in state.items():
         own[name].data = own[name].data.to(value.dtype)
-    model.load_state_dict(state, strict=False)
+    versioned = OrderedDict(state)
+    vars(versioned)["_metadata"] = vars(own)["_metadata"]  # some modules refuse a state without their version
+    model.load_state_dict(versioned, strict=False)
 
 
-def _check_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Hold tensors, or their shapes on the meta device, against a model that must have all of them and no others.
+
+    Raises:
+        SavedModelError: When names, shapes or kinds of dtypes differ, with the first that does.
+    """
     own = model.state_dict(keep_vars=True)
     # A tensor with several names is stored under one of them.
     stored = {id(own[name]) for name in own.keys() & state.keys()}

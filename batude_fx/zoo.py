@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from batude_fx.errors import DiscoveryError
 
@@ -49,7 +50,9 @@ def arguments(model: nn.Module, given: Tensor | tuple[object, ...] | None) -> tu
     """
     if given is None:
         return example_inputs(model)
-    return (given,) if isinstance(given, Tensor) else tuple(given)
+    given = (given,) if isinstance(given, Tensor) else tuple(given)
+    copies: tuple[object, ...] = tree_map_only(Tensor, Tensor.clone, given)  # a model may work in place on what it gets
+    return copies
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...]:

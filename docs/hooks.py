@@ -33,7 +33,7 @@ def summary(data: Record) -> str:
         ("models discovered", f"{len(records):,}"),
         ("of them without weights, as too large", f"{sum(record['weightless'] for record in records):,}"),
         ("convolutions found", f"{convolutions:,}"),
-        ("convolutions that ran but were not found", f"{sum(r['counted'] - r['calls'] for r in records):,}"),
+        ("convolutions that ran but were not found", f"{sum(abs(r['counted'] - r['calls']) for r in records):,}"),
         ("can be replaced", f"{eligible:,} ({eligible / convolutions:.0%})"),
         ("found in the graph of the whole model", f"{how['fx']:,}"),
         ("found inside a module that the tracer does not enter", f"{how['leaf']:,}"),

@@ -643,3 +643,38 @@ def test_a_classifier_is_calibrated_too(calibration: object) -> None:
     )
     assert isinstance(small[3], TuckerModule)
     assert small(EXAMPLE).shape == (1, 400)
+
+
+def test_the_result_trains_where_the_model_trains() -> None:
+    for training in (True, False):
+        small = batude_fx.compress(_net().train(training), 0.6, example_inputs=EXAMPLE)
+        assert {module.training for module in small.modules()} == {training}
+
+
+class InPlace(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5))
+
+
+@pytest.mark.parametrize("calibration", [None, "synthetic", _photos()])
+def test_a_model_may_work_in_place_on_its_input(calibration: object) -> None:
+    model, x = _net(), EXAMPLE.clone()
+    model.__class__ = InPlace
+    batude_fx.compress(model, 0.6, calibration=calibration, example_inputs=x)
+    assert torch.equal(x, EXAMPLE)
+
+
+def test_a_layer_that_holds_more_stays_dense() -> None:
+    model = _net()
+    model.stem.register_buffer("gain", torch.ones(1))
+    (stem,) = (site for site in batude_fx.discover(model, EXAMPLE) if site.name == "stem")
+    assert stem.skip_reason == "holds more than a weight and a bias, which its replacement would lose"
+
+
+def test_lazy_layers_and_names_of_models_are_refused() -> None:
+    with pytest.raises(BatudeError, match="not initialized yet"):
+        batude_fx.compress(nn.Sequential(nn.LazyConv2d(8, 3)), 0.5, example_inputs=EXAMPLE)
+    with pytest.raises(UnsupportedError, match="'resnet18' is no model"):
+        batude_fx.compress("resnet18", 0.5)  # type: ignore[type-var]
+    with pytest.raises(SelectionError, match="give Ranks"):
+        batude_fx.compress(_net(), 0.5, example_inputs=EXAMPLE, ranks={"stem": (8, 8)})

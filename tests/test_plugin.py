@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 import batude_fx
+from batude_fx import plugin
 from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.modules import TuckerModule
 from batude_fx.sites import Ranks
@@ -89,6 +90,14 @@ def test_arguments_that_the_weights_cannot_follow_are_refused(
     batude_fx.save(small, tmp_path)
     with pytest.raises(SavedModelError, match=message):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **args)
+
+
+@pytest.mark.parametrize(
+    "args", [{"pretrained_model_args": {"pretrained_strict": False}}, {"checkpoint_path": "x.pth"}]
+)
+def test_model_args_of_others_are_not_followed(args: dict[str, Any], timm_folder: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(SavedModelError, match="which batude_fx does not write"):
+        plugin.batude_fx(ranks={}, **args)
 
 
 def test_features_are_those_of_the_saved_network(timm_folder: tuple[nn.Module, Path]) -> None:
