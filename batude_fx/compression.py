@@ -266,9 +266,8 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
 def _check_values(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"{model!r} is no model; batude_fx.create makes one from a name.")
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):  # discovery says so
-            continue
+    # Of those that are not initialized yet, discovery has more to say.
+    for name, parameter in ((name, one) for name, one in model.named_parameters() if not is_lazy(one)):
         if parameter.is_meta:
             raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights first.")
         if parameter.is_floating_point() and parameter.dtype.itemsize < 4:  # noqa: PLR2004 - bytes of float32
