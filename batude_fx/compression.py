@@ -267,7 +267,9 @@ def _check_values(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"{model!r} is no model; batude_fx.create makes one from a name.")
     # Of those that are not initialized yet, discovery has more to say.
-    for name, parameter in ((name, one) for name, one in model.named_parameters() if not is_lazy(one)):
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name in [name for name, one in parameters.items() if not is_lazy(one)]:
+        parameter = parameters[name]
         if parameter.is_meta:
             raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights first.")
         if parameter.is_floating_point() and parameter.dtype.itemsize < 4:  # noqa: PLR2004 - bytes of float32
