@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import sys
 import warnings
 from collections import Counter
@@ -23,7 +24,7 @@ from threading import Thread
 from typing import Any
 
 import torch
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -33,7 +34,8 @@ from benchmarks.zoo_checks import LARGEST, Record
 
 WORKERS = 2
 SECONDS = 120  # most that discovery of one model with weights may take
-COMPRESS_SECONDS = 1200
+COMPRESS_SECONDS = 600
+MEMORY = 11 * 2**30  # bytes of one worker, on a machine of 24 GiB
 TASKS_PER_WORKER = 40  # then a fresh process takes over: models leave caches behind
 
 ROOT = Path(__file__).parents[1]
@@ -116,9 +118,9 @@ def answers(tasks: list[Task], known: Mapping[Task, Record]) -> Iterator[tuple[T
             if isinstance(answer, BaseException) and task[0] == "found" and task not in weightless:
                 again.add(task)
             else:
-                yield task, _record(answer)
+                yield task, _record(answer, task)
         for task, answer in _asked(pool, list(again), again):
-            yield task, _record(answer)
+            yield task, _record(answer, task)
 
 
 def _asked(pool: ProcessPool, tasks: list[Task], weightless: Collection[Task]) -> Iterator[tuple[Task, Any]]:
@@ -132,13 +134,19 @@ def _asked(pool: ProcessPool, tasks: list[Task], weightless: Collection[Task]) -
         yield futures[future], future.result() if error is None else error
 
 
-def _record(answer: Record | BaseException) -> Record:
-    return {"error": f"{type(answer).__name__}: {answer}"} if isinstance(answer, BaseException) else answer
+def _record(answer: Record | BaseException, task: Task) -> Record:
+    if not isinstance(answer, BaseException):
+        return answer
+    if task[0] == "compressed" and isinstance(answer, TimeoutError | MemoryError | ProcessExpired):
+        limits = f"{COMPRESS_SECONDS // 60} minutes and {MEMORY // 2**30} GiB"
+        return {"note": f"too large for the sweep's {limits} per model ({type(answer).__name__})"}
+    return {"error": f"{type(answer).__name__}: {answer}"}
 
 
 def _prepare() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.backends.mha.set_fastpath_enabled(False)  # fvcore does not see attention that is fused
     Thread(target=_follow_parent, daemon=True).start()
 
@@ -158,7 +166,9 @@ def _ask(task: Task, weightless: bool) -> Record:  # noqa: FBT001 - pebble passe
         if what == "size":
             return zoo_checks.size(model)
         return zoo_checks.found(model, weightless=weightless) if what == "found" else zoo_checks.compressed(model)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch's own words, in a RuntimeError
+            raise MemoryError(str(error).splitlines()[0]) from error
         return {"error": f"{type(error).__name__}: {error}"}
 
 

@@ -329,7 +329,11 @@ def test_damage_anywhere_is_an_error_of_ours_or_harmless(
         (lambda state: state.update(extra=torch.zeros(1)), "'extra' first"),
         (lambda state: state.update({"fc.bias": torch.zeros(6)}), "(6,) of torch.float32"),
         (lambda state: state.update({"fc.bias": torch.zeros(5, dtype=torch.int32)}), "torch.int32"),
-        (lambda state: state.update({"bn1.num_batches_tracked": torch.tensor(1j)}), "no dtype that networks run in"),
+        (lambda state: state.update({"bn1.num_batches_tracked": torch.tensor(1.5)}), "torch.float32"),
+        (
+            lambda state: state.update({"bn1.bias": state["bn1.bias"].to(torch.float8_e4m3fn)}),
+            "no dtype that networks run in",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
