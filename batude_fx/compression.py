@@ -23,7 +23,7 @@ from batude_fx.calibration import (
     synthetic_batches,
 )
 from batude_fx.capacity import capacity, choices
-from batude_fx.discovery import discover_run
+from batude_fx.discovery import discover
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.handlers import canonical_bias, canonical_weight
@@ -219,8 +219,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         raise SelectionError(f"round_to={round_to} is not a rank multiple; use 1 or more, 8 by default.")
     _check_values(model)
     inputs = arguments(model, example_inputs)
-    run = discover_run(model, inputs, layers=layers, include=include, exclude=exclude)
-    sites = run.sites
+    sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
     eligible = {site.name: site for site in sites if site.skip_reason is None}
     options = choices(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
     dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
@@ -242,7 +241,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         round_to=round_to,
         _candidates=candidates,
         _kept=kept,
-        _recounted=inputs if run.sizes_vary else None,
+        _recounted=inputs if sites.sizes_vary else None,
     )
 
 

@@ -10,8 +10,8 @@ must not be traced.
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -58,33 +58,6 @@ def discover(
         DiscoveryError: The model has no such layer, or does not run on the example input.
         SelectionError: A pattern matches no site, or `layers` is neither of its two values.
     """
-    return discover_run(model, example_inputs, layers=layers, include=include, exclude=exclude).sites
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run of the example shows.
-
-    Attributes:
-        sites: As `discover` returns them.
-        sizes_vary: Whether sizes may depend on values, as where a detector chooses its boxes: the run makes a tensor
-            of such a size, or the model decides in Python and cannot be traced. Then another network of the same
-            shapes may need another number of flops.
-    """
-
-    sites: Sites
-    sizes_vary: bool
-
-
-def discover_run(
-    model: nn.Module,
-    example_inputs: Tensor | tuple[object, ...] | None = None,
-    *,
-    layers: str = "conv",
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-) -> Run:
-    """As `discover`, with what else the run shows."""
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
     _refuse_lazy(model)
@@ -99,7 +72,7 @@ def discover_run(
         raise _nothing_found(model, layers)
     sites.sort(key=lambda site: listener.calls[site.name].first_call)
     sizes_vary = listener.selects or "child" in called.values()
-    return Run(_select(sites, _patterns(include), _patterns(exclude)), sizes_vary)
+    return Sites(_selected(sites, _patterns(include), _patterns(exclude)), sizes_vary=sizes_vary)
 
 
 class _Tracer(fx.Tracer):
@@ -260,7 +233,7 @@ def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> Sites:
+def _selected(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> Iterator[ConvSite]:
     for pattern in (*include, *exclude):
         if not any(_matches(site, pattern) for site in sites):
             close = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.4)
@@ -268,7 +241,7 @@ def _select(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence
                 f"pattern {pattern!r} matches none of the {len(sites)} sites. "
                 f"Close names: {', '.join(close or [site.name for site in sites[:3]])}."
             )
-    return Sites(replace(site, skip_reason=site.skip_reason or _deselected(site, include, exclude)) for site in sites)
+    return (replace(site, skip_reason=site.skip_reason or _deselected(site, include, exclude)) for site in sites)
 
 
 def _matches(site: ConvSite, pattern: str) -> bool:

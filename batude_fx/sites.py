@@ -1,7 +1,8 @@
 """The two frozen types that travel through the rooms: a convolution that could be replaced, and the ranks it gets."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 FoundBy = Literal["fx", "leaf", "child", "tree"]
 
@@ -85,9 +86,23 @@ class ConvSite:
 
 
 class Sites(tuple[ConvSite, ...]):
-    """What `discover` found; prints as a table."""
+    """What `discover` found; prints as a table.
 
-    __slots__ = ()
+    Attributes:
+        sizes_vary: Whether sizes may depend on values, as where a detector chooses its boxes: the run makes a tensor
+            of such a size, or the model decides in Python and cannot be traced. Then another network of the same
+            shapes may need another number of flops.
+    """
+
+    __slots__ = ("__dict__",)  # a tuple can have no slots of its own
+
+    sizes_vary: bool
+
+    def __new__(cls, sites: Iterable[ConvSite], *, sizes_vary: bool = False) -> Self:
+        """A tuple is complete once it is made, hence not in `__init__`."""
+        self = super().__new__(cls, sites)
+        self.sizes_vary = sizes_vary
+        return self
 
     def __str__(self) -> str:
         """Every site with its sizes and cost, and why some stay dense."""

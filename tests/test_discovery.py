@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils import parametrizations
 
 import batude_fx
-from batude_fx.discovery import DiscoverConvolutions, discover, discover_run
+from batude_fx.discovery import DiscoverConvolutions, discover
 from batude_fx.errors import DiscoveryError, SelectionError
 from batude_fx.sites import ConvSite
 from batude_fx.zoo import example_inputs
@@ -554,7 +554,7 @@ def test_a_run_tells_whether_values_decide_sizes(choose: Callable[[Tensor], Tens
         def forward(self, x: Tensor) -> Tensor:
             return choose(self.conv(x))
 
-    assert discover_run(Net(), (torch.ones(1, 3, 8, 8),)).sizes_vary is selects
+    assert discover(Net(), (torch.ones(1, 3, 8, 8),)).sizes_vary is selects
 
 
 def test_sites_print_as_a_table_and_take_a_tensor() -> None:
