@@ -85,7 +85,7 @@ class ConvSite:
         return (0,) if self.out_channels <= self.in_channels else (1,)
 
 
-class Sites(tuple[ConvSite, ...]):
+class Sites(tuple[ConvSite, ...]):  # noqa: SLOT001 - Python gives tuples no slots but the empty ones
     """What `discover` found; prints as a table.
 
     Attributes:
@@ -93,8 +93,6 @@ class Sites(tuple[ConvSite, ...]):
             of such a size, or the model decides in Python and cannot be traced. Then another network of the same
             shapes may need another number of flops.
     """
-
-    __slots__ = ("__dict__",)  # a tuple can have no slots of its own
 
     sizes_vary: bool
 
