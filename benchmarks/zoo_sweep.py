@@ -36,6 +36,7 @@ WORKERS = 2
 SECONDS = 120  # most that discovery of one model with weights may take
 COMPRESS_SECONDS = 600
 MEMORY = 11 * 2**30  # bytes of one worker, on a machine of 24 GiB
+NO_MEMORY = ("allocate memory", "could not create a primitive")  # torch's words and oneDNN's, in a RuntimeError
 TASKS_PER_WORKER = 40  # then a fresh process takes over: models leave caches behind
 
 ROOT = Path(__file__).parents[1]
@@ -110,13 +111,13 @@ def _parsed(line: str) -> Any:  # noqa: ANN401 - one of our own lines, or None f
 
 
 def answers(tasks: list[Task], known: Mapping[Task, Record]) -> Iterator[tuple[Task, Record]]:
-    """Ask in worker processes; a model that is too large or takes too long with weights is discovered without."""
+    """Ask in worker processes, twice where one dies; a model that is too large with weights is discovered without."""
     weightless = {t for t in tasks if t[0] == "found" and known["size", t[1]].get("params", 0) > LARGEST}
     with ProcessPool(WORKERS, TASKS_PER_WORKER, _prepare, context=get_context("spawn")) as pool:
         again = set()
         for task, answer in _asked(pool, tasks, weightless):
-            if isinstance(answer, BaseException) and task[0] == "found" and task not in weightless:
-                again.add(task)
+            if isinstance(answer, BaseException) and task not in weightless:
+                again.add(task)  # in a fresh worker, and discovery without weights
             else:
                 yield task, _record(answer, task)
         for task, answer in _asked(pool, list(again), again):
@@ -137,7 +138,7 @@ def _asked(pool: ProcessPool, tasks: list[Task], weightless: Collection[Task]) -
 def _record(answer: Record | BaseException, task: Task) -> Record:
     if not isinstance(answer, BaseException):
         return answer
-    if task[0] == "compressed" and isinstance(answer, TimeoutError | MemoryError | ProcessExpired):
+    if task[0] == "compressed" and isinstance(answer, TimeoutError | ProcessExpired):
         limits = f"{COMPRESS_SECONDS // 60} minutes and {MEMORY // 2**30} GiB"
         return {"note": f"too large for the sweep's {limits} per model ({type(answer).__name__})"}
     return {"error": f"{type(answer).__name__}: {answer}"}
@@ -166,9 +167,9 @@ def _ask(task: Task, weightless: bool) -> Record:  # noqa: FBT001 - pebble passe
         if what == "size":
             return zoo_checks.size(model)
         return zoo_checks.found(model, weightless=weightless) if what == "found" else zoo_checks.compressed(model)
-    except Exception as error:
-        if "allocate memory" in str(error):  # torch's own words, in a RuntimeError
-            raise MemoryError(str(error).splitlines()[0]) from error
+    except Exception as error:  # noqa: BLE001 - whatever a model or a check raises is an answer
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            os._exit(1)  # what a worker holds when it runs out is never given back; another takes over
         return {"error": f"{type(error).__name__}: {error}"}
 
 
