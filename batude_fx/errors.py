@@ -7,7 +7,9 @@ BatudeError
 ├── SelectionError      an include/exclude pattern or an override that matches nothing
 ├── CalibrationError    calibration images that are empty, of the wrong shape, or not finite
 ├── UnsupportedError    a convolution, dtype or device that cannot be handled exactly
-└── SavedModelError     a folder that is missing, broken, foreign or unsafe
+├── SavedModelError     a folder that is missing, broken, foreign or unsafe
+├── RecipeError         a recipe that cannot be read, or asks for what does not exist
+└── TrainingError       a run that cannot start, cannot go on, or whose loss is not finite
 ```
 """
 
@@ -38,3 +40,11 @@ class UnsupportedError(BatudeError):
 
 class SavedModelError(BatudeError):
     """A folder that is missing, broken, foreign or unsafe to read."""
+
+
+class RecipeError(BatudeError):
+    """A recipe that cannot be read, or asks for what does not exist; the message has file, line and key."""
+
+
+class TrainingError(BatudeError):
+    """A run that cannot start, cannot go on, or whose loss is not finite."""

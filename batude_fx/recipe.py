@@ -1,0 +1,460 @@
+"""Recipes: what to train, on what, under which budget and for how long, as YAML checked by frozen pydantic models.
+
+A recipe holds names and numbers only: models, datasets, optimizers and schedules are looked up in the registries of
+timm and torchvision; YAML tags and aliases are refused, so that reading one executes nothing. Everything that is wrong
+with a recipe is said in one line with file, line and key, before anything is trained.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from batude_fx.budget import Budget
+from batude_fx.errors import RecipeError
+
+_DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
+_PACKAGED = Path(__file__).parent / "recipes"
+SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "recipes"
+"""Where the shipped recipes are: in the wheel inside the package, in a clone beside it."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training.
+
+    Attributes:
+        amount: How many.
+        unit: Of what; "%" is a share of the phase.
+    """
+
+    amount: float
+    unit: Literal["epochs", "steps", "%"]
+
+    def steps(self, per_epoch: int, phase: int = 0) -> int:
+        """In optimizer steps, rounded, of which an epoch has `per_epoch` and the whole phase `phase`."""
+        scale = {"epochs": per_epoch, "steps": 1, "%": phase / 100}[self.unit]
+        return round(self.amount * scale)
+
+    def __str__(self) -> str:
+        """As it is written in a recipe."""
+        return f"{self.amount:g}%" if self.unit == "%" else f"{self.amount:g} {self.unit}"
+
+
+def _duration(value: object, *, shares: bool) -> Duration:
+    if isinstance(value, Duration):
+        return value
+    match = None if isinstance(value, bool) else _DURATION.fullmatch(str(value).strip())
+    unit = {"e": "epochs", "s": "steps", "%": "%"}[(match[2] or "epochs")[0]] if match else ""
+    if not match or (unit == "%" and not shares):
+        forms = '3, "3 epochs" or "500 steps"' + (', or "40%" of the phase' if shares else "")
+        raise ValueError(f"{value!r} is no length of training; write {forms}")
+    return Duration(float(match[1]), unit)  # type: ignore[arg-type]
+
+
+_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": _DURATION.pattern}]
+}
+Length = Annotated[Any, BeforeValidator(partial(_duration, shares=False)), Field(json_schema_extra=_SCHEMA)]
+LengthOrShare = Annotated[Any, BeforeValidator(partial(_duration, shares=True)), Field(json_schema_extra=_SCHEMA)]
+
+
+def _known(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """A name that a registry must have."""
+
+    def check(name: str) -> str:
+        known = list(names())
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(f"{name!r} is no {kind}. Close names: {', '.join(close or known[:3])}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _optimizers() -> Iterable[str]:
+    from timm.optim import list_optimizers
+
+    return list_optimizers()
+
+
+def _schedulers() -> Iterable[str]:
+    return ("cosine", "tanh", "step", "poly", "constant")  # functions of the step alone, so that nothing is kept
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelSection(_Section):
+    """Which network."""
+
+    name: str
+    """A name of timm ("resnet18.tv_in1k") or torchvision ("torchvision:resnet18")."""
+    args: dict[str, bool | int | float | str | None] = {}
+    """Arguments of its factory, such as num_classes."""
+    pretrained: bool = False
+    """Start from the weights that the library fetches."""
+    checkpoint: Path | None = None
+    """Start from a safetensors file of the dense network instead; relative to the working directory."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the training steps; weights stay in float32."""
+    channels_last: bool = False
+    """Memory format of images and weights; faster for most convolutions, on CPUs too."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.pretrained and self.checkpoint:
+            raise ValueError("pretrained and checkpoint are two sources of the same weights; give one")
+        if self.checkpoint and not self.checkpoint.is_file():
+            raise ValueError(f"checkpoint {str(self.checkpoint)!r} does not exist")
+        return self
+
+
+class DataSection(_Section):
+    """Which images, as timm's `create_dataset` and `create_loader` take them."""
+
+    name: str = ""
+    """Empty for a folder with a subfolder per class, or "torchvision/cifar10", "hfds/...", "wds/..."."""
+    root: Path | None = None
+    """Where they are, or are kept."""
+    train_split: str = "train"
+    """Name of the training split; of a folder, its subfolder."""
+    val_split: str = "validation"
+    """Name of the split that accuracy is measured on."""
+    download: bool = False
+    """Fetch the dataset where it is missing."""
+    batch_size: PositiveInt = 128
+    """Images per optimizer step, over all processes together."""
+    accumulate: PositiveInt = 1
+    """Parts that a batch is computed in, one after the other."""
+    workers: NonNegativeInt = 2
+    """Processes that load images."""
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    """Area of a random crop, as a share of the image."""
+    ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
+    """Aspect of a random crop."""
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a mirrored image."""
+    color_jitter: NonNegativeFloat = 0.0
+    """Strength of timm's colour jitter."""
+    auto_augment: str | None = None
+    """timm's policy, such as "rand-m9-mstd0.5"."""
+    erase: float = Field(default=0.0, ge=0, le=1)
+    """Probability of random erasing."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of mixup; 0 is off."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of cutmix; 0 is off."""
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing."""
+
+
+class Distillation(_Section):
+    """Learning from the original network beside the labels; G. Hinton et al., https://arxiv.org/abs/1503.02531."""
+
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the loss; the labels have the rest."""
+    temperature: PositiveFloat = 2.0
+    """By which both networks' logits are divided."""
+
+
+class Training(_Section):
+    """How long and with what."""
+
+    epochs: Length
+    """Length of the phase: 3, "3 epochs" or "500 steps"; 0 leaves it out."""
+    optimizer: Annotated[str, _known("optimizer of timm", _optimizers)] = "sgd"
+    """Name in timm's registry."""
+    lr: PositiveFloat = 0.05
+    """Peak learning rate."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum, or the first beta."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Not applied to biases and normalization."""
+    scheduler: Annotated[str, _known("scheduler", _schedulers)] = "cosine"
+    """Shape of the learning rate over the phase, a timm scheduler that depends on the step alone."""
+    warmup: LengthOrShare = Duration(0, "%")
+    """Length of a linear warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where the learning rate ends."""
+    clip_grad: PositiveFloat | None = None
+    """Largest norm of the gradient."""
+    distillation: Distillation | None = None
+    """Learn from the original network too."""
+
+
+class Pretrain(Training):
+    """Training of the dense network, where there are no weights to start from."""
+
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a moving average of the weights, which is what the phase results in."""
+
+
+class OneShot(Training):
+    """BC-ADL: dense training that pulls the weights to ranks within the budget."""
+
+    layers: Literal["conv", "conv+linear"] = "conv"
+    """Which layers get ranks."""
+    include: tuple[str, ...] = ()
+    """Globs over site names; only these get ranks."""
+    exclude: tuple[str, ...] = ()
+    """Globs over site names that stay dense."""
+    round_to: PositiveInt = 8
+    """Multiple of the ranks."""
+    interval: LengthOrShare = Duration(1, "epochs")
+    """Length of a round, between two projections."""
+    rho: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.9)
+    """Weight of the penalty in the first and in the last round, growing geometrically between them."""
+    anneal: float = Field(default=0.6, ge=0, le=1)
+    """Share of the rounds over which the budget shrinks from the dense network to its target."""
+    threshold: Literal["hard", "soft"] = "hard"
+    """Whether kept singular values stay, or shrink by the first that is cut."""
+    calibration_images: NonNegativeInt = 256
+    """Training images that show, each round, which errors matter; 0 judges weights alone."""
+
+    @model_validator(mode="after")
+    def _rho_grows(self) -> Self:
+        if self.rho[0] > self.rho[1]:
+            raise ValueError(f"rho falls from {self.rho[0]:g} to {self.rho[1]:g}; it must not, or W and z drift apart")
+        return self
+
+
+class Finalize(Training):
+    """From weights near low rank to Tucker modules: decomposition, then training in factored form."""
+
+    hooi_sweeps: NonNegativeInt = 10
+    """Sweeps of HOOI after the HOSVD."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a moving average of the weights, which is what the phase results in."""
+    batch_norm_images: NonNegativeInt = 0
+    """Training images that the batch-norm statistics are estimated on again at the end; 0 leaves them."""
+
+
+class Eval(_Section):
+    """How often to look, and to write down."""
+
+    interval: Length = Duration(1, "epochs")
+    """Between two evaluations."""
+    checkpoint: Length = Duration(1, "epochs")
+    """Between two checkpoints, from which a killed run goes on."""
+    batch_size: PositiveInt = 256
+    """Images per batch of an evaluation."""
+
+
+class Recipe(_Section):
+    """One training run, from the dense network to the saved compressed one.
+
+    Raises:
+        RecipeError: When `from_yaml` cannot read one.
+    """
+
+    model: ModelSection
+    """Which network."""
+    data: DataSection
+    """Which images."""
+    budget: Annotated[Budget, BeforeValidator(lambda value: value if isinstance(value, dict) else Budget.parse(value))]
+    """What remains of the flops, as for `compress`: 0.5, "2.5x", or flops and params."""
+    pretrain: Pretrain | None = None
+    """Train the dense network first."""
+    one_shot: OneShot
+    """Learn the ranks."""
+    finalize: Finalize
+    """Decompose and train on."""
+    eval: Eval = Eval()
+    """How often to look."""
+    seed: NonNegativeInt = 0
+    """Of everything that is random."""
+
+    @classmethod
+    def from_yaml(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a recipe.
+
+        Args:
+            source: A file, or the name of a shipped recipe.
+            overrides: What takes precedence over it, as "one_shot.epochs=2".
+
+        Raises:
+            RecipeError: When there is none, or something is wrong with it; with file, line and key.
+        """
+        path = find(source)
+        document = _Document.read(path)
+        for override in overrides:
+            document.override(override)
+        try:
+            return cls.model_validate(document.value)
+        except ValidationError as error:
+            raise document.error(error) from None
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults included."""
+        return yaml.safe_dump(_plain(self), sort_keys=False, width=120)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def find(source: str | Path) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        RecipeError: When there is no such file and no shipped recipe of that name.
+    """
+    path = shipped().get(str(source), Path(source))
+    if not path.is_file():
+        close = difflib.get_close_matches(str(source), shipped(), n=3, cutoff=0.3)
+        raise RecipeError(
+            f"{source}: no such file, and no shipped recipe has this name. "
+            f"Expected one of {', '.join(close or shipped())}, or a path."
+        )
+    return path
+
+
+Key = tuple[str | int, ...]
+
+
+class _Document:
+    """A YAML file as plain values, and the line that each of them stands on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.value: Any = {}
+        self.lines: dict[Key, str] = {}
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        document = cls(path)
+        try:
+            root = _NoAliases(path.read_text(encoding="utf-8")).get_single_node()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: no YAML: {error.problem}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}:1: no YAML text: {str(error).splitlines()[0]}.") from None
+        if not isinstance(root, yaml.MappingNode):
+            found = "the file is empty" if root is None else f"a {root.id} was found"
+            raise RecipeError(f"{path}:1: {found}; expected the sections {', '.join(Recipe.model_fields)}.")
+        document.value = document._plain(root, ())
+        return document
+
+    def _plain(self, node: yaml.Node, key: Key) -> Any:  # noqa: ANN401 - whatever stands there
+        line = node.start_mark.line + 1
+        self.lines.setdefault(key, f"{self.path}:{line}")
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            name = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise RecipeError(f"{self.path}:{line}: {_dotted(key)}: YAML tag {name} is refused; expected plain values.")
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, (*key, index)) for index, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return yaml.safe_load(node.value) if node.style is None else node.value
+        values: dict[str, Any] = {}
+        for name, item in node.value:
+            inner = (*key, str(name.value))
+            line = name.start_mark.line + 1
+            if name.value in values:
+                first = self.lines[inner].rpartition(":")[2]
+                raise RecipeError(
+                    f"{self.path}:{line}: {_dotted(inner)}: duplicate key, first on line {first}; expected it once."
+                )
+            self.lines[inner] = f"{self.path}:{line}"
+            values[name.value] = self._plain(item, inner)
+        return values
+
+    def override(self, text: str) -> None:
+        """Put `a.b=value` in its place."""
+        dotted, equals, value = text.partition("=")
+        *parents, last = keys = dotted.strip().split(".")
+        if not equals:
+            raise RecipeError(f"--set {text}: expected KEY=VALUE, such as one_shot.epochs=2.")
+        target = self.value
+        for depth, name in enumerate(parents):
+            if not isinstance(target.get(name), dict):
+                target[name] = {}
+                self.lines.setdefault(tuple(keys[: depth + 1]), f"--set {text}")
+            target = target[name]
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {text}: {dotted}: the value is no YAML: {str(error).splitlines()[0]}.") from None
+        self.lines = {key: line for key, line in self.lines.items() if key[: len(keys)] != tuple(keys)}
+        self.lines[tuple(keys)] = f"--set {text}"
+
+    def error(self, error: ValidationError) -> RecipeError:
+        """One line: where, what was found, what was expected."""
+        first, *more = error.errors(include_url=False)
+        key = tuple(first["loc"])
+        rest = f" ({len(more)} more)" if more else ""
+        return self.problem(key, _explained(first, key), rest)
+
+    def problem(self, key: Key, text: str, rest: str = "") -> RecipeError:
+        """A problem at a key, or at the nearest one above it that the file has."""
+        near = next(key[:end] for end in range(len(key), -1, -1) if key[:end] in self.lines)
+        return RecipeError(f"{self.lines[near]}: {_dotted(key)}: {text.rstrip('.')}.{rest}")
+
+
+def _explained(problem: Any, key: Key) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, of which newer versions have more
+    if problem["type"] == "extra_forbidden":
+        known = list(_section(key[:-1]).model_fields)
+        close = difflib.get_close_matches(str(key[-1]), known, n=1)
+        return f"unknown key; expected {close[0] if close else 'one of ' + ', '.join(known)}"
+    if problem["type"] == "missing":
+        return "missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return str(message)
+    return f"found {problem['input']!r}; {message[0].lower()}{message[1:].replace('Input should', 'it should')}"
+
+
+def _section(key: Key) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for name in key:
+        annotation = section.model_fields[str(name)].annotation
+        options = (annotation, *getattr(annotation, "__args__", ()))
+        section = next(one for one in options if isinstance(one, type) and issubclass(one, BaseModel))
+    return section
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key)) or "recipe"
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - whatever YAML can say
+    if isinstance(value, BaseModel):
+        return {name: _plain(item) for name, item in value}
+    if isinstance(value, Duration | Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Aliases save a few lines, and let ten of them stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - yaml's own
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are refused; write the value again", problem_mark=mark)
+        return super().compose_node(parent, index)

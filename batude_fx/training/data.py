@@ -1,0 +1,172 @@
+"""Batches for training and evaluation, the same ones whatever the number of processes and whenever a run was killed.
+
+timm makes the datasets, their transforms and loaders; accelerate deals their batches out to the processes. What is
+random about an image depends on the seed, the epoch and its place in the dataset alone.
+"""
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, skip_first_batches
+from timm.data.config import resolve_data_config
+from timm.data.dataset_factory import create_dataset
+from timm.data.loader import create_loader
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from batude_fx.errors import TrainingError
+from batude_fx.recipe import Recipe
+from batude_fx.zoo import example_inputs
+
+Batch = tuple[Tensor, Tensor]
+"""Images (n, C, H, W) and classes (n,), the share of one process."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run; whoever has them elsewhere than timm finds them makes one of these.
+
+    Attributes:
+        train: Epoch and number of batches to skip, to the batches of that epoch: the same ones each time it is asked.
+        evaluation: To the batches that accuracy is measured on.
+        batches: In an epoch of training.
+    """
+
+    train: Callable[[int, int], Iterator[Batch]]
+    evaluation: Callable[[], Iterator[Batch]]
+    batches: int
+
+
+def image_data(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Data:
+    """What the recipe's `data` section asks for.
+
+    Args:
+        recipe: The recipe.
+        model: Says what size the images have and how they are normalized.
+        accelerator: Deals the batches out.
+
+    Raises:
+        TrainingError: When there is no such dataset, or it has too few images for a batch.
+    """
+    section, config = recipe.data, _config(model)
+    train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
+    share = section.batch_size // section.accumulate
+    if share % accelerator.num_processes or section.batch_size % section.accumulate:
+        raise TrainingError(
+            f"data.batch_size {section.batch_size} cannot be split into {section.accumulate} parts for "
+            f"{accelerator.num_processes} processes; use a multiple of {section.accumulate * accelerator.num_processes}."
+        )
+    if not isinstance(train.dataset, IterableDataset) and len(train) < share:
+        raise TrainingError(
+            f"{section.root or section.name} has {len(train)} images to train on, a batch takes {share}; "
+            "use a smaller data.batch_size."
+        )
+    augmentation: dict[str, Any] = {
+        "scale": section.scale, "ratio": section.ratio, "hflip": section.hflip, "color_jitter": section.color_jitter,
+        "auto_augment": section.auto_augment, "re_prob": section.erase, "re_mode": "pixel",
+    }  # fmt: skip
+    common: dict[str, Any] = {
+        **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
+        "num_workers": section.workers, "use_prefetcher": False, "persistent_workers": False,
+        "pin_memory": accelerator.device.type == "cuda",
+    }  # fmt: skip
+    source = train.dataset if isinstance(train.dataset, IterableDataset) else train
+    loader = create_loader(cast("Any", source), batch_size=share, is_training=True, **augmentation, **common)
+    held_out = _dataset(recipe, section.val_split, config)
+    evaluation = create_loader(cast("Any", held_out), batch_size=recipe.eval.batch_size, is_training=False, **common)
+    prepared: Any = accelerator.prepare_data_loader(loader)
+    shown: Any = accelerator.prepare_data_loader(evaluation)
+
+    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+        prepared.set_epoch(epoch)
+        train.epoch = epoch
+        yield from skip_first_batches(prepared, skip) if skip else prepared
+
+    return Data(train=batches, evaluation=lambda: iter(shown), batches=len(prepared))
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    (image,) = example_inputs(model)
+    size = tuple(cast("Tensor", image).shape[1:])
+    config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)  # type: ignore[no-untyped-call]
+    if len(config["mean"]) != size[0]:  # a network for other channels than those it was published for
+        config |= {key: (sum(config[key]) / len(config[key]),) * size[0] for key in ("mean", "std")}
+    return config
+
+
+def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batch]:
+    section = recipe.data
+    training = split == section.train_split
+    try:
+        return create_dataset(  # type: ignore[no-any-return]
+            section.name, root=str(section.root) if section.root else None, split=split, is_training=training,
+            download=section.download, batch_size=section.batch_size, seed=recipe.seed,
+            input_img_mode="L" if config["input_size"][0] == 1 else "RGB",
+        )  # fmt: skip
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise TrainingError(
+            f"data.name {section.name!r} at data.root {str(section.root)!r} has no split {split!r} that can be read: "
+            f"{reason}. Give a folder with {section.train_split!r} and {section.val_split!r} in it, each with a "
+            "subfolder per class, or a dataset name of timm's."
+        ) from error
+
+
+class _Seeded(Dataset[Batch]):
+    """A dataset whose random transforms depend on seed, epoch and index: not on the process that computes them."""
+
+    def __init__(self, dataset: Dataset[Batch], seed: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+
+    @property
+    def transform(self) -> Callable[..., Any]:
+        """timm sets it."""
+        return self.dataset.transform  # type: ignore[attr-defined, no-any-return]
+
+    @transform.setter
+    def transform(self, transform: Callable[..., Any]) -> None:
+        self.dataset.transform = transform  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Batch:
+        with seeded(self.seed, self.epoch, index):
+            return self.dataset[index]
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """All global random generators of the CPU start from these numbers, and are afterwards where they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - transforms draw from it
+    seed_all(*numbers)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+def seed_all(*numbers: int) -> None:
+    """Start all global random generators, the device's too, from some numbers."""
+    seed = zlib.crc32(repr(numbers).encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - mixup draws from it
+    torch.manual_seed(seed)
+
+
+def first_images(data: Data, count: int, device: torch.device) -> list[Tensor]:
+    """Training images of epoch 0, in batches: what statistics are measured on."""
+    taken: list[Tensor] = []
+    for images, _ in data.train(0, 0):
+        taken.append(images.to(device))
+        if sum(map(len, taken)) >= count:
+            break
+    return taken
