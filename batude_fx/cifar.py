@@ -135,7 +135,7 @@ def _initialize_(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-default_cfgs = generate_default_cfgs({  # type: ignore[no-untyped-call]
+default_cfgs = generate_default_cfgs({
     "resnet20_cifar.untrained": _CONFIG,
     "resnet56_cifar.untrained": _CONFIG,
     "vgg16_bn_cifar.untrained": _CONFIG | {"pool_size": (1, 1), "first_conv": "features.0"},

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Self, TypeVar
 
 ItemT = TypeVar("ItemT")
@@ -57,6 +56,6 @@ class Bar:
         self._progress.start()
         return self
 
-    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         """Take it away."""
         self._progress.stop()

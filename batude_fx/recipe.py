@@ -91,9 +91,9 @@ def _known(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
 
 
 def _optimizers() -> Iterable[str]:
-    from timm.optim import list_optimizers
+    from timm.optim._optim_factory import list_optimizers
 
-    return list_optimizers()
+    return map(str, list_optimizers())
 
 
 def _schedulers() -> Iterable[str]:
@@ -189,7 +189,7 @@ class Training(_Section):
     lr: PositiveFloat = 0.05
     """Peak learning rate."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum, or the first beta."""
+    """Of the optimizers that have it."""
     weight_decay: NonNegativeFloat = 1e-4
     """Not applied to biases and normalization."""
     scheduler: Annotated[str, _known("scheduler", _schedulers)] = "cosine"
@@ -354,7 +354,7 @@ class _Document:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}:1: no YAML text: {str(error).splitlines()[0]}.") from None
         if not isinstance(root, yaml.MappingNode):
-            found = "the file is empty" if root is None else f"a {root.id} was found"
+            found = "the file is empty" if root is None else "no sections were found"
             raise RecipeError(f"{path}:1: {found}; expected the sections {', '.join(Recipe.model_fields)}.")
         document.value = document._plain(root, ())
         return document
@@ -368,7 +368,8 @@ class _Document:
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, (*key, index)) for index, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return yaml.safe_load(node.value) if node.style is None else node.value
+            plain = isinstance(node, yaml.ScalarNode) and node.style is None
+            return yaml.safe_load(node.value) if plain else node.value
         values: dict[str, Any] = {}
         for name, item in node.value:
             inner = (*key, str(name.value))
@@ -455,6 +456,6 @@ class _NoAliases(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - yaml's own
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases (*name) are refused; write the value again", problem_mark=mark)
         return super().compose_node(parent, index)

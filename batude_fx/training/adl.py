@@ -130,6 +130,11 @@ class Lagrangian:
         self._retarget()
         return self.residuals()
 
+    def forget_duals_(self) -> None:
+        """Set u to zero: the next projection is of the weights themselves."""
+        self.u = {name: torch.zeros_like(u) for name, u in self.u.items()}
+        self._retarget()
+
     def residuals(self) -> Residuals:
         """How far W and z are from each other, and z from where it was before the last projection."""
         size = _norm(one.weight.detach() for one in self.constraints.values())
@@ -179,7 +184,7 @@ class Lagrangian:
         if spectrum is not None:
             loss = spectrum.loss()
             losses.copy_(torch.from_numpy(np.concatenate([loss.out, loss.in_])))
-        out, in_ = _from_owner(losses, index).cpu().split(lengths)
+        out, in_ = torch.split(_from_owner(losses, index).cpu(), lengths)
         return one.options.judged(SiteLoss(one.importance * out.numpy(), one.importance * in_.numpy()))
 
     def _ranks(self, name: str, row: int) -> Ranks | None:

@@ -56,11 +56,11 @@ def image_data(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Da
     """
     section, config = recipe.data, _config(model)
     train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
-    share = section.batch_size // section.accumulate
-    if share % accelerator.num_processes or section.batch_size % section.accumulate:
+    share, parts = section.batch_size // section.accumulate, section.accumulate * accelerator.num_processes
+    if section.batch_size % parts:
         raise TrainingError(
             f"data.batch_size {section.batch_size} cannot be split into {section.accumulate} parts for "
-            f"{accelerator.num_processes} processes; use a multiple of {section.accumulate * accelerator.num_processes}."
+            f"{accelerator.num_processes} processes; use a multiple of {parts}."
         )
     if not isinstance(train.dataset, IterableDataset) and len(train) < share:
         raise TrainingError(

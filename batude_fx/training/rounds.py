@@ -1,0 +1,79 @@
+"""The outer iteration of BC-ADL: when to project, under which budget, in which metric, with which rho."""
+
+import math
+
+import torch
+from torch import nn
+
+from batude_fx.measuring import statistics
+from batude_fx.recipe import OneShot
+from batude_fx.spectra import Metric
+from batude_fx.training.adl import Lagrangian, Residuals
+from batude_fx.training.data import first_images
+from batude_fx.training.problem import Problem
+from batude_fx.training.session import Session
+
+_BATCH = 32  # images that are measured together; bounds the memory
+
+
+class Rounds:
+    """The rounds of one run.
+
+    Args:
+        session: The run.
+        settings: The recipe's `one_shot`.
+        problem: The sites, and the budget.
+        model: Whose weights are split.
+
+    Attributes:
+        split: The weights' twins and duals.
+        interval: Steps of a round.
+        count: Number of rounds.
+    """
+
+    def __init__(self, session: Session, settings: OneShot, problem: Problem, model: nn.Module) -> None:
+        self.session, self.settings, self.problem, self.model = session, settings, problem, model
+        self.steps = settings.epochs.steps(session.per_epoch)
+        self.interval = max(1, settings.interval.steps(session.per_epoch, self.steps))
+        self.count = max(1, math.ceil(self.steps / self.interval))
+        self.split = Lagrangian(problem.constraints(model), rho=settings.rho[0], soft=settings.threshold == "soft")
+
+    def begin(self, step: int) -> None:
+        """Before the first step of a round: find its ranks, move z and u, set rho."""
+        index = step // self.interval
+        self._project(index)
+        low, high = self.settings.rho
+        residuals = self.split.update_duals_() if index else self.split.residuals()
+        self.split.rescale_(low * (high / low) ** (index / max(1, self.count - 1)))
+        self._note(step, index, residuals)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """After the last step: decide the ranks for good, and give the weights exactly these ranks."""
+        self.split.forget_duals_()
+        self._project(self.count)
+        self._note(self.steps, self.count, self.split.residuals())
+        for name, one in self.split.constraints.items():
+            one.weight.copy_(self.split.z[name])
+
+    def _project(self, index: int) -> None:
+        annealed = max(1.0, self.settings.anneal * self.count)
+        self.split.project_(self.problem.limit(min(1.0, (index + 1) / annealed)), self._metrics())
+
+    def _metrics(self) -> dict[str, Metric]:
+        """Which errors matter now, on training images; empty where the weights alone are judged."""
+        count = self.settings.calibration_images
+        if not count:
+            return {}
+        batches = first_images(self.session.data, count, self.session.accelerator.device)
+        parts = (part for batch in batches for part in torch.split(batch, _BATCH))
+        return statistics(self.model, list(self.problem.sites.values()), ((part,) for part in parts))
+
+    def _note(self, step: int, index: int, residuals: Residuals) -> None:
+        flops = self.problem.total_flops(self.split.flops)
+        record = {
+            "phase": "one_shot", "step": step, "round": index, "primal": residuals.primal, "dual": residuals.dual,
+            "rho": self.split.rho, "flops": flops, "keep": flops / self.problem.dense[0],
+        }  # fmt: skip
+        self.session.note(record)
+        self.session.rounds.append({**record, "ranks": self.split.state_dict()["ranks"]})
