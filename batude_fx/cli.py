@@ -1,16 +1,13 @@
 """The command line: arguments to one call, and its result as a table or as JSON. No logic of its own."""
 
-import json
 import math
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,13 +15,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import batude_fx
-from batude_fx import images, report
+from batude_fx import cli_recipes, images, report
 from batude_fx.budget import Budget
 from batude_fx.errors import BatudeError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.progress import track
 from batude_fx.saved_config import read_config
 from batude_fx.serialization import check_folder
+from batude_fx.terminal import one_line_errors, say, show
 from batude_fx.zoo import example_inputs
 
 app = typer.Typer(
@@ -35,8 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ParamsT = ParamSpec("ParamsT")
-ResultT = TypeVar("ResultT")
+app.add_typer(cli_recipes.recipes, name="recipes")
+app.command()(cli_recipes.train)
 
 
 class Layers(StrEnum):
@@ -64,35 +62,8 @@ Calibration = Annotated[
 Count = Annotated[int, typer.Option(help="How many images of the folder to use, spread over it.", min=1)]
 
 
-def _one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
-    """A user's mistake ends in one line and exit code 1, not in a traceback."""
-
-    @wraps(command)
-    def run(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _one_line_warning  # type: ignore[assignment]
-                return command(*args, **kwargs)
-        except BatudeError as error:
-            _say(f"error: {error}", "red")
-            raise typer.Exit(1) from None
-
-    return run
-
-
-def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    if issubclass(category, UserWarning):
-        _say(f"warning: {message}", "yellow")
-
-
-def _say(text: str, colour: str) -> None:
-    line = " ".join(text.split())
-    console = Console(stderr=True, soft_wrap=True, emoji=False)
-    console.print(line, style=colour, markup=False, highlight=False)
-
-
 @app.command()
-@_one_line_errors
+@one_line_errors
 def discover(
     model: Model, layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None,
     as_json: AsJson = False,
@@ -103,11 +74,11 @@ def discover(
     """
     network = _network(model, "cpu", pretrained=False)
     sites = batude_fx.discover(network, layers=layers.value, include=include or (), exclude=exclude or ())
-    _show(report.sites_table(sites, model), [asdict(site) for site in sites], as_json)
+    show(report.sites_table(sites, model), [asdict(site) for site in sites], as_json)
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def plan(
     model: Model, budget: BudgetOption = None, params: Params = None, calibration: Calibration = "synthetic",
     images: Count = 256, layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None,
@@ -123,11 +94,11 @@ def plan(
         network, limits, calibration=_calibration(network, calibration, images),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
-    _show(report.plan_table(decided), _plan_facts(decided), as_json)
+    show(report.plan_table(decided), _plan_facts(decided), as_json)
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def compress(
     model: Model, output: Annotated[Path, typer.Option(help="Folder to write.")], budget: BudgetOption = None,
     params: Params = None, calibration: Calibration = "synthetic", images: Count = 256,
@@ -146,14 +117,14 @@ def compress(
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     batude_fx.save(decided.apply(network), output)
-    _show(report.plan_table(decided), {**_plan_facts(decided), "output": str(output)}, as_json)
+    show(report.plan_table(decided), {**_plan_facts(decided), "output": str(output)}, as_json)
     if not as_json:
         written = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
         Console().print(f"saved to {output}: {report.human(written)}B", markup=False, highlight=False)
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")], as_json: AsJson = False) -> None:
     """Say what a saved folder holds: base network, ranks, flops, parameters, bytes.
 
@@ -165,11 +136,11 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
     if config.model_args.library is not None:
         network = batude_fx.load(folder)
         facts["flops"] = count_flops(network, example_inputs(network))
-    _show(report.saved_table(folder, facts), facts, as_json)
+    show(report.saved_table(folder, facts), facts, as_json)
 
 
 @app.command()
-@_one_line_errors
+@one_line_errors
 def evaluate(
     model: Model, data: Annotated[Path, typer.Option(help="Folder of images; class subfolders give accuracy.")],
     against: Annotated[str | None, typer.Option(help="Another MODEL, to report agreement with.")] = None,
@@ -188,7 +159,7 @@ def evaluate(
         reason = f"{data} has {folders} class folders, {model} has {logits.shape[1]} classes, so there is no accuracy"
         if against is None:
             raise UnsupportedError(f"{reason}; give one folder per class in their order, or --against MODEL.")
-        _say(f"warning: {reason}.", "yellow")
+        say(f"warning: {reason}.", "yellow")
     elif labels is not None:
         hits = logits.topk(min(5, logits.shape[1])).indices == torch.tensor(labels)[:, None]
         facts |= {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
@@ -201,7 +172,7 @@ def evaluate(
         facts["agreement"] = (logits.argmax(1) == other.argmax(1)).float().mean().item()
     if len(facts) == 1:
         raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
-    _show(report.facts_table(model, [(key, f"{value:.4g}") for key, value in facts.items()]), facts, as_json)
+    show(report.facts_table(model, [(key, f"{value:.4g}") for key, value in facts.items()]), facts, as_json)
 
 
 def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
@@ -242,11 +213,3 @@ def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:
         "ranks": {name: asdict(ranks) for name, ranks in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason},
     }  # fmt: skip
-
-
-def _show(table: Any, facts: Any, as_json: bool) -> None:  # noqa: ANN401, FBT001
-    if as_json:
-        json.dump(facts, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    else:
-        Console().print(table)

@@ -24,6 +24,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -144,14 +145,19 @@ class DataSection(_Section):
     """Name of the split that accuracy is measured on."""
     download: bool = False
     """Fetch the dataset where it is missing."""
+    image_size: PositiveInt | None = None
+    """Side of the images in pixels, on which flops are counted too; by default what the network was published for."""
     batch_size: PositiveInt = 128
     """Images per optimizer step, over all processes together."""
     accumulate: PositiveInt = 1
     """Parts that a batch is computed in, one after the other."""
     workers: NonNegativeInt = 2
     """Processes that load images."""
+    pad: PositiveInt | None = None
+    """Pixels of black around images that have the network's size already, which are then cropped at random as they
+    are, without the next two."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    """Area of a random crop, as a share of the image."""
+    """Area of a random crop, as a share of the image; it is resized to `image_size`."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
     """Aspect of a random crop."""
     hflip: float = Field(default=0.5, ge=0, le=1)
@@ -285,6 +291,7 @@ class Recipe(_Section):
     """How often to look."""
     seed: NonNegativeInt = 0
     """Of everything that is random."""
+    _document: "_Document | None" = PrivateAttr(default=None)
 
     @classmethod
     def from_yaml(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -302,9 +309,22 @@ class Recipe(_Section):
         for override in overrides:
             document.override(override)
         try:
-            return cls.model_validate(document.value)
+            recipe = cls.model_validate(document.value)
         except ValidationError as error:
             raise document.error(error) from None
+        recipe._document = document  # noqa: SLF001 - its own
+        return recipe
+
+    def problem(self, key: str, text: str) -> RecipeError:
+        """What turns out to be wrong with a setting when it is used, with the line that it stands on.
+
+        Args:
+            key: Such as "model.name".
+            text: What is wrong, and what was expected.
+        """
+        if self._document is None:
+            return RecipeError(f"recipe: {key}: {text}")
+        return self._document.problem(tuple(key.split(".")), text)
 
     def to_yaml(self) -> str:
         """The resolved recipe, defaults included."""

@@ -1,11 +1,11 @@
 """Numbers and tables for people: the only place that formats them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,6 +14,9 @@ from batude_fx.sites import ConvSite, Ranks
 
 if TYPE_CHECKING:
     from batude_fx.compression import Plan
+    from batude_fx.recipe import Recipe
+    from batude_fx.training.loop import Result
+    from batude_fx.training.preview import Preview
 
 _WIDTH = 120
 _SITE_WIDTH = 22
@@ -83,6 +86,53 @@ def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     table = Table(title=escape(title), show_header=False, box=SIMPLE_HEAD)
     for name, value in rows:
         table.add_row(escape(name), escape(value))
+    return table
+
+
+def recipes_table(recipes: Mapping[str, "Recipe"]) -> Table:
+    """Names of recipes, and what they do."""
+    table = Table("recipe", "network", "budget", "images", "epochs", box=SIMPLE_HEAD)
+    for name, one in recipes.items():
+        phases = (one.pretrain, one.one_shot, one.finalize)
+        epochs = " + ".join(str(phase.epochs).removesuffix(" epochs") for phase in phases if phase)
+        images = one.data.name or "a folder"
+        table.add_row(*map(escape, (name, one.model.name, str(one.budget), images, epochs)))
+    table.caption = "batude-fx recipes show NAME prints one, batude-fx train NAME --dry-run says what it would do."
+    return table
+
+
+def schedule_table(recipe: "Recipe", ahead: "Preview") -> Group:
+    """The phases of a recipe and the rounds of its one-shot training."""
+    phases = Table("phase", "length", "optimizer", "lr", "schedule", "distillation", title="schedule", **_STYLE)
+    for name in ("pretrain", "one_shot", "finalize"):
+        one = getattr(recipe, name)
+        if one:
+            taught = f"{one.distillation.weight:g}, T = {one.distillation.temperature:g}" if one.distillation else "-"
+            warm = f", warm-up {one.warmup}" if one.warmup.amount else ""
+            phases.add_row(name, str(one.epochs), one.optimizer, f"{one.lr:g}", f"{one.scheduler}{warm}", taught)
+    rounds = Table("round", "from epoch", "flops that remain", "rho", title="rounds of one_shot", **_STYLE)
+    for index, (epoch, keep, rho) in enumerate(ahead.rounds):
+        rounds.add_row(str(index), f"{epoch:g}", percent(keep, 1), f"{rho:.2g}")
+    rounds.caption = (
+        f"fvcore counts {human(ahead.flops)}FLOPs of {human(ahead.plan.dense_flops)}FLOPs, "
+        f"{ahead.plan.dense_flops / ahead.flops:.3f} times fewer. The plan's ranks are those of fresh weights: they "
+        "show that the budget can be met, training finds others. Nothing was trained."
+    )
+    return Group(phases, rounds)
+
+
+def result_table(folder: str, result: "Result") -> Table:
+    """What a run gave, before and after."""
+    table = Table("", "original", "compressed", "", title=escape(folder), **_STYLE)
+    table.add_row("accuracy", f"{result.original_accuracy:.2%}", f"{result.accuracy:.2%}", "")
+    for name, before, after in (
+        ("flops", result.dense_flops, result.flops), ("parameters", result.dense_params, result.params)
+    ):  # fmt: skip
+        table.add_row(name, human(before).strip(), human(after).strip(), f"{percent(after, before)} remain")
+    table.caption = (
+        f"{len(result.ranks)} sites in Tucker form after {len(result.rounds)} rounds. In the folder: model/ for "
+        "batude_fx.load, ranks.png, report.json, log.jsonl, recipe.yaml, original.safetensors."
+    )
     return table
 
 

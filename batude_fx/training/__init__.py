@@ -25,8 +25,7 @@ def run(
         The compressed network, its accuracy and flops, and how its ranks came about.
 
     Raises:
-        BudgetError: The budget is out of reach.
-        RecipeError: The recipe asks for a model that does not exist.
+        RecipeError: The recipe asks for a model that does not exist, or its budget is out of reach.
         TrainingError: There are no images, nothing to go on from, or the loss is not finite.
     """
     from batude_fx.training.loop import train

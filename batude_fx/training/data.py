@@ -19,10 +19,10 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms import Compose, RandomCrop
 
 from batude_fx.errors import TrainingError
 from batude_fx.recipe import Recipe
-from batude_fx.zoo import example_inputs
 
 Batch = tuple[Tensor, Tensor]
 """Images (n, C, H, W) and classes (n,), the share of one process."""
@@ -43,18 +43,19 @@ class Data:
     batches: int
 
 
-def image_data(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Data:
+def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], accelerator: Accelerator) -> Data:
     """What the recipe's `data` section asks for.
 
     Args:
         recipe: The recipe.
-        model: Says what size the images have and how they are normalized.
+        model: Says how images are normalized.
+        size: Of an image, (C, H, W).
         accelerator: Deals the batches out.
 
     Raises:
         TrainingError: When there is no such dataset, or it has too few images for a batch.
     """
-    section, config = recipe.data, _config(model)
+    section, config = recipe.data, _config(model, size)
     train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
     share, parts = section.batch_size // section.accumulate, section.accumulate * accelerator.num_processes
     if section.batch_size % parts:
@@ -68,8 +69,9 @@ def image_data(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Da
             "use a smaller data.batch_size."
         )
     augmentation: dict[str, Any] = {
-        "scale": section.scale, "ratio": section.ratio, "hflip": section.hflip, "color_jitter": section.color_jitter,
-        "auto_augment": section.auto_augment, "re_prob": section.erase, "re_mode": "pixel",
+        "scale": (1.0, 1.0) if section.pad else section.scale, "ratio": (1.0, 1.0) if section.pad else section.ratio,
+        "hflip": section.hflip, "color_jitter": section.color_jitter, "auto_augment": section.auto_augment,
+        "re_prob": section.erase, "re_mode": "pixel",
     }  # fmt: skip
     common: dict[str, Any] = {
         **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
@@ -78,6 +80,8 @@ def image_data(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Da
     }  # fmt: skip
     source = train.dataset if isinstance(train.dataset, IterableDataset) else train
     loader = create_loader(cast("Any", source), batch_size=share, is_training=True, **augmentation, **common)
+    if section.pad:
+        train.transform = Compose([RandomCrop(size[1:], padding=section.pad), train.transform])
     held_out = _dataset(recipe, section.val_split, config)
     evaluation = create_loader(cast("Any", held_out), batch_size=recipe.eval.batch_size, is_training=False, **common)
     prepared: Any = accelerator.prepare_data_loader(loader)
@@ -91,9 +95,7 @@ def image_data(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> Da
     return Data(train=batches, evaluation=lambda: iter(shown), batches=len(prepared))
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    (image,) = example_inputs(model)
-    size = tuple(cast("Tensor", image).shape[1:])
+def _config(model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
     config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)  # type: ignore[no-untyped-call]
     if len(config["mean"]) != size[0]:  # a network for other channels than those it was published for
         config |= {key: (sum(config[key]) / len(config[key]),) * size[0] for key in ("mean", "std")}

@@ -61,11 +61,11 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     """See `batude_fx.run`."""
     session = Session(recipe, None if folder is None else Path(folder), resume=resume)
     with session.accelerator.main_process_first():  # one process fetches what the others find in the cache
-        model = dense_network(recipe.model)
+        model = dense_network(recipe)
     problem = Problem.of(model, recipe)  # a budget out of reach is said before anything is trained
     session.classes = problem.classes
     model.to(session.accelerator.device)
-    session.data = data or image_data(recipe, model, session.accelerator)
+    session.data = data or image_data(recipe, model, problem.inputs[0].shape[1:], session.accelerator)
 
     if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)
@@ -94,5 +94,5 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
         params=sum(parameter.numel() for parameter in small.parameters()), dense_params=problem.dense[1],
         ranks=ranks, rounds=session.rounds,
     )  # fmt: skip
-    session.finish(small, result.facts())
+    session.finish(small, result.facts(), problem.sites)
     return result

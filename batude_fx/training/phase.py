@@ -46,8 +46,7 @@ def run_phase(
     start = session.restored(phase, trainer.parts)
     with Bar(phase, steps, start, shown=session.accelerator.is_main_process) as bar:
         for step, batches in _steps(session, phase, start, steps):
-            if rounds and step % rounds.interval == 0:
-                rounds.begin(step)
+            if rounds and rounds.begin_if_due(step):
                 bar.line(training_line(session.log[-1]))
             loss = trainer.step(step, batches)
             bar.advance()
@@ -58,7 +57,7 @@ def run_phase(
             if session.is_due(session.recipe.eval.checkpoint, done) and done < steps:
                 session.write(phase, done, trainer.parts)
         if rounds:
-            rounds.end()
+            rounds.end(steps)
             bar.line(training_line(session.log[-1]))
     if trainer.average:
         model.load_state_dict(trainer.average.module.state_dict())

@@ -5,32 +5,46 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batude_fx.allocation import Integers, Options
 from batude_fx.borrowing import borrowed
 from batude_fx.capacity import capacity, choices
 from batude_fx.discovery import discover
-from batude_fx.errors import TrainingError
+from batude_fx.errors import BudgetError, SavedModelError, TrainingError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.plugin import create
-from batude_fx.recipe import ModelSection, Recipe
+from batude_fx.recipe import Recipe
 from batude_fx.serialization import load_weights_, read_weights
 from batude_fx.sites import ConvSite
 from batude_fx.training.adl import Constraint
 from batude_fx.zoo import example_inputs
 
 
-def dense_network(section: ModelSection, *, weights: bool = True) -> nn.Module:
+def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
     """The network that a recipe starts from.
 
     Args:
-        section: The recipe's `model`.
+        recipe: Its `model` section says which.
         weights: Whether to fetch or read its weights.
+
+    Raises:
+        RecipeError: There is no such network, or its weights do not fit.
     """
-    model = create(section.name, pretrained=section.pretrained and weights, **section.args)
+    section = recipe.model
+    try:
+        model = create(section.name, pretrained=section.pretrained and weights, **section.args)
+    except UnsupportedError as error:
+        raise recipe.problem("model.name", str(error)) from None
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise recipe.problem("model", f"{section.name} cannot be built: {reason}") from error
     if section.checkpoint and weights:
-        load_weights_(model, read_weights(section.checkpoint))
+        try:
+            load_weights_(model, read_weights(section.checkpoint))
+        except SavedModelError as error:
+            raise recipe.problem("model.checkpoint", str(error)) from None
     return model.to(memory_format=torch.channels_last) if section.channels_last else model
 
 
@@ -47,7 +61,7 @@ class Problem:
         most: (2,) flops and parameters that all sites together may need.
     """
 
-    inputs: tuple[object, ...]
+    inputs: tuple[Tensor]
     sites: Mapping[str, ConvSite]
     options: Mapping[str, Options]
     dense: tuple[int, int]
@@ -59,15 +73,18 @@ class Problem:
         """The problem of a recipe.
 
         Raises:
-            BudgetError: The budget is out of reach.
+            RecipeError: The budget is out of reach.
             TrainingError: The network is no classifier.
         """
-        wanted, inputs = recipe.one_shot, example_inputs(model)
+        wanted, inputs = recipe.one_shot, _inputs(model, recipe.data.image_size)
         found = discover(model, inputs, layers=wanted.layers, include=wanted.include, exclude=wanted.exclude)
         sites = {site.name: site for site in found if site.skip_reason is None}
         options = choices(sites, wanted.round_to, {}, adds_bias=False)
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
-        most, _ = capacity(options.values(), recipe.budget, dense, wanted.round_to)
+        try:
+            most, _ = capacity(options.values(), recipe.budget, dense, wanted.round_to)
+        except BudgetError as error:
+            raise recipe.problem("budget", str(error)) from None
         return cls(inputs, sites, options, dense, _classes(model, inputs), most)
 
     def constraints(self, model: nn.Module) -> dict[str, Constraint]:
@@ -90,8 +107,16 @@ class Problem:
         return total
 
 
+def _inputs(model: nn.Module, side: int | None) -> tuple[Tensor]:
+    """One image (1, C, H, W)."""
+    image, *_ = example_inputs(model)
+    if not isinstance(image, Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
+        raise TrainingError(f"{type(model).__name__} takes no batch of images; recipes train image classifiers.")
+    return (F.interpolate(image, (side, side)) if side else image,)
+
+
 @torch.no_grad()
-def _classes(model: nn.Module, inputs: tuple[object, ...]) -> int:
+def _classes(model: nn.Module, inputs: tuple[Tensor]) -> int:
     with borrowed(model):
         outputs = model(*inputs)
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:  # noqa: PLR2004 - (n, classes)

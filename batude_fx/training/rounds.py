@@ -16,6 +16,24 @@ from batude_fx.training.session import Session
 _BATCH = 32  # images that are measured together; bounds the memory
 
 
+def schedule(settings: OneShot, per_epoch: int) -> list[tuple[int, float, float]]:
+    """Of every round: its first step, the share of the way from the dense network to the budget, and rho.
+
+    Args:
+        settings: The recipe's `one_shot`.
+        per_epoch: Steps of an epoch.
+    """
+    steps = settings.epochs.steps(per_epoch)
+    interval = max(1, settings.interval.steps(per_epoch, steps))
+    count = max(1, math.ceil(steps / interval))
+    annealed = max(1.0, settings.anneal * count)
+    low, high = settings.rho
+    return [
+        (index * interval, min(1.0, (index + 1) / annealed), low * (high / low) ** (index / max(1, count - 1)))
+        for index in range(count)
+    ]
+
+
 class Rounds:
     """The rounds of one run.
 
@@ -27,38 +45,37 @@ class Rounds:
 
     Attributes:
         split: The weights' twins and duals.
-        interval: Steps of a round.
-        count: Number of rounds.
+        schedule: First step, share of the way to the budget, and rho, of every round.
     """
 
     def __init__(self, session: Session, settings: OneShot, problem: Problem, model: nn.Module) -> None:
         self.session, self.settings, self.problem, self.model = session, settings, problem, model
-        self.steps = settings.epochs.steps(session.per_epoch)
-        self.interval = max(1, settings.interval.steps(session.per_epoch, self.steps))
-        self.count = max(1, math.ceil(self.steps / self.interval))
+        self.schedule = schedule(settings, session.per_epoch)
         self.split = Lagrangian(problem.constraints(model), rho=settings.rho[0], soft=settings.threshold == "soft")
 
-    def begin(self, step: int) -> None:
-        """Before the first step of a round: find its ranks, move z and u, set rho."""
-        index = step // self.interval
-        self._project(index)
-        low, high = self.settings.rho
+    def begin_if_due(self, step: int) -> bool:
+        """At the first step of a round: find its ranks, move z and u, set rho. Whether it was one."""
+        index = next((index for index, (first, _, _) in enumerate(self.schedule) if first == step), None)
+        if index is None:
+            return False
+        _, share, rho = self.schedule[index]
+        self._project(share)
         residuals = self.split.update_duals_() if index else self.split.residuals()
-        self.split.rescale_(low * (high / low) ** (index / max(1, self.count - 1)))
+        self.split.rescale_(rho)
         self._note(step, index, residuals)
+        return True
 
     @torch.no_grad()
-    def end(self) -> None:
+    def end(self, step: int) -> None:
         """After the last step: decide the ranks for good, and give the weights exactly these ranks."""
         self.split.forget_duals_()
-        self._project(self.count)
-        self._note(self.steps, self.count, self.split.residuals())
+        self._project(1.0)
+        self._note(step, len(self.schedule), self.split.residuals())
         for name, one in self.split.constraints.items():
             one.weight.copy_(self.split.z[name])
 
-    def _project(self, index: int) -> None:
-        annealed = max(1.0, self.settings.anneal * self.count)
-        self.split.project_(self.problem.limit(min(1.0, (index + 1) / annealed)), self._metrics())
+    def _project(self, share: float) -> None:
+        self.split.project_(self.problem.limit(share), self._metrics())
 
     def _metrics(self) -> dict[str, Metric]:
         """Which errors matter now, on training images; empty where the weights alone are judged."""

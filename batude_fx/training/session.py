@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from batude_fx.errors import TrainingError
 from batude_fx.recipe import Duration, Recipe
 from batude_fx.serialization import load_weights_, read_weights, save
+from batude_fx.sites import ConvSite
 from batude_fx.training import checkpoint
 from batude_fx.training.data import Data
+from batude_fx.training.picture import rank_picture
 
-CHECKPOINT, ORIGINAL, RECIPE, LOG, REPORT, MODEL = (
-    "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "report.json", "model",
+CHECKPOINT, ORIGINAL, RECIPE, LOG, REPORT, PICTURE, MODEL = (
+    "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "report.json", "ranks.png", "model",
 )  # fmt: skip
 PHASES = ("pretrain", "one_shot", "finalize")
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")
@@ -153,13 +155,14 @@ class Session:
             part.load_state_dict(self.resumed["parts"][name])
         return int(self.resumed["step"])
 
-    def finish(self, model: nn.Module, facts: dict[str, Any]) -> None:
-        """Save the network and the report, and drop the checkpoint."""
+    def finish(self, model: nn.Module, facts: dict[str, Any], sites: Mapping[str, ConvSite]) -> None:
+        """Save the network, the picture and the report, and drop the checkpoint."""
         self.accelerator.end_training()
         if not self._writes:
             return
         folder = cast("Path", self.folder)
         save(model, folder / MODEL)
+        rank_picture(folder / PICTURE, sites, self.rounds)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(), "python": sys.version.split()[0],

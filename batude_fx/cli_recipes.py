@@ -1,0 +1,132 @@
+"""The commands about recipes: list, show, validate and explain them, and train by one. No logic of their own."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from batude_fx import report
+from batude_fx.errors import BatudeError, RecipeError
+from batude_fx.recipe import Recipe, find, shipped
+from batude_fx.terminal import one_line_errors, say, show
+
+recipes = typer.Typer(help="Recipes of one-shot training: YAML files of names and numbers.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+Name = Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")]
+Model = Annotated[
+    str | None, typer.Option(help="Another network than the recipe's; the same as --set model.name=NAME.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeat for several.")]
+
+
+@recipes.command("list")
+@one_line_errors
+def list_recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with the package.
+
+    Example: batude-fx recipes list
+    """
+    read = {name: Recipe.from_yaml(path) for name, path in shipped().items()}
+    facts = {name: {"model": one.model.name, "budget": str(one.budget)} for name, one in read.items()}
+    show(report.recipes_table(read), facts, as_json)
+
+
+@recipes.command("show")
+@one_line_errors
+def show_recipe(recipe: Name, settings: Set = None, *, resolved: Annotated[bool, typer.Option(
+    "--resolved", help="Every setting, the defaults too, in place of the file as it is written.")] = False,
+) -> None:  # fmt: skip
+    """Print a recipe: the file with its comments, or all settings as they would be used.
+
+    Example: batude-fx recipes show digits-demo --resolved
+    """
+    if resolved or settings:
+        sys.stdout.write(Recipe.from_yaml(recipe, settings or ()).to_yaml())
+    else:
+        sys.stdout.write(find(recipe).read_text(encoding="utf-8"))
+
+
+@recipes.command()
+@one_line_errors
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Names of shipped recipes, or YAML files.")],
+) -> None:
+    """Check recipes: names, types, values, that the model exists and that its budget is within reach.
+
+    Each problem is one line with file, line, key and what was expected. Exit code 1 when there is one.
+
+    Example: batude-fx recipes validate recipes/*.yaml
+    """
+    from batude_fx.training.problem import Problem, dense_network
+
+    broken = 0
+    for name in files:
+        try:
+            recipe = Recipe.from_yaml(name)
+            Problem.of(dense_network(recipe, weights=False), recipe)
+        except BatudeError as error:
+            broken += 1
+            say(str(error), "red")
+        else:
+            Console().print(f"{name}: valid", markup=False, highlight=False)
+    if broken:
+        raise typer.Exit(1)
+
+
+@recipes.command()
+@one_line_errors
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors that complete and check YAML.
+
+    Example: batude-fx recipes schema > recipe.schema.json
+    """
+    json.dump(Recipe.model_json_schema(), sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+@one_line_errors
+def train(
+    recipe: Name, model: Model = None, settings: Set = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE.")] = None, *,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and train nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Train a network by a recipe: ranks learned under the budget, decomposition, training in Tucker form.
+
+    The folder gets the resolved recipe, checkpoints, a log, TensorBoard events, a picture of the ranks, a report and
+    the compressed network. On several GPUs or machines: accelerate launch -m batude_fx train RECIPE
+
+    Example: batude-fx train any-timm-model --model resnet34 --set data.root=photos --set one_shot.epochs=5
+    """
+    read = Recipe.from_yaml(recipe, [*(settings or ()), *([f"model.name={model}"] if model else ())])
+    if dry_run:
+        from batude_fx.training.preview import preview
+
+        ahead = preview(read)
+        if not as_json:
+            sys.stdout.write(read.to_yaml())
+            Console().print(report.plan_table(ahead.plan), report.schedule_table(read, ahead))
+        else:
+            show(None, ahead.facts(), as_json)
+        return
+    _needs_accelerate()
+    from batude_fx.training import run
+
+    folder = output or Path("runs") / Path(recipe).stem
+    result = run(read, folder, resume=resume)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        show(report.result_table(str(folder), result), {**result.facts(), "folder": str(folder)}, as_json)
+
+
+def _needs_accelerate() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("accelerate") is None:
+        raise RecipeError("training needs the extra packages of batude-fx[train]: pip install 'batude-fx[train]'.")

@@ -1,0 +1,52 @@
+"""What a recipe would do, without data, weights or training: its network, whether the budget holds, its schedule."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from batude_fx.compression import Plan, plan
+from batude_fx.flops import count_flops
+from batude_fx.recipe import Recipe
+from batude_fx.training.problem import Problem, dense_network
+from batude_fx.training.rounds import schedule
+
+_STEPS = 1000  # of an epoch, whose true length needs the data; only its parts are shown
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What lies ahead.
+
+    Attributes:
+        plan: Ranks for weights as they are initialized: they show that the budget can be met, training finds others.
+        flops: Of the network at these ranks, counted by fvcore.
+        rounds: Epoch, share of the flops that remains, and rho, of every round of BC-ADL.
+    """
+
+    plan: Plan = field(repr=False)
+    flops: int
+    rounds: list[tuple[float, float, float]]
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.plan.model_name, "dense_flops": self.plan.dense_flops, "flops": self.flops,
+            "factor": self.plan.dense_flops / self.flops, "sites": len(self.plan.sites), "rounds": self.rounds,
+        }  # fmt: skip
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Build a recipe's network with fresh weights, plan its budget and count the result.
+
+    Raises:
+        RecipeError: There is no such network, or its budget is out of reach.
+    """
+    model = dense_network(recipe, weights=False)
+    problem, wanted = Problem.of(model, recipe), recipe.one_shot
+    decided = plan(
+        model, recipe.budget, example_inputs=problem.inputs, calibration=None, layers=wanted.layers,
+        include=wanted.include, exclude=wanted.exclude, round_to=wanted.round_to,
+    )  # fmt: skip
+    flops = count_flops(decided.apply(model), problem.inputs)
+    keep = flops / problem.dense[0]
+    rounds = [(first / _STEPS, 1 - share * (1 - keep), rho) for first, share, rho in schedule(wanted, _STEPS)]
+    return Preview(decided, flops, rounds)
