@@ -16,14 +16,18 @@ from batude_fx.errors import (
     BudgetError,
     CalibrationError,
     DiscoveryError,
+    RecipeError,
     SavedModelError,
     SelectionError,
+    TrainingError,
     UnsupportedError,
 )
 from batude_fx.handlers import Handler, register
 from batude_fx.plugin import create
+from batude_fx.recipe import Recipe
 from batude_fx.serialization import load, save
 from batude_fx.sites import ConvSite, Ranks
+from batude_fx.training import run
 
 __version__ = "0.1.0"
 
@@ -37,8 +41,11 @@ __all__ = [
     "Handler",
     "Plan",
     "Ranks",
+    "Recipe",
+    "RecipeError",
     "SavedModelError",
     "SelectionError",
+    "TrainingError",
     "UnsupportedError",
     "compress",
     "create",
@@ -46,5 +53,6 @@ __all__ = [
     "load",
     "plan",
     "register",
+    "run",
     "save",
 ]

@@ -23,7 +23,7 @@ from torchvision import models
 from torchvision.models._api import WeightsEnum
 from torchvision.models._api import register_model as register_torchvision_model
 
-from batude_fx import serialization
+from batude_fx import cifar, serialization  # noqa: F401 - cifar registers its networks with timm
 from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.modules import TuckerModule
 from batude_fx.origin import ENTRYPOINT, Origin

@@ -164,11 +164,15 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-def first_images(data: Data, count: int, device: torch.device) -> list[Tensor]:
-    """Training images of epoch 0, in batches: what statistics are measured on."""
+def first_images(data: Data, count: int, accelerator: Accelerator) -> Tensor:
+    """Training images of epoch 0, the same ones in every process: what statistics are measured on.
+
+    Returns:
+        (count, C, H, W), or fewer where an epoch has no more.
+    """
     taken: list[Tensor] = []
     for images, _ in data.train(0, 0):
-        taken.append(images.to(device))
+        taken.append(accelerator.gather(images.to(accelerator.device)))
         if sum(map(len, taken)) >= count:
             break
-    return taken
+    return torch.cat(taken)[:count]

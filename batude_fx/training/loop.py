@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from batude_fx.calibration import normalized_by
@@ -85,8 +86,8 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
         small = factored(model, ranks, hooi_sweeps=recipe.finalize.hooi_sweeps)
     run_phase(session, "finalize", recipe.finalize, small, teacher)
     if recipe.finalize.batch_norm_images:
-        images = first_images(session.data, recipe.finalize.batch_norm_images, session.accelerator.device)
-        small = normalized_by(small, [(batch,) for batch in images])
+        images = first_images(session.data, recipe.finalize.batch_norm_images, session.accelerator)
+        small = normalized_by(small, [(batch,) for batch in torch.split(images, recipe.data.batch_size)])
 
     result = Result(
         model=small.eval(), accuracy=accuracy(session, small), original_accuracy=original_accuracy,

@@ -82,9 +82,9 @@ class Rounds:
         count = self.settings.calibration_images
         if not count:
             return {}
-        batches = first_images(self.session.data, count, self.session.accelerator.device)
-        parts = (part for batch in batches for part in torch.split(batch, _BATCH))
-        return statistics(self.model, list(self.problem.sites.values()), ((part,) for part in parts))
+        images = first_images(self.session.data, count, self.session.accelerator)
+        batches = ((self.session.placed(batch),) for batch in torch.split(images, _BATCH))
+        return statistics(self.model, list(self.problem.sites.values()), batches)
 
     def _note(self, step: int, index: int, residuals: Residuals) -> None:
         flops = self.problem.total_flops(self.split.flops)
