@@ -1,0 +1,147 @@
+"""Recipes: what can be said, and what is answered to twelve and more ways of saying it wrongly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from batude_fx import Budget, Recipe, RecipeError
+from batude_fx.cli import app
+from batude_fx.recipe import Duration, shipped
+
+GOOD = """\
+model:
+  name: resnet10t
+data:
+  root: photos
+budget: 2.5x
+one_shot:
+  epochs: 3
+  interval: 50%
+finalize:
+  epochs: 500 steps
+"""
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(_file(tmp_path, GOOD))
+    assert recipe.budget == Budget(flops="2.5x")
+    assert recipe.one_shot.epochs == Duration(3, "epochs")
+    assert recipe.one_shot.interval == Duration(50, "%")
+    assert recipe.finalize.epochs == Duration(500, "steps")
+    assert (recipe.data.batch_size, recipe.seed, recipe.pretrain) == (128, 0, None)
+
+
+def test_the_command_line_takes_precedence(tmp_path: Path) -> None:
+    settings = ["one_shot.epochs=2", "budget.flops=0.4", "model.args.num_classes=7", "data.scale=[0.5, 1]"]
+    text = GOOD.replace("budget: 2.5x", "budget: {flops: 2.5x}")
+    recipe = Recipe.from_yaml(_file(tmp_path, text), settings)
+    assert recipe.one_shot.epochs == Duration(2, "epochs")
+    assert recipe.budget == Budget(flops=0.4)
+    assert recipe.model.args == {"num_classes": 7}
+    assert recipe.data.scale == (0.5, 1)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(_file(tmp_path, GOOD), ["pretrain.epochs=1", "model.args.num_classes=7"])
+    again = Recipe.from_yaml(_file(tmp_path, recipe.to_yaml()))
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+@given(st.floats(0, 1000), st.integers(1, 500), st.integers(0, 10**5))
+def test_durations_are_shares_of_something(amount: float, per_epoch: int, phase: int) -> None:
+    assert Duration(amount, "epochs").steps(per_epoch) == round(amount * per_epoch)
+    assert Duration(amount, "steps").steps(per_epoch, phase) == round(amount)
+    assert Duration(amount, "%").steps(per_epoch, phase) == round(amount * phase / 100)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_documents(name: str) -> None:
+    text = shipped()[name].read_text(encoding="utf-8")
+    header = text[: text.index("\nmodel:")]
+    assert all(line.startswith("# ") or line == "#" for line in header.splitlines())
+    assert all(f"# {word}:" in header for word in ("Command", "Measured"))
+    assert "@" not in header
+    recipe = Recipe.from_yaml(name)
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+# What is broken, the text to put in place of which, the line and key of the answer, and words of it.
+BROKEN = {
+    "unknown key": ("  interval: 50%", "  intervall: 50%", 8, "one_shot.intervall", "unknown key; expected interval"),
+    "wrong type": ("  root: photos", "  root: photos\n  batch_size: [8]", 5, "data.batch_size", "valid integer"),
+    "negative epochs": ("  epochs: 3", "  epochs: -3", 7, "one_shot.epochs", '3, "3 epochs" or "500 steps"'),
+    "unknown model": ("resnet10t", "resnet10x", 2, "model.name", "Close names: resnet10t"),
+    "unknown optimizer": ("  epochs: 3", "  epochs: 3\n  optimizer: adamv", 8, "one_shot.optimizer", "Close names: adamw"),
+    "budget out of reach": ("2.5x", "1000x", 5, "budget", "Use at least 0."),
+    "YAML tag": ("resnet10t", "!!python/name:os.system", 2, "model.name", "tag"),
+    "duplicate key": ("  interval: 50%", "  epochs: 4", 8, "one_shot.epochs", "duplicate key, first on line 7"),
+    "empty file": (GOOD, "", 1, "", "expected the sections model, data, budget"),
+    "epochs as text": ("  epochs: 3", "  epochs: three", 7, "one_shot.epochs", "'three' is no length of training"),
+    "two budgets in conflict": ("2.5x", "{flops: 0.9, params: 0.001}", 5, "budget", "0.0010 of the params is out of"),
+    "an alias": ("  name: resnet10t", "  name: &a resnet10t\n  checkpoint: *a", 3, "", "aliases"),
+    "no YAML": ("  root: photos", "  root: [photos", 5, "", "no YAML"),
+    "missing section": ("budget: 2.5x\n", "", 1, "budget", "missing"),
+    "rho falls": ("  epochs: 3", "  epochs: 3\n  rho: [1, 0.1]", 6, "one_shot", "rho falls from 1 to 0.1"),
+    "unknown argument": ("resnet10t", "resnet10t\n  args: {foo: 1}", 1, "model", "foo"),
+    "missing checkpoint": ("resnet10t", "resnet10t\n  checkpoint: a.bin", 1, "model", "'a.bin' does not exist"),
+    "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_recipe_is_answered_in_one_line(name: str, tmp_path: Path) -> None:
+    old, new, line, key, words = BROKEN[name]
+    assert old in GOOD
+    path = _file(tmp_path, GOOD.replace(old, new, 1))
+    result = CliRunner().invoke(app, ["recipes", "validate", str(path)])
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"{path}:{line}: {key}")
+    assert words in result.stderr
+
+
+def test_a_missing_file_names_close_recipes() -> None:
+    with pytest.raises(RecipeError, match=r"resnet20-cifar10: no such file.*resnet20-cifar10-2.5x"):
+        Recipe.from_yaml("resnet20-cifar10")
+
+
+@pytest.mark.parametrize(("setting", "words"), [
+    ("one_shot.epochs", "expected KEY=VALUE"),
+    ("one_shot.epocs=3", "--set one_shot.epocs=3: one_shot.epocs: unknown key; expected epochs"),
+    ("budget=[", "the value is no YAML"),
+    ("budget=2", r"--set budget=2: budget: .*inside \(0, 1\)"),
+])  # fmt: skip
+def test_a_wrong_setting_is_quoted(setting: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=words):
+        Recipe.from_yaml(_file(tmp_path, GOOD), [setting])
+
+
+def test_the_schema_explains_every_setting() -> None:
+    result = CliRunner().invoke(app, ["recipes", "schema"])
+    schema = json.loads(result.stdout)
+    sections = [schema, *schema["$defs"].values()]
+    fields = [field for section in sections for field in section.get("properties", {}).values()]
+    assert len(fields) > 50
+    assert all("description" in field for field in fields if "flops" not in str(field.get("title", "")).lower())
+
+
+def test_list_show_and_validate() -> None:
+    listed = CliRunner().invoke(app, ["recipes", "list", "--json"])
+    assert json.loads(listed.stdout)["digits-demo"] == {"model": "test_resnet", "budget": "flops 2.5x"}
+    shown = CliRunner().invoke(app, ["recipes", "show", "digits-demo"])
+    assert shown.stdout == shipped()["digits-demo"].read_text(encoding="utf-8")
+    resolved = CliRunner().invoke(app, ["recipes", "show", "digits-demo", "--set", "seed=5"])
+    assert yaml.safe_load(resolved.stdout)["seed"] == 5
+    assert CliRunner().invoke(app, ["recipes", "validate", "digits-demo"]).stdout == "digits-demo: valid\n"

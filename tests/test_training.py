@@ -1,0 +1,311 @@
+"""A run from end to end on tiny images: the budget, the folder, kills at any step, several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+import batude_fx
+from batude_fx import Recipe, TrainingError
+from batude_fx.cli import app
+from batude_fx.training.checkpoint import read, write
+
+CLASSES, TRAIN, HELD_OUT = 3, 24, 9
+SETTINGS = {
+    "model": {"name": "test_resnet", "args": {"num_classes": CLASSES}},
+    "data": {"image_size": 32, "batch_size": 8, "workers": 0, "scale": [0.5, 1.0]},
+    "budget": 0.5,
+    "pretrain": {"epochs": 1, "ema": 0.9},
+    "one_shot": {"epochs": 2, "interval": "2 steps", "calibration_images": 8, "distillation": {}},
+    "finalize": {"epochs": 1, "clip_grad": 1, "batch_norm_images": 16, "ema": 0.5},
+    "eval": {"interval": 1, "checkpoint": "1 steps"},
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of coloured noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    values = np.random.default_rng(0)
+    for split, count in (("train", TRAIN), ("validation", HELD_OUT)):
+        for index in range(count):
+            place = folder / split / f"class{index % CLASSES}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = values.integers(0, 120, (40, 40, 3), np.uint8)
+            pixels[..., index % CLASSES] += 120
+            Image.fromarray(pixels).save(place / f"{index}.png")
+    return folder
+
+
+def _recipe(photos: Path, **changes: Any) -> Recipe:
+    settings: dict[str, Any] = {name: dict(one) if isinstance(one, dict) else one for name, one in SETTINGS.items()}
+    settings["data"]["root"] = photos
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        settings[section] = {**settings[section], name: value} if name else value
+    return Recipe.model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "batude_fx.training.loop.Result"]:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, batude_fx.run(_recipe(photos), folder)
+
+
+def test_the_budget_holds_by_fvcore_and_is_used(finished: tuple[Path, Any]) -> None:
+    _, result = finished
+    dense = timm.create_model("test_resnet", num_classes=CLASSES).eval()
+    image = torch.zeros(1, 3, 32, 32)
+    before, after = (
+        FlopCountAnalysis(model, image).unsupported_ops_warnings(enabled=False) for model in (dense, result.model)
+    )
+    assert result.dense_flops == before.total()
+    assert result.flops == after.total()
+    assert 0.98 * 0.5 * before.total() <= after.total() <= 0.5 * before.total()
+
+
+def test_the_folder_tells_the_story(finished: tuple[Path, Any]) -> None:
+    folder, result = finished
+    assert {path.name for path in folder.iterdir()} >= {
+        "recipe.yaml", "original.safetensors", "log.jsonl", "report.json", "ranks.png", "model"
+    }  # fmt: skip
+    assert not (folder / "checkpoint.safetensors").exists()
+    assert not list(folder.glob(".*"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert report["accuracy"] == result.accuracy
+    assert {"torch", "timm", "batude-fx"} <= set(report["versions"])
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in log if line["phase"] == "finalize"] == [3]
+    rounds = [line for line in log if "round" in line]
+    assert [line["step"] for line in rounds] == [0, 2, 4, 6]  # and once more after the last step
+    assert rounds[0]["keep"] > rounds[-1]["keep"] <= 0.5
+    loaded = batude_fx.load(folder / "model").eval()
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(image), result.model(image))
+    assert Image.open(folder / "ranks.png").size[0] > 500
+
+
+def test_before_factors_are_trained_the_decomposition_is_exact(photos: Path) -> None:
+    """The last round leaves weights of exactly the ranks that are decomposed: HOSVD loses nothing."""
+    changes = {"finalize__epochs": 0, "finalize__batch_norm_images": 0, "eval__interval": 9}
+    from batude_fx.training import loop
+
+    seen: list[nn.Module] = []
+    original = loop.factored
+
+    def spy(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        seen.append(model)
+        return original(model, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "factored", spy)
+        result = batude_fx.run(_recipe(photos, **changes))
+    image = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(result.model(image), seen[0].eval()(image), rtol=1e-3, atol=1e-4)
+    assert len(result.ranks) > 3
+
+
+_KILLED = """
+import os, signal, sys
+from batude_fx import Recipe, run
+from batude_fx.training import phase
+
+steps, original = 0, phase._Trainer.step
+
+def step(*arguments):
+    global steps
+    steps += 1
+    if steps > int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+phase._Trainer.step = step
+run(Recipe.from_yaml(sys.argv[1]), sys.argv[2], resume=sys.argv[4] == "resume")
+"""
+
+
+def test_killed_three_times_it_ends_at_the_same_weights(
+    photos: Path, tmp_path: Path, finished: tuple[Path, Any]
+) -> None:
+    recipe, folder = tmp_path / "my.yaml", tmp_path / "run"
+    recipe.write_text(_recipe(photos).to_yaml(), encoding="utf-8")
+    steps = np.random.default_rng().integers(1, 4, 3).tolist()  # of 12
+    print("killed after", steps)  # noqa: T201 - for whoever sees it fail
+    for index, count in enumerate([*steps, 99]):
+        arguments = [str(recipe), str(folder), str(count), "resume" if index else "new"]
+        done = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == (0 if count == 99 else -9), done.stderr
+    undisturbed, _ = finished
+    ours, theirs = (load_file(place / "model" / "model.safetensors") for place in (folder, undisturbed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [(place / "log.jsonl").read_text(encoding="utf-8") for place in (folder, undisturbed)]
+    assert logs[0] == logs[1]
+
+
+_PROCESS = "import sys; from batude_fx import Recipe, run; run(Recipe.from_yaml(sys.argv[1]), sys.argv[2])"
+
+
+def _processes(count: int, recipe: Path, folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", _PROCESS, str(recipe), str(folder)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def test_two_processes_end_like_one(photos: Path, tmp_path: Path) -> None:
+    """Same ranks, and weights within 1e-4, after 21 steps at equal global batch; no batch-norm, which sees its share."""
+    args = {"num_classes": CLASSES, "norm_layer": "groupnorm1"}
+    training = {"epochs": 4, "lr": 0.01}
+    changes = {
+        "model__args": args, "pretrain": {"epochs": 0}, "finalize": {"epochs": 3, "lr": 0.01},
+        "one_shot": {**training, "interval": "4 steps", "calibration_images": 16},
+    }  # fmt: skip
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(_recipe(photos, **changes).to_yaml(), encoding="utf-8")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for count, folder in enumerate(folders, 1):
+        _processes(count, recipe, folder)
+    one, two = (json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in folders)
+    assert two["machine"]["processes"] == 2
+    assert one["ranks"] == two["ranks"]
+    assert [r["ranks"] for r in one["rounds"]] == [r["ranks"] for r in two["rounds"]]
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in folders]
+    assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-4) for name in weights[0])
+    assert one["accuracy"] == two["accuracy"]
+
+
+def test_accumulated_parts_are_one_batch(photos: Path) -> None:
+    """In float arithmetic, without batch-norm: the same ranks, and the same accuracy."""
+    changes = {"model__args": {"num_classes": CLASSES, "norm_layer": "groupnorm1"}, "eval__interval": 9}
+    whole, parts = (batude_fx.run(_recipe(photos, data__accumulate=count, **changes)) for count in (1, 2))
+    assert whole.ranks == parts.ranks
+    ours, theirs = whole.model.state_dict(), parts.model.state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-4) for name in ours)
+
+
+def test_bfloat16_channels_last_mixup_and_a_moving_average(photos: Path) -> None:
+    changes = {
+        "model__precision": "bf16", "model__channels_last": True, "data__mixup": 0.2, "data__smoothing": 0.1,
+        "data__auto_augment": "rand-m5", "data__erase": 0.2, "one_shot__threshold": "soft",
+        "one_shot__optimizer": "adamw", "one_shot__calibration_images": 0,
+    }  # fmt: skip
+    result = batude_fx.run(_recipe(photos, **changes))
+    assert result.model.training is False
+    assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+    assert result.flops <= 0.5 * result.dense_flops
+
+
+def test_cropped_from_padded_images(photos: Path) -> None:
+    changes = {"data__pad": 2, "data__image_size": 40, "one_shot__epochs": 0, "pretrain": None, "finalize__epochs": 0}
+    assert batude_fx.run(_recipe(photos, **changes)).rounds[-1]["keep"] <= 0.5
+
+
+def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    recipe = _recipe(photos)
+    with pytest.raises(TrainingError, match="holds a run already"):
+        batude_fx.run(recipe, folder)
+    with pytest.raises(TrainingError, match="is finished"):
+        batude_fx.run(recipe, folder, resume=True)
+    with pytest.raises(TrainingError, match="another recipe"):
+        batude_fx.run(_recipe(photos, seed=1), folder, resume=True)
+    with pytest.raises(TrainingError, match="holds no run"):
+        batude_fx.run(recipe, tmp_path, resume=True)
+    with pytest.raises(TrainingError, match="needs the folder"):
+        batude_fx.run(recipe, resume=True)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(TrainingError, match="holds other files"):
+        batude_fx.run(recipe, tmp_path)
+    with pytest.raises(TrainingError, match="no split 'train' that can be read"):
+        batude_fx.run(_recipe(tmp_path / "nowhere"))
+    with pytest.raises(TrainingError, match="24 images to train on, a batch takes 64"):
+        batude_fx.run(_recipe(photos, data__batch_size=64))
+    with pytest.raises(TrainingError, match="cannot be split into 3 parts"):
+        batude_fx.run(_recipe(photos, data__accumulate=3))
+    with pytest.raises(TrainingError, match="lower pretrain.lr, now 1e"):
+        batude_fx.run(_recipe(photos, pretrain={"epochs": 1, "lr": 1e30}))
+
+
+def test_train_on_the_command_line(photos: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(_recipe(photos).to_yaml(), encoding="utf-8")
+    dry = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--set", "data.root=nowhere"])
+    assert dry.exit_code == 0, dry.stderr
+    assert "root: nowhere" in dry.stdout
+    assert "Nothing was trained" in dry.stdout
+    facts = json.loads(CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--json"]).stdout)
+    assert facts["factor"] >= 2
+    assert [round(epoch, 3) for epoch, _, _ in facts["rounds"]] == [0.002 * i for i in range(1000)][
+        : len(facts["rounds"])
+    ]
+    output = tmp_path / "run"
+    short = ["--set", "pretrain=null", "--set", "one_shot.epochs=1 steps", "--set", "finalize.epochs=1 steps"]
+    done = CliRunner().invoke(app, ["train", str(recipe), "--model", "test_byobnet", "--output", str(output), *short])
+    assert done.exit_code == 0, done.stderr
+    assert "round   0" in done.stderr
+    assert "original" in done.stdout
+    again = CliRunner().invoke(app, ["train", str(recipe), "--output", str(output)])
+    assert again.exit_code == 1
+    assert again.stderr.count("\n") == 1
+
+
+def test_checkpoints_keep_whatever_state_there_is(tmp_path: Path) -> None:
+    tree = {"a": {"0": torch.arange(3), 1: [1, 2.5, None, "x"]}, "empty": {}, "b": torch.zeros(0)}
+    write(tmp_path / "one", tree)
+    back = read(tmp_path / "one")
+    assert torch.equal(back["a"]["0"], torch.arange(3))
+    assert back["a"][1] == [1, 2.5, None, "x"]
+    assert back["empty"] == {}
+    (tmp_path / "one").write_bytes((tmp_path / "one").read_bytes()[:-4])
+    with pytest.raises(TrainingError, match="is broken"):
+        read(tmp_path / "one")
+    with pytest.raises(TrainingError, match="does not exist"):
+        read(tmp_path / "two")
+
+
+def test_the_networks_of_the_cifar_papers_have_their_sizes() -> None:
+    image = torch.zeros(1, 3, 32, 32)
+    for name, flops, params in (
+        ("resnet20_cifar", 40.9e6, 0.27e6), ("resnet56_cifar", 126.6e6, 0.85e6), ("vgg16_bn_cifar", 313.8e6, 14.7e6)
+    ):  # fmt: skip
+        model = timm.create_model(name).eval()
+        assert model(image).shape == (1, 10)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(params, rel=0.02)
+        assert FlopCountAnalysis(model, image).unsupported_ops_warnings(enabled=False).total() == pytest.approx(
+            flops, rel=0.01
+        )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
