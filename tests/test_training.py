@@ -180,7 +180,7 @@ def _processes(count: int, recipe: Path, folder: Path) -> None:
 
 
 def test_two_processes_end_like_one(photos: Path, tmp_path: Path) -> None:
-    """Same ranks, and weights within 1e-4, after 21 steps at equal global batch; no batch-norm, which sees its share."""
+    """Same ranks, weights within 1e-4 after 21 steps at equal global batch; no batch-norm, which sees its share."""
     args = {"num_classes": CLASSES, "norm_layer": "groupnorm1"}
     training = {"epochs": 4, "lr": 0.01}
     changes = {
@@ -249,7 +249,7 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
         batude_fx.run(_recipe(photos, data__batch_size=64))
     with pytest.raises(TrainingError, match="cannot be split into 3 parts"):
         batude_fx.run(_recipe(photos, data__accumulate=3))
-    with pytest.raises(TrainingError, match="lower pretrain.lr, now 1e"):
+    with pytest.raises(TrainingError, match=r"lower pretrain\.lr, now 1e"):
         batude_fx.run(_recipe(photos, pretrain={"epochs": 1, "lr": 1e30}))
 
 
