@@ -1,17 +1,18 @@
 """What learning ranks costs: a training step with the penalty against a plain one, and a projection round; ResNet-50.
 
-Run `make bench`, or `python -m benchmarks.step_overhead`; about five minutes on 2 idle cores. Steps are of batch 8 at 224
-pixels with SGD; with and without the penalty they take turns. A round is `Lagrangian.project_` and `update_duals_` under
-half of the flops, judged by the weights and by metrics of images; measuring these metrics is a line of its own, since it
-grows with the number of images, not with the method. Exit code 1 when a limit is missed.
+Run `make bench`, or `python -m benchmarks.step_overhead`; about five minutes on 2 idle cores. Steps are of batch 8 at
+224 pixels with SGD; with and without the penalty they take turns. A round is `Lagrangian.project_` and `update_duals_`
+under half of the flops, judged by the weights and by metrics of images; measuring these metrics is a line of its own,
+since it grows with the number of images, not with the method. Exit code 1 when a limit is missed.
 """
 
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from statistics import median
 
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 
 from batude_fx import Recipe
 from batude_fx.measuring import statistics
+from batude_fx.spectra import Metric
 from batude_fx.training.adl import Lagrangian
 from batude_fx.training.problem import Problem
 
@@ -49,9 +51,7 @@ def main() -> int:
     metrics = statistics(model, list(problem.sites.values()), ((batch,) for batch in torch.split(images, 8)))
     measuring = time.perf_counter() - started
     rounds = {
-        name: [
-            seconds(lambda given=given: (split.project_(problem.most, given), split.update_duals_())) for _ in range(3)
-        ]
+        name: [seconds(partial(project, split, problem, given)) for _ in range(3)]
         for name, given in (("by the weights", None), ("by metrics", metrics))
     }
 
@@ -73,6 +73,12 @@ def main() -> int:
     return 0 if ratio <= STEP_LIMIT and max(map(max, rounds.values())) <= ROUND_LIMIT else 1
 
 
+def project(split: Lagrangian, problem: Problem, metrics: Mapping[str, Metric] | None) -> None:
+    """One round."""
+    split.project_(problem.most, metrics)
+    split.update_duals_()
+
+
 def steps(model: nn.Module, split: Lagrangian) -> tuple[list[float], list[float]]:
     """Wall seconds of steps without and with the penalty, in turns."""
     model.train()
@@ -89,7 +95,7 @@ def steps(model: nn.Module, split: Lagrangian) -> tuple[list[float], list[float]
     walls: tuple[list[float], list[float]] = ([], [])
     for turn in track(range(TURNS + 2), "steps, in turns", console=CONSOLE):
         for penalty in (False, True) if turn % 2 else (True, False):
-            wall = seconds(lambda penalty=penalty: step(penalty=penalty))
+            wall = seconds(partial(step, penalty=penalty))
             if turn >= 2:  # the first turns warm up
                 walls[penalty].append(wall)
     return walls
