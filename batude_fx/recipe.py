@@ -71,6 +71,10 @@ def _duration(value: object, *, shares: bool) -> Duration:
     return Duration(float(match[1]), unit)  # type: ignore[arg-type]
 
 
+def _budget(value: Any) -> Any:  # noqa: ANN401 - a Budget, its fields, or what it can be read from
+    return value if isinstance(value, dict) else Budget.parse(value)
+
+
 _SCHEMA: dict[str, Any] = {
     "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": _DURATION.pattern}]
 }
@@ -276,10 +280,10 @@ class Recipe(_Section):
     """
 
     model: ModelSection
-    """Which network."""
+    """The network to compress."""
     data: DataSection
     """Which images."""
-    budget: Annotated[Budget, BeforeValidator(lambda value: value if isinstance(value, dict) else Budget.parse(value))]
+    budget: Annotated[Budget, BeforeValidator(_budget, json_schema_input_type=Budget | float | str)]
     """What remains of the flops, as for `compress`: 0.5, "2.5x", or flops and params."""
     pretrain: Pretrain | None = None
     """Train the dense network first."""
@@ -292,6 +296,12 @@ class Recipe(_Section):
     seed: NonNegativeInt = 0
     """Of everything that is random."""
     _document: "_Document | None" = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all settings are the same, wherever they were read."""
+        return isinstance(other, Recipe) and all(value == getattr(other, name) for name, value in self)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def from_yaml(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:

@@ -104,17 +104,18 @@ class Lagrangian:
 
         Args:
             capacity: (2,) most flops and most parameters of all constrained sites together.
-            metrics: Site name to the metric that says which errors matter; the plain norm of the weight elsewhere.
+            metrics: Site name to the metric that says which errors matter, and so how the budget is shared out; the
+                plain norm of the weight elsewhere. z is the nearest to `W + u` in this norm in either case, as the
+                penalty is: directions of a metric are oblique, and W would be pulled away from it.
 
         Raises:
             BudgetError: When no choice of ranks fits.
         """
-        spectra = {
-            name: self._spectrum(name, (metrics or {}).get(name))
-            for index, name in enumerate(self.constraints)
-            if _is_ours(index)
-        }
-        judged = [self._judged(index, name, spectra.get(name)) for index, name in enumerate(self.constraints)]
+        ours = [name for index, name in enumerate(self.constraints) if _is_ours(index)]
+        spectra = {name: self._spectrum(name) for name in ours}
+        losses = {name: spectrum.loss() for name, spectrum in spectra.items()}
+        losses |= {name: metric_spectrum(metrics[name]).loss() for name in ours if metrics and name in metrics}
+        judged = [self._judged(index, name, losses.get(name)) for index, name in enumerate(self.constraints)]
         rows = allocate(judged, capacity)
         self.flops = int(sum(options.costs[row, 0] for options, row in zip(judged, rows, strict=True)))
         self._last_z, self.z = self.z, {}
@@ -170,19 +171,16 @@ class Lagrangian:
         one = self.constraints[name]
         return to_canonical(one.weight.detach() + self.u[name], one.layer)
 
-    def _spectrum(self, name: str, metric: Metric | None) -> Spectrum:
-        if metric is not None:
-            return metric_spectrum(metric)
+    def _spectrum(self, name: str) -> Spectrum:
         return weight_spectrum(self._sum(name), pointwise=self.constraints[name].site.is_pointwise)
 
-    def _judged(self, index: int, name: str, spectrum: Spectrum | None) -> Options:
+    def _judged(self, index: int, name: str, loss: SiteLoss | None) -> Options:
         """The options of a site with their losses, which its process computes and all others receive."""
         one = self.constraints[name]
         full = one.site.group_out_channels, one.site.group_in_channels
         lengths = [1 + (min(full) if one.site.is_pointwise else channels) for channels in full]
         losses = torch.zeros(sum(lengths), dtype=torch.float64, device=one.weight.device)
-        if spectrum is not None:
-            loss = spectrum.loss()
+        if loss is not None:
             losses.copy_(torch.from_numpy(np.concatenate([loss.out, loss.in_])))
         out, in_ = torch.split(_from_owner(losses, index).cpu(), lengths)
         return one.options.judged(SiteLoss(one.importance * out.numpy(), one.importance * in_.numpy()))

@@ -90,7 +90,9 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], accelera
     def batches(epoch: int, skip: int) -> Iterator[Batch]:
         prepared.set_epoch(epoch)
         train.epoch = epoch
-        yield from skip_first_batches(prepared, skip) if skip else prepared
+        for batch in skip_first_batches(prepared, skip) if skip else prepared:
+            yield batch
+            train.epoch = epoch  # whoever got the batch may have begun another epoch meanwhile
 
     return Data(train=batches, evaluation=lambda: iter(shown), batches=len(prepared))
 

@@ -18,7 +18,7 @@ from batude_fx.flops import count_flops
 from batude_fx.recipe import Recipe
 from batude_fx.sites import Ranks
 from batude_fx.surgery import build_skeleton, copied
-from batude_fx.training.data import Data, first_images, image_data
+from batude_fx.training.data import Data, first_images, image_data, seed_all
 from batude_fx.training.finalize import factored
 from batude_fx.training.phase import accuracy, run_phase
 from batude_fx.training.problem import Problem, dense_network
@@ -61,6 +61,7 @@ class Result:
 def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool, data: Data | None) -> Result:
     """See `batude_fx.run`."""
     session = Session(recipe, None if folder is None else Path(folder), resume=resume)
+    seed_all(recipe.seed)  # for weights that start at random
     with session.accelerator.main_process_first():  # one process fetches what the others find in the cache
         model = dense_network(recipe)
     problem = Problem.of(model, recipe)  # a budget out of reach is said before anything is trained

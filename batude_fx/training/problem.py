@@ -12,7 +12,14 @@ from batude_fx.allocation import Integers, Options
 from batude_fx.borrowing import borrowed
 from batude_fx.capacity import capacity, choices
 from batude_fx.discovery import discover
-from batude_fx.errors import BudgetError, SavedModelError, TrainingError, UnsupportedError
+from batude_fx.errors import (
+    BatudeError,
+    BudgetError,
+    DiscoveryError,
+    SavedModelError,
+    SelectionError,
+    TrainingError,
+)
 from batude_fx.flops import count_flops
 from batude_fx.plugin import create
 from batude_fx.recipe import Recipe
@@ -35,7 +42,7 @@ def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
     section = recipe.model
     try:
         model = create(section.name, pretrained=section.pretrained and weights, **section.args)
-    except UnsupportedError as error:
+    except BatudeError as error:
         raise recipe.problem("model.name", str(error)) from None
     except (RuntimeError, OSError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -73,11 +80,17 @@ class Problem:
         """The problem of a recipe.
 
         Raises:
-            RecipeError: The budget is out of reach.
-            TrainingError: The network is no classifier.
+            RecipeError: The network is no image classifier, a pattern matches no site, or the budget is out of reach.
         """
-        wanted, inputs = recipe.one_shot, _inputs(model, recipe.data.image_size)
-        found = discover(model, inputs, layers=wanted.layers, include=wanted.include, exclude=wanted.exclude)
+        wanted = recipe.one_shot
+        try:
+            inputs = _inputs(model, recipe.data.image_size)
+            classes = _classes(model, inputs)
+            found = discover(model, inputs, layers=wanted.layers, include=wanted.include, exclude=wanted.exclude)
+        except SelectionError as error:
+            raise recipe.problem("one_shot", str(error)) from None
+        except (DiscoveryError, TrainingError) as error:
+            raise recipe.problem("model.name", str(error)) from None
         sites = {site.name: site for site in found if site.skip_reason is None}
         options = choices(sites, wanted.round_to, {}, adds_bias=False)
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
@@ -85,7 +98,7 @@ class Problem:
             most, _ = capacity(options.values(), recipe.budget, dense, wanted.round_to)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
-        return cls(inputs, sites, options, dense, _classes(model, inputs), most)
+        return cls(inputs, sites, options, dense, classes, most)
 
     def constraints(self, model: nn.Module) -> dict[str, Constraint]:
         """Every site with its layer in a model."""
@@ -109,16 +122,22 @@ class Problem:
 
 def _inputs(model: nn.Module, side: int | None) -> tuple[Tensor]:
     """One image (1, C, H, W)."""
-    image, *_ = example_inputs(model)
-    if not isinstance(image, Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
+    image, *more = example_inputs(model)
+    if more or not isinstance(image, Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
         raise TrainingError(f"{type(model).__name__} takes no batch of images; recipes train image classifiers.")
     return (F.interpolate(image, (side, side)) if side else image,)
 
 
 @torch.no_grad()
 def _classes(model: nn.Module, inputs: tuple[Tensor]) -> int:
-    with borrowed(model):
-        outputs = model(*inputs)
+    try:
+        with borrowed(model):
+            outputs = model(*inputs)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"{type(model).__name__} does not run on images of shape {tuple(inputs[0].shape)}: {reason}"
+        ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:  # noqa: PLR2004 - (n, classes)
         raise TrainingError(
             f"{type(model).__name__} is no classifier; recipes train networks with logits (n, classes)."

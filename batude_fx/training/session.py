@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -176,6 +177,7 @@ class Session:
 
 
 def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
+    AcceleratorState._reset_state()  # noqa: SLF001 - it would refuse a second run of another precision
     tracked = folder is not None and find_spec("tensorboard") is not None
     return Accelerator(
         mixed_precision=recipe.model.precision,
