@@ -91,12 +91,15 @@ def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 def recipes_table(recipes: Mapping[str, "Recipe"]) -> Table:
     """Names of recipes, and what they do."""
-    table = Table("recipe", "network", "budget", "images", "epochs", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("recipe", "network", "flops", "images", "epochs"):
+        table.add_column(column, no_wrap=column == "recipe", overflow="fold")
     for name, one in recipes.items():
         phases = (one.pretrain, one.one_shot, one.finalize)
         epochs = " + ".join(str(phase.epochs).removesuffix(" epochs") for phase in phases if phase)
-        images = one.data.name or "a folder"
-        table.add_row(*map(escape, (name, one.model.name, str(one.budget), images, epochs)))
+        images = one.data.name.removeprefix("torchvision/") or "a folder"
+        budget = str(one.budget).removeprefix("flops ")
+        table.add_row(*map(escape, (name, one.model.name, budget, images, epochs)))
     table.caption = "batude-fx recipes show NAME prints one, batude-fx train NAME --dry-run says what it would do."
     return table
 

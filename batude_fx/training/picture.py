@@ -19,6 +19,7 @@ def rank_picture(path: Path, sites: Mapping[str, ConvSite], rounds: Sequence[Map
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = list(sites)
     full = np.array([[one.group_out_channels, one.group_in_channels] for one in sites.values()])  # (sites, 2)
@@ -33,7 +34,7 @@ def rank_picture(path: Path, sites: Mapping[str, ConvSite], rounds: Sequence[Map
         images.append(axes.imshow(shown, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="none"))
         axes.set_title(title)
         axes.set_xlabel("round")
-        axes.set_xticks(range(len(rounds)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_yticks(range(len(names)), names, fontsize=7)
     figure.colorbar(images[0], ax=(left, right), label="rank / channels")
     temporary = path.with_name(f".{path.name}.tmp")
