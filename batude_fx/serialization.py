@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SavedModelError
+from batude_fx.files import replacing
 from batude_fx.modules import TuckerModule
 from batude_fx.origin import ENTRYPOINT, Origin, origins
 from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture, SavedConfig, read_config
@@ -65,7 +66,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The weights are moved first: a config without its weights is never left behind.
-        with _temporary(folder / CONFIG) as text, _temporary(folder / WEIGHTS) as weights:
+        with replacing(folder / CONFIG) as text, replacing(folder / WEIGHTS) as weights:
             save_model(model, str(weights), {"format": "pt"})
             config = _config(model, weights)
             text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -338,14 +339,3 @@ def _to_channels_last_(model: nn.Module) -> None:
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside the path that takes its place if all goes well: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from batude_fx.errors import TrainingError
+from batude_fx.files import replacing
 
 
 def write(path: Path, tree: dict[str, Any]) -> None:
@@ -28,9 +29,8 @@ def write(path: Path, tree: dict[str, Any]) -> None:
         return [packed(item) for item in value] if isinstance(value, list | tuple) else value
 
     text = json.dumps(packed(tree))
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, {"tree": text})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"tree": text})
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from batude_fx.files import replacing
 from batude_fx.sites import ConvSite
 
 
@@ -37,6 +38,5 @@ def rank_picture(path: Path, sites: Mapping[str, ConvSite], rounds: Sequence[Map
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_yticks(range(len(names)), names, fontsize=7)
     figure.colorbar(images[0], ax=(left, right), label="rank / channels")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -15,6 +15,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
+from batude_fx.files import replacing
 from batude_fx.recipe import Duration, Recipe
 from batude_fx.serialization import load_weights_, read_weights, save
 from batude_fx.sites import ConvSite
@@ -69,7 +70,8 @@ class Session:
         if self._writes:
             place = cast("Path", folder)
             place.mkdir(parents=True, exist_ok=True)
-            (place / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+            with replacing(place / RECIPE) as text:
+                text.write_text(recipe.to_yaml(), encoding="utf-8")
             if self.accelerator.log_with:
                 self.accelerator.init_trackers("tensorboard")
 
@@ -122,7 +124,8 @@ class Session:
         if self.resumed and not self.is_inside("pretrain"):
             load_weights_(model, read_weights(path))
         elif self._writes:
-            save_model(model, str(path))
+            with replacing(path) as weights:
+                save_model(model, str(weights))
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever is computed
         """A result that is computed once, however often the run is killed."""
@@ -134,8 +137,8 @@ class Session:
         """A line of the log; its numbers go to the trackers too."""
         self.log.append(record)
         if self._writes:
-            with (cast("Path", self.folder) / LOG).open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.log)
+            with replacing(cast("Path", self.folder) / LOG) as text:
+                text.write_text("".join(json.dumps(line) + "\n" for line in self.log), encoding="utf-8")
         numbers = {f"{record['phase']}/{name}": one for name, one in record.items() if isinstance(one, float | int)}
         self.accelerator.log(numbers, step=record["step"])
 
@@ -170,22 +173,26 @@ class Session:
         }  # fmt: skip
         versions = {name: version(name) for name in _LIBRARIES}
         facts = {**facts, "seed": self.recipe.seed, "machine": machine, "versions": versions, "log": self.log}
-        temporary = folder / f".{REPORT}.tmp"
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(folder / REPORT)
+        with replacing(folder / REPORT) as text:
+            text.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
     AcceleratorState._reset_state()  # noqa: SLF001 - it would refuse a second run of another precision
     tracked = folder is not None and find_spec("tensorboard") is not None
-    return Accelerator(
-        mixed_precision=recipe.model.precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed),
-        log_with="tensorboard" if tracked else None,
-        project_dir=folder if tracked else None,
-        step_scheduler_with_optimizer=False,
-    )
+    try:
+        return Accelerator(
+            mixed_precision=recipe.model.precision,
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed
+            ),
+            log_with="tensorboard" if tracked else None,
+            project_dir=folder if tracked else None,
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:  # no such precision on this machine
+        raise recipe.problem("model.precision", f"{error}; use bf16 or no") from None
 
 
 def _check_new(folder: Path) -> None:
