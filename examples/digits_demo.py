@@ -184,9 +184,7 @@ def image_seconds(networks: Sequence[nn.Module], images: Tensor, rounds: int = 1
 
 def show(rows: Mapping[str, Measured]) -> None:
     """Before and after, one network a row."""
-    table = Table(
-        title=f"timm's test_resnet on digits, {FACTOR} times fewer flops; only one-shot is trained again", box=SIMPLE
-    )
+    table = Table(title=f"timm's test_resnet on digits, {FACTOR}x; only one-shot is trained on", box=SIMPLE)
     table.add_column("network", no_wrap=True)
     for heading in ("accuracy", "fvcore flops", "parameters", "disk bytes", "ms/image"):
         table.add_column(heading, justify="right", no_wrap=True)
