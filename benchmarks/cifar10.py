@@ -48,6 +48,7 @@ from batude_fx.training.finalize import factored
 from batude_fx.training.phase import accuracy, run_phase
 from batude_fx.training.problem import Problem, dense_network
 from batude_fx.training.session import Session
+from benchmarks.workers import follow_parent
 from tests.real.inputs import cifar10
 
 FOLDER = Path("build/cifar10")
@@ -280,7 +281,7 @@ def main() -> None:
         train_baseline(given.set)
     threads = max(1, (os.cpu_count() or 1) // given.workers)
     jobs = [(row, budget, seed) for seed in given.seeds for budget in given.budgets for row in given.rows]
-    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(given.workers, get_context("spawn"), follow_parent) as pool:
         done = [pool.submit(measure, *job, given.set, threads) for job in jobs]
         for index, future in enumerate(as_completed(done), 1):
             CONSOLE.print(f"{index}/{len(jobs)}  {future.result()}", highlight=False)

@@ -18,9 +18,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, as_completed
 from datetime import UTC, datetime
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import zoo_checks
+from benchmarks.workers import follow_parent
 from benchmarks.zoo_checks import LARGEST, Record
 
 WORKERS = 2
@@ -159,15 +159,7 @@ def _prepare() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.backends.mha.set_fastpath_enabled(False)  # fvcore does not see attention that is fused
-    Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """A worker must not compute on for a sweep that was killed."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    follow_parent()
 
 
 def _ask(task: Task, weightless: bool) -> Record:  # noqa: FBT001 - pebble passes positions
