@@ -1,8 +1,6 @@
 """The command line: arguments to one call, and its result as a table or as JSON. No logic of its own."""
 
-import math
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
@@ -12,14 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import batude_fx
-from batude_fx import cli_recipes, images, report
+from batude_fx import cli_recipes, evaluation, images, page, report, sweep
 from batude_fx.budget import Budget
 from batude_fx.errors import BatudeError, UnsupportedError
 from batude_fx.flops import count_flops
-from batude_fx.progress import track
 from batude_fx.saved_config import read_config
 from batude_fx.serialization import check_folder
 from batude_fx.terminal import one_line_errors, say, show
@@ -151,28 +148,70 @@ def evaluate(
     Example: batude-fx evaluate small/ --data imagenet/val --against resnet50
     """
     network = _network(model, device, pretrained=pretrained)
-    paths = images.image_paths(data)
-    logits = _logits(network, paths)  # (N, classes)
-    facts: dict[str, Any] = {"images": len(paths)}
-    labels, folders = images.class_indices(paths, data), len(images.class_folders(data))
-    if labels is not None and folders != logits.shape[1]:
-        reason = f"{data} has {folders} class folders, {model} has {logits.shape[1]} classes, so there is no accuracy"
+    photos = evaluation.photos(data)
+    outputs = evaluation.logits(network, photos.paths)  # (N, classes)
+    facts: dict[str, Any] = {"images": len(photos.paths)}
+    try:
+        truth = photos.labels(outputs.shape[1])
+    except UnsupportedError as error:
         if against is None:
-            raise UnsupportedError(f"{reason}; give one folder per class in their order, or --against MODEL.")
-        say(f"warning: {reason}.", "yellow")
-    elif labels is not None:
-        hits = logits.topk(min(5, logits.shape[1])).indices == torch.tensor(labels)[:, None]
-        facts |= {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
+            raise UnsupportedError(f"{error}, or --against MODEL.") from None
+        say(f"warning: {error}.", "yellow")
+        truth = None
+    if truth is not None:
+        facts["top1"], facts["top5"] = evaluation.scores(outputs, truth)
     if against is not None:
-        other = _logits(_network(against, device, pretrained=pretrained), paths)
-        if other.shape != logits.shape:
+        others = evaluation.logits(_network(against, device, pretrained=pretrained), photos.paths)
+        if others.shape != outputs.shape:
             raise UnsupportedError(
-                f"{model} has {logits.shape[1]} classes, {against} has {other.shape[1]}; they cannot agree."
+                f"{model} has {outputs.shape[1]} classes, {against} has {others.shape[1]}; they cannot agree."
             )
-        facts["agreement"] = (logits.argmax(1) == other.argmax(1)).float().mean().item()
+        facts["agreement"] = evaluation.agreement(outputs, others)
     if len(facts) == 1:
         raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
     show(report.facts_table(model, [(key, f"{value:.4g}") for key, value in facts.items()]), facts, as_json)
+
+
+@app.command("sweep")
+@one_line_errors
+def sweep_budgets(
+    model: Model, evaluate: Annotated[Path, typer.Option(help="Folder of images; class subfolders give accuracy.")],
+    budgets: Annotated[
+        str, typer.Option(help="Fractions of flops that remain: first:last:step, or a list with commas.")
+    ] = "0.3:0.9:0.1",
+    calibration: Calibration = "synthetic", images: Count = 256,
+    output: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
+    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
+    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Try several budgets, calibrating once: agreement with the original, accuracy, flops and milliseconds of each.
+
+    The folder may be one that `compress` wrote: then its report.html shows the curves, too.
+
+    Example: batude-fx sweep resnet50 --budgets 0.3:0.9:0.1 --calibration photos/ --evaluate more-photos/
+    """
+    keeps = sweep.fractions(budgets)
+    network = _network(model, device, pretrained=pretrained)
+    decided = batude_fx.plan(
+        network, keeps[0], calibration=_calibration(network, calibration, images),
+        layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
+    )  # fmt: skip
+    points = sweep.sweep(network, decided, keeps, evaluate)
+    if output:
+        sweep.write(points, output)
+        page.draw(output)
+    show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
+
+
+@app.command("report")
+@one_line_errors
+def write_report(folder: Annotated[Path, typer.Argument(help="What `compress`, `train` or `sweep` wrote.")]) -> None:
+    """Write report.html anew, and its pictures as PNG files.
+
+    Example: batude-fx report small/
+    """
+    for path in page.draw(folder):
+        Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
@@ -194,16 +233,6 @@ def _calibration(network: nn.Module, wanted: str, count: int) -> Any:  # noqa: A
     if wanted == "none":
         return None
     return wanted if wanted == "synthetic" else images.batches(network, images.image_paths(Path(wanted), count))
-
-
-def _logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
-    device = next(network.parameters()).device
-    with torch.no_grad():
-        batches = track(images.batches(network, paths), "evaluating", math.ceil(len(paths) / images.BATCH))
-        outputs = [network(batch.to(device)) for batch in batches]
-    if not isinstance(outputs[0], Tensor) or outputs[0].ndim != 2:  # noqa: PLR2004 - (n, classes)
-        raise UnsupportedError(f"{type(network).__name__} is no classifier; evaluate compares one class per image.")
-    return torch.cat(outputs).cpu()
 
 
 def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from batude_fx.matching import match_moments_
 from batude_fx.measuring import statistics
 from batude_fx.modules import TuckerModule, tucker_conv
 from batude_fx.progress import track
+from batude_fx.record import Record, attach_, site_records, versions
 from batude_fx.sites import ConvSite, Ranks
 from batude_fx.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
 from batude_fx.surgery import replace
@@ -39,6 +40,7 @@ from batude_fx.zoo import arguments
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
+SEED = 0  # of procedural images, sampled positions and random output combinations
 _STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
 
 
@@ -122,9 +124,7 @@ class Plan:
         _check_values(model)
         plan, small = self, self._applied(model)
         limit = self.budget.limits(self.dense_flops, self.dense_params).flops
-        if self._recounted is None or limit is None:
-            return small
-        while (count := count_flops(small, self._recounted)) > limit:
+        while self._recounted and limit is not None and (count := count_flops(small, self._recounted)) > limit:
             try:
                 tighter = plan.flops / self.dense_flops * min(max(limit / count, _STEPS[0]), _STEPS[1])
                 plan = plan.at(Budget(flops=tighter, params=self.budget.params))
@@ -135,7 +135,22 @@ class Plan:
                     "them. Pass example_inputs= with real images."
                 ) from error
             small = plan._applied(model)  # noqa: SLF001 - of another plan
+        attach_(small, plan.record())
         return small
+
+    def record(self) -> Record:
+        """What is saved with the network, and shown in its report."""
+        return Record(
+            model=self.model_name, budget=str(self.budget), calibration=self.calibration, round_to=self.round_to,
+            seed=SEED, dense_flops=self.dense_flops, flops=self.flops, dense_params=self.dense_params,
+            params=self.params, versions=versions(),
+            sites=site_records(
+                self.sites,
+                {name: one.options for name, one in self._candidates.items()},
+                self.ranks,
+                {name: one.spectrum.loss() for name, one in self._candidates.items()},
+            ),
+        )  # fmt: skip
 
     def _applied(self, model: ModelT) -> ModelT:
         modules = dict(model.named_modules())

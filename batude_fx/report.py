@@ -1,6 +1,7 @@
 """Numbers and tables for people: the only place that formats them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from batude_fx.flops import dense_cost, site_cost
-from batude_fx.sites import ConvSite, Ranks
+from batude_fx.sites import ConvSite
 
 if TYPE_CHECKING:
     from batude_fx.compression import Plan
     from batude_fx.recipe import Recipe
+    from batude_fx.record import SiteRecord
+    from batude_fx.sweep import Point
     from batude_fx.training.loop import Result
     from batude_fx.training.preview import Preview
 
@@ -37,6 +40,19 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def convolution(site: "ConvSite | SiteRecord") -> str:
+    """A convolution in a few characters: "64 > 128 3x3", "Conv1d 8 > 8 5 dw" where it is depthwise."""
+    kernel = "x".join(map(str, site.kernel_size))
+    groups = " dw" if site.groups == site.in_channels > 1 else f" /{site.groups}" if site.groups > 1 else ""
+    kind = "" if site.kind == "Conv2d" else f"{site.kind} "
+    return f"{kind}{site.in_channels} > {site.out_channels} {kernel}{groups}".rstrip()
+
+
+def ranks_text(ranks: tuple[int, int] | None) -> str:
+    """Ranks in a few characters: "24 / 16", or "dense"."""
+    return "{} / {}".format(*ranks) if ranks else "dense"
+
+
 def plan_table(plan: "Plan") -> Table:
     """Every site of a plan with what it costs before and after and its ranks, and why some stay dense."""
     title = f"{plan.model_name}, budget: {plan.budget}, calibration: {plan.calibration}"
@@ -45,7 +61,7 @@ def plan_table(plan: "Plan") -> Table:
         ranks = plan.ranks.get(site.name)
         after = human(site_cost(site, ranks)[0]) if ranks else ""
         loss = f"{plan.losses[site.name]:.2g}" if ranks else ""
-        _add_site(table, site, human(dense_cost(site)[0]), after, _ranks(ranks), loss)
+        _add_site(table, site, human(dense_cost(site)[0]), after, ranks_text(astuple(ranks) if ranks else None), loss)
     table.caption = (
         f"{human(plan.dense_flops)}FLOPs to {human(plan.flops)}FLOPs ({percent(plan.flops, plan.dense_flops)}), "
         f"{human(plan.dense_params)} to {human(plan.params)} parameters ({percent(plan.params, plan.dense_params)}); "
@@ -72,7 +88,7 @@ def saved_table(folder: object, facts: dict[str, Any]) -> Table:
     title = escape(f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}")
     table = Table("site", "ranks", title=title, **_STYLE)
     for name, (rank_out, rank_in) in saved["ranks"].items():
-        table.add_row(escape(name), f"{rank_out} / {rank_in}")
+        table.add_row(escape(name), ranks_text((rank_out, rank_in)))
     flops = f"{human(facts['flops'])}FLOPs, " if "flops" in facts else ""
     table.caption = (
         f"{flops}{human(facts['params'])} parameters, {human(facts['bytes'])}B on disk; {len(saved['ranks'])} sites in "
@@ -134,8 +150,24 @@ def result_table(folder: str, result: "Result") -> Table:
         table.add_row(name, human(before).strip(), human(after).strip(), f"{percent(after, before)} remain")
     table.caption = (
         f"{len(result.ranks)} sites in Tucker form after {len(result.rounds)} rounds. In the folder: model/ for "
-        "batude_fx.load, ranks.png, report.json, log.jsonl, recipe.yaml, original.safetensors."
+        "batude_fx.load with its report.html, ranks.png, result.json, log.jsonl, recipe.yaml, original.safetensors."
     )
+    return table
+
+
+def sweep_table(name: str, points: Sequence["Point"]) -> Table:
+    """Every budget of a sweep."""
+    labelled = points[0].top1 is not None
+    columns = ("budget", "flops", "parameters", "ms/image", "agreement", *(("top 1", "top 5") if labelled else ()))
+    table = Table(title=escape(name), **_STYLE)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in points:
+        shares = [point.agreement, *((point.top1 or 0.0, point.top5 or 0.0) if labelled else ())]
+        budget = f"{point.budget:g}" if point.budget < 1 else "original"
+        counts = human(point.flops).strip(), human(point.params).strip(), f"{point.milliseconds:.2f}"
+        table.add_row(budget, *counts, *(f"{share:.4f}" for share in shares))
+    table.caption = "Agreement: images for which the original names the same class. One image at a time, medians."
     return table
 
 
@@ -172,13 +204,8 @@ def _site_table(title: str, sites: Sequence[ConvSite], *columns: str) -> Table:
 
 
 def _add_site(table: Table, site: ConvSite, *cells: str) -> None:
-    kernel = "x".join(map(str, site.kernel_size))
-    groups = " dw" if site.groups == site.in_channels > 1 else f" /{site.groups}" if site.groups > 1 else ""
-    kind = "" if site.kind == "Conv2d" else f"{site.kind} "
     mark = "*" if site.skip_reason else ""
-    table.add_row(
-        escape(site.name), f"{kind}{site.in_channels} > {site.out_channels} {kernel}{groups}".rstrip(), *cells, mark
-    )
+    table.add_row(escape(site.name), convolution(site), *cells, mark)
 
 
 def _notes(sites: Iterable[ConvSite]) -> str:
@@ -192,7 +219,3 @@ def _notes(sites: Iterable[ConvSite]) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= _FEW else f"{', '.join(names[:_FEW])} and {len(names) - _FEW} more"
-
-
-def _ranks(ranks: Ranks | None) -> str:
-    return f"{ranks.rank_out} / {ranks.rank_in}" if ranks else "dense"

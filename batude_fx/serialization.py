@@ -1,5 +1,7 @@
 """A compressed network as a folder: `model.safetensors` and `config.json`, in the layout of timm's model folders.
 
+Beside them lies its report (`page`), where the network knows how it was made.
+
 `save` proves that the folder gives the network back, to the bit, before it says so. Nothing in a folder is executed.
 """
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from batude_fx import record
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SavedModelError
 from batude_fx.files import replacing
@@ -46,7 +49,7 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a compressed network to a folder: `model.safetensors` and `config.json`.
+    """Write a compressed network to a folder: `model.safetensors` and `config.json`, and its report for the browser.
 
     Args:
         model: What `compress` returned, trained further or not.
@@ -70,6 +73,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             save_model(model, str(weights), {"format": "pt"})
             config = _config(model, weights)
             text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _write_report(model, folder)  # when the weights that it tells of are there
     except (OSError, SafetensorError, RuntimeError) as error:
         raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {_last_line(error)}") from error
     if config.model_args.library is None:
@@ -78,6 +82,15 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model).",
             stacklevel=2,
         )
+
+
+def _write_report(model: nn.Module, folder: Path) -> None:
+    from batude_fx import page
+
+    page.remove(folder)  # what lies here is of another network
+    if known := record.attached(model):
+        record.write(known, folder)
+        page.write(known, folder)
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -128,6 +141,7 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     if saved.library == "timm" and model is None:
         known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
         vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**known, **config.metadata}
+    record.attach_(network, record.read(folder))
     return network.eval()
 
 

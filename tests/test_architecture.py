@@ -42,11 +42,12 @@ def _within(package: str, names: Iterable[str]) -> bool:
         ("torch.fx", {"discovery"}),
         ("fvcore", {"flops"}),
         ("tensorly", set()),
-        ("pydantic", {"budget", "plugin", "recipe", "saved_config", "serialization"}),
+        ("pydantic", {"budget", "plugin", "recipe", "record", "saved_config", "serialization", "sweep"}),
         ("safetensors", {"serialization", "training.checkpoint", "training.session"}),
         ("yaml", {"recipe"}),
         ("accelerate", {"cli_recipes", "training.data", "training.session"}),
-        ("matplotlib", {"training.picture"}),
+        ("matplotlib", {"pictures"}),
+        ("jinja2", {"page"}),
         ("typer", {"cli", "cli_recipes", "terminal"}),
         ("rich", {"cli", "cli_recipes", "progress", "report", "terminal"}),
         ("PIL", {"images"}),
@@ -65,10 +66,14 @@ def _within(package: str, names: Iterable[str]) -> bool:
                 "training.phase",
             },
         ),
-        ("batude_fx.report", {"cli", "cli_recipes", "compression", "sites", "training.phase"}),
+        ("batude_fx.report", {"cli", "cli_recipes", "compression", "page", "sites", "training.phase"}),
+        ("batude_fx.pictures", {"page", "training.session"}),
         ("batude_fx.cli", {"__main__"}),
-        ("batude_fx.images", {"cli"}),
-        ("batude_fx.compression", {"__init__", "report", "training.preview"}),  # report: for the type checker only
+        ("batude_fx.images", {"cli", "evaluation"}),
+        (
+            "batude_fx.compression",
+            {"__init__", "report", "sweep", "training.preview"},
+        ),  # report: for the type checker only
         ("batude_fx.discovery", {"__init__", "compression", "training.problem"}),
     ],
 )

@@ -196,7 +196,7 @@ def test_evaluate_needs_labels_or_another_network(photos: Path, tmp_path: Path) 
     for label in "abcd":
         (tmp_path / label).mkdir()
         (tmp_path / label / "x.png").write_bytes((photos / "ant" / "0.png").read_bytes())
-    assert "has 4 class folders, zero has 3 classes" in _error("evaluate", "zero", "--data", tmp_path)
+    assert "has 4 class folders, the network has 3 classes" in _error("evaluate", "zero", "--data", tmp_path)
     result = _run("evaluate", "zero", "--data", tmp_path, "--against", "zero", "--json")
     assert json.loads(result.stdout) == {"images": 4, "agreement": 1.0}
     assert "has 4 class folders" in result.stderr
@@ -382,3 +382,25 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     result = _run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
+
+
+def test_sweep_prints_draws_and_joins_the_report(folder: Path, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small"
+    shutil.copytree(folder, output)
+    options = ("--budgets", "0.5,0.7", "--calibration", "none", "--evaluate", photos / "ant", "--no-pretrained")
+    points = _json("sweep", NAME, *options, "--output", output)
+    assert [point["budget"] for point in points] == [0.5, 0.7, 1.0]
+    assert points[0]["flops"] <= 0.5 * points[-1]["flops"]
+    assert points == json.loads((output / "sweep.json").read_text())
+    assert (output / "sweep.png").exists()
+    assert 'id="sweep"' in (output / "report.html").read_text()
+    shown = _run("sweep", NAME, *options).stdout
+    assert "agreement" in shown
+    assert "original" in shown
+
+
+def test_report_writes_pictures(folder: Path) -> None:
+    written = _run("report", folder).stdout.split()
+    assert written == [str(folder / name) for name in ("report.html", "flops.png", "spectra.png")]
+    assert all(Path(path).exists() for path in written)
+    assert "holds no report.json" in _error("report", folder.parent)

@@ -185,8 +185,11 @@ def test_a_network_built_in_another_file_than_its_class_comes_back(tmp_path: Pat
         assert torch.equal(value, small([IMAGES[0]])[0][key])
 
 
-def test_the_folder_holds_json_and_safetensors_and_nothing_else(saved: tuple[nn.Module, Path]) -> None:
-    assert sorted(file.name for file in saved[1].iterdir()) == ["config.json", "model.safetensors"]
+FILES = ["config.json", "model.safetensors", "report.html", "report.json"]
+
+
+def test_the_folder_holds_nothing_executable(saved: tuple[nn.Module, Path]) -> None:
+    assert sorted(file.name for file in saved[1].iterdir()) == FILES
     config = json.loads((saved[1] / "config.json").read_text())
     assert config["architecture"] == "batude_fx"
     assert config["params"] == sum(parameter.numel() for parameter in saved[0].parameters())
@@ -218,7 +221,7 @@ def test_a_save_that_fails_leaves_the_old_folder(
     monkeypatch.setattr(serialization, failing, fail)
     with pytest.raises(SavedModelError, match="disk full"):
         batude_fx.save(_small(_timm(num_classes=3)), folder)
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == FILES
     assert torch.equal(batude_fx.load(folder)(IMAGES), saved[0](IMAGES))
 
 

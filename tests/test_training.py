@@ -81,11 +81,11 @@ def test_the_budget_holds_by_fvcore_and_is_used(finished: tuple[Path, Any]) -> N
 def test_the_folder_tells_the_story(finished: tuple[Path, Any]) -> None:
     folder, result = finished
     assert {path.name for path in folder.iterdir()} >= {
-        "recipe.yaml", "original.safetensors", "log.jsonl", "report.json", "ranks.png", "model"
+        "recipe.yaml", "original.safetensors", "log.jsonl", "result.json", "ranks.png", "model"
     }  # fmt: skip
     assert not (folder / "checkpoint.safetensors").exists()
     assert not list(folder.glob(".*"))
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert report["accuracy"] == result.accuracy
     assert {"torch", "timm", "batude-fx"} <= set(report["versions"])
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -195,7 +195,7 @@ def test_two_processes_end_like_one(photos: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     for count, folder in enumerate(folders, 1):
         _processes(count, recipe, folder)
-    one, two = (json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in folders)
+    one, two = (json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in folders)
     assert two["machine"]["processes"] == 2
     assert one["ranks"] == two["ranks"]
     assert [r["ranks"] for r in one["rounds"]] == [r["ranks"] for r in two["rounds"]]

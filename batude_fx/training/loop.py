@@ -16,6 +16,7 @@ from torch import nn
 from batude_fx.calibration import normalized_by
 from batude_fx.flops import count_flops
 from batude_fx.recipe import Recipe
+from batude_fx.record import Record, TrainingRecord, site_records, versions
 from batude_fx.sites import Ranks
 from batude_fx.surgery import build_skeleton, copied
 from batude_fx.training.data import Data, first_images, image_data, seed_all
@@ -96,5 +97,19 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
         params=sum(parameter.numel() for parameter in small.parameters()), dense_params=problem.dense[1],
         ranks=ranks, rounds=session.rounds,
     )  # fmt: skip
-    session.finish(small, result.facts(), problem.sites)
+    session.finish(small, result.facts(), _record(recipe, problem, result))
     return result
+
+
+def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:
+    """What is saved with the network, and shown in its report."""
+    return Record(
+        model=type(result.model).__name__, budget=str(recipe.budget), calibration="one-shot training",
+        round_to=recipe.one_shot.round_to, seed=recipe.seed, dense_flops=result.dense_flops, flops=result.flops,
+        dense_params=result.dense_params, params=result.params, versions=versions(),
+        sites=site_records(problem.found, problem.options, result.ranks),
+        training=TrainingRecord.model_validate({
+            "recipe": recipe.to_yaml(), "original_accuracy": result.original_accuracy, "accuracy": result.accuracy,
+            "rounds": result.rounds,
+        }),
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from batude_fx.flops import count_flops
 from batude_fx.plugin import create
 from batude_fx.recipe import Recipe
 from batude_fx.serialization import load_weights_, read_weights
-from batude_fx.sites import ConvSite
+from batude_fx.sites import ConvSite, Sites
 from batude_fx.training.adl import Constraint
 from batude_fx.zoo import example_inputs
 
@@ -61,6 +61,7 @@ class Problem:
 
     Attributes:
         inputs: Example input that flops are counted on.
+        found: Every convolution, those that stay dense too.
         sites: Site name to site, all of them replaceable.
         options: Site name to what the site can be.
         dense: Flops and parameters of the dense network.
@@ -69,6 +70,7 @@ class Problem:
     """
 
     inputs: tuple[Tensor]
+    found: Sites
     sites: Mapping[str, ConvSite]
     options: Mapping[str, Options]
     dense: tuple[int, int]
@@ -98,7 +100,7 @@ class Problem:
             most, _ = capacity(options.values(), recipe.budget, dense, wanted.round_to)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
-        return cls(inputs, sites, options, dense, classes, most)
+        return cls(inputs, found, sites, options, dense, classes, most)
 
     def constraints(self, model: nn.Module) -> dict[str, Constraint]:
         """Every site with its layer in a model."""

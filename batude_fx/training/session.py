@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from batude_fx.errors import TrainingError
 from batude_fx.files import replacing
 from batude_fx.recipe import Duration, Recipe
+from batude_fx.record import Record, attach_
 from batude_fx.serialization import load_weights_, read_weights, save
-from batude_fx.sites import ConvSite
 from batude_fx.training import checkpoint
 from batude_fx.training.data import Data
-from batude_fx.training.picture import rank_picture
 
-CHECKPOINT, ORIGINAL, RECIPE, LOG, REPORT, PICTURE, MODEL = (
-    "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "report.json", "ranks.png", "model",
+CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE, MODEL = (
+    "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png", "model",
 )  # fmt: skip
 PHASES = ("pretrain", "one_shot", "finalize")
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")
@@ -87,8 +86,8 @@ class Session:
             raise TrainingError(f"{self.folder} holds no run to go on with; start without --resume.")
         if path.read_text(encoding="utf-8") != self.recipe.to_yaml():
             raise TrainingError(f"{path} is another recipe than the one to go on with; give the same, or a new folder.")
-        if (self.folder / REPORT).is_file():
-            raise TrainingError(f"the run in {self.folder} is finished; see {REPORT} there, or give a new folder.")
+        if (self.folder / RESULT).is_file():
+            raise TrainingError(f"the run in {self.folder} is finished; see {RESULT} there, or give a new folder.")
         if not (self.folder / CHECKPOINT).is_file():
             return  # killed before the first one
         self.resumed = checkpoint.read(self.folder / CHECKPOINT)
@@ -159,21 +158,24 @@ class Session:
             part.load_state_dict(self.resumed["parts"][name])
         return int(self.resumed["step"])
 
-    def finish(self, model: nn.Module, facts: dict[str, Any], sites: Mapping[str, ConvSite]) -> None:
-        """Save the network, the picture and the report, and drop the checkpoint."""
+    def finish(self, model: nn.Module, facts: dict[str, Any], record: Record) -> None:
+        """Save the network, its report and pictures, and drop the checkpoint."""
         self.accelerator.end_training()
         if not self._writes:
             return
+        from batude_fx.pictures import pictures, write_png
+
         folder = cast("Path", self.folder)
+        attach_(model, record)
         save(model, folder / MODEL)
-        rank_picture(folder / PICTURE, sites, self.rounds)
+        write_png(pictures(record)["ranks"], folder / PICTURE)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(), "python": sys.version.split()[0],
         }  # fmt: skip
         versions = {name: version(name) for name in _LIBRARIES}
         facts = {**facts, "seed": self.recipe.seed, "machine": machine, "versions": versions, "log": self.log}
-        with replacing(folder / REPORT) as text:
+        with replacing(folder / RESULT) as text:
             text.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (folder / CHECKPOINT).unlink(missing_ok=True)
 

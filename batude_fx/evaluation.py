@@ -1,0 +1,113 @@
+"""How good and how fast networks are: their outputs on a folder of images, and milliseconds per image."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from batude_fx import images
+from batude_fx.borrowing import borrowed
+from batude_fx.errors import UnsupportedError
+from batude_fx.progress import track
+from batude_fx.zoo import example_inputs
+
+_WARM_UP = 3
+_TOP = 5
+_NDIM = 2  # (N, classes)
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Images to evaluate on; made by `photos`.
+
+    Attributes:
+        folder: Where they are.
+        paths: All of them.
+    """
+
+    folder: Path
+    paths: Sequence[Path]
+
+    def labels(self, classes: int) -> list[int] | None:
+        """The class of every image, where each lies in a subfolder; None where not all do.
+
+        Raises:
+            UnsupportedError: When there are not as many subfolders as classes.
+        """
+        found, folders = images.class_indices(self.paths, self.folder), len(images.class_folders(self.folder))
+        if found is not None and folders != classes:
+            raise UnsupportedError(
+                f"{self.folder} has {folders} class folders, the network has {classes} classes, so there is no "
+                "accuracy; give one folder per class, in their order"
+            )
+        return found
+
+
+def photos(folder: Path) -> Photos:
+    """The images below a folder.
+
+    Raises:
+        CalibrationError: When the folder is missing or holds no image.
+    """
+    return Photos(folder, images.image_paths(folder))
+
+
+def logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
+    """Outputs (N, classes) of a classifier on images, on the CPU.
+
+    Raises:
+        UnsupportedError: When the network gives anything else than one row per image.
+        CalibrationError: When a file cannot be read, or the network takes no photos.
+    """
+    device = next(network.parameters()).device
+    with borrowed(network), torch.no_grad():
+        batches = track(images.batches(network, paths), "evaluating", math.ceil(len(paths) / images.BATCH))
+        outputs = [network(batch.to(device)) for batch in batches]
+    if not isinstance(outputs[0], Tensor) or outputs[0].ndim != _NDIM:
+        raise UnsupportedError(f"{type(network).__name__} is no classifier; it does not name one class per image.")
+    return torch.cat(outputs).cpu()
+
+
+def scores(outputs: Tensor, truth: Sequence[int]) -> tuple[float, float]:
+    """Shares of images whose class is the first, and among the first five, of the outputs (N, classes)."""
+    hits = outputs.topk(min(_TOP, outputs.shape[1])).indices == torch.tensor(truth)[:, None]
+    return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
+
+
+def agreement(outputs: Tensor, others: Tensor) -> float:
+    """Share of images for which two outputs (N, classes) name the same class."""
+    return (outputs.argmax(1) == others.argmax(1)).float().mean().item()
+
+
+def milliseconds(networks: Sequence[nn.Module], *, runs: int) -> list[float]:
+    """Medians of the wall time of one image in each network, taken in turns, so that what slows one slows all.
+
+    Args:
+        networks: Of one architecture, on one device.
+        runs: Timed ones, of each.
+    """
+    inputs = example_inputs(networks[0])
+    taken: list[list[float]] = [[] for _ in networks]
+    with ExitStack() as stack, torch.no_grad():
+        for network in networks:
+            stack.enter_context(borrowed(network))
+        for turn in range(_WARM_UP + runs):
+            for network, times in zip(networks, taken, strict=True):
+                _wait(inputs)
+                start = time.perf_counter()
+                network(*inputs)
+                _wait(inputs)
+                if turn >= _WARM_UP:
+                    times.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(times) for times in taken]
+
+
+def _wait(inputs: Sequence[object]) -> None:
+    if any(isinstance(one, Tensor) and one.is_cuda for one in inputs):
+        torch.cuda.synchronize()

@@ -1,0 +1,93 @@
+"""`report.html`: what was done to a saved network, to be looked at from disk in any browser.
+
+The page holds everything it shows: no script, no font and no picture from elsewhere.
+"""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from batude_fx import record as records
+from batude_fx import sweep
+from batude_fx.errors import SavedModelError
+from batude_fx.files import replacing
+from batude_fx.record import Record
+from batude_fx.report import convolution, human, percent, ranks_text
+
+PAGE = "report.html"
+
+_TITLES = {
+    "flops": "Flops of every convolution, before and after",
+    "spectra": "What each rank leaves, and where it was cut",
+    "sweep": "Other budgets of the same network",
+    "ranks": "Ranks over the rounds of training",
+    "residuals": "Residuals and flops over the rounds of training",
+}
+
+
+def write(record: Record, folder: Path) -> None:
+    """Write the page; a `sweep.json` in the folder is shown, too.
+
+    Raises:
+        SavedModelError: When that is broken.
+    """
+    page = render(record, sweep.read(folder))
+    with replacing(folder / PAGE) as text:
+        text.write_text(page, encoding="utf-8")
+
+
+def remove(folder: Path) -> None:
+    """Take away a report with its pictures and figures."""
+    for name in (records.FILE, PAGE, sweep.FILE, *(f"{name}.png" for name in _TITLES)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def draw(folder: Path) -> list[Path]:
+    """Write the page anew, and every picture as PNG.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SavedModelError: When the folder holds neither a report nor a sweep, or one of them is broken.
+    """
+    from batude_fx.pictures import pictures, sweep_picture, write_png
+
+    record, points = records.read(folder), sweep.read(folder)
+    if record:
+        write(record, folder)
+        drawn = pictures(record, points)
+    elif points:
+        drawn = {"sweep": sweep_picture(points)}
+    else:
+        raise SavedModelError(
+            f"{folder} holds no {records.FILE} and no {sweep.FILE}; give a folder that batude-fx compress, train or "
+            "sweep wrote."
+        )
+    paths = {name: folder / f"{name}.png" for name in drawn}
+    for name, figure in drawn.items():
+        write_png(figure, paths[name])
+    return [*([folder / PAGE] if record else []), *paths.values()]
+
+
+def render(record: Record, points: Sequence[sweep.Point] = ()) -> str:
+    """The page."""
+    from batude_fx.pictures import pictures, svg
+
+    drawn = {name: base64.b64encode(svg(figure)).decode() for name, figure in pictures(record, points).items()}
+    environment = Environment(
+        loader=PackageLoader("batude_fx"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"human": human}
+    return environment.get_template(PAGE).render(
+        record=record, points=points, pictures=drawn, titles=_TITLES, percent=percent, rows=_rows(record),
+        replaced=sum(site.ranks is not None for site in record.sites),
+    )  # fmt: skip
+
+
+def _rows(record: Record) -> list[dict[str, Any]]:
+    return [{"site": site, "convolution": convolution(site), "ranks": ranks_text(site.ranks)} for site in record.sites]

@@ -1,0 +1,133 @@
+"""One calibration, many budgets: how good and how fast the network is at each of them."""
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from batude_fx import evaluation
+from batude_fx.compression import Plan
+from batude_fx.errors import BudgetError, SavedModelError, UnsupportedError
+from batude_fx.files import replacing
+from batude_fx.progress import track
+
+FILE = "sweep.json"
+_FORMS = "Write 0.3:0.9:0.1 (first, last, step) or 0.3,0.5,0.75."
+_MOST = 100  # budgets of one sweep
+_RUNS = 10  # timed, of each network
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget of a sweep; the original network is the point at budget 1.
+
+    Attributes:
+        budget: The fraction of flops that may remain.
+        flops: Multiply-adds, by fvcore's count.
+        params: Parameters.
+        milliseconds: Median wall time of one image.
+        agreement: Share of the images for which the original names the same class.
+        top1: Share of the images that are named right, where they have labels.
+        top5: Share of the images whose class is among the first five.
+    """
+
+    budget: float
+    flops: int
+    params: int
+    milliseconds: float
+    agreement: float
+    top1: float | None = None
+    top5: float | None = None
+
+
+def fractions(text: str) -> list[float]:
+    """Read the budgets of a sweep: "0.3:0.9:0.1", last included, or "0.3,0.5,0.75"; sorted.
+
+    Raises:
+        BudgetError: When they cannot be read, lie outside (0, 1), or are too many.
+    """
+    try:
+        numbers = [float(part) for part in re.split("[:,]", text)]
+    except ValueError:
+        raise BudgetError(f"budgets {text!r} cannot be read. {_FORMS}") from None
+    if ":" in text:
+        if "," in text or len(numbers) != 3 or not numbers[2] > 0 or not numbers[0] <= numbers[1]:  # noqa: PLR2004
+            raise BudgetError(f"budgets {text!r}: a range needs first, last and a step above 0. {_FORMS}")
+        first, last, step = numbers
+        count = min((last - first) / step + _SLACK, _MOST)
+        numbers = [round(first + index * step, 6) for index in range(int(count) + 1)]
+    if outside := [number for number in numbers if not 0 < number < 1]:
+        raise BudgetError(f"budgets {text!r}: {outside[0]:g} is outside (0, 1), the fraction that remains. {_FORMS}")
+    if len(numbers) > _MOST:
+        raise BudgetError(f"budgets {text!r} are more than {_MOST}. Take a larger step.")
+    return sorted(set(numbers))
+
+
+def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], folder: Path) -> list[Point]:
+    """Compress to every budget from the measurements of one plan, and try the result on a folder of images.
+
+    Args:
+        model: The one that the plan was made for, a classifier of images.
+        plan: For any budget.
+        budgets: Fractions of the flops that may remain.
+        folder: Images; with a subfolder per class there is accuracy, too.
+
+    Returns:
+        A point for each budget, and last the original network's.
+
+    Raises:
+        BudgetError: When a budget is out of reach; before any image is looked at.
+        UnsupportedError: When the model is no classifier.
+        CalibrationError: When the folder holds no images.
+
+    Warns:
+        UserWarning: When there are not as many subfolders as the model has classes, so that there is no accuracy.
+    """
+    plans = [plan.at(budget) for budget in budgets]
+    photos = evaluation.photos(folder)
+    original = evaluation.logits(model, photos.paths)  # (N, classes)
+    try:
+        truth = photos.labels(original.shape[1])
+    except UnsupportedError as error:  # the agreement is worth having without
+        warnings.warn(f"{error}.", stacklevel=2)
+        truth = None
+    smalls = [one.apply(model) for one in track(plans, "compressing")]
+    taken = evaluation.milliseconds([*smalls, model], runs=_RUNS)
+    costs = [*((one.flops, one.params) for one in plans), (plan.dense_flops, plan.dense_params)]
+    outputs = [*(evaluation.logits(small, photos.paths) for small in smalls), original]
+    return [
+        Point(budget, *cost, milliseconds, evaluation.agreement(one, original), *_accuracy(one, truth))
+        for budget, cost, milliseconds, one in zip([*budgets, 1.0], costs, taken, outputs, strict=True)
+    ]
+
+
+def write(points: Sequence[Point], folder: Path) -> None:
+    """Write `sweep.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / FILE) as text:
+        text.write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> list[Point]:
+    """Read `sweep.json`; nothing where there is none.
+
+    Raises:
+        SavedModelError: When it is broken.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    try:
+        return TypeAdapter(list[Point]).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise SavedModelError(f"{path} is broken: {error.errors()[0]['msg']}. Sweep again, or remove it.") from None
+
+
+def _accuracy(outputs: Tensor, truth: Sequence[int] | None) -> tuple[float, ...]:
+    return () if truth is None else evaluation.scores(outputs, truth)
