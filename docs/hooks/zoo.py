@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-_DATA = Path(__file__).parent / "data" / "zoo.json"
+_DATA = Path(__file__).parents[1] / "data" / "zoo.json"
 
 Record = Mapping[str, Any]
 
@@ -93,7 +93,7 @@ def models(data: Record) -> str:
         "share with linear",
         "smallest with linear",
     )
-    return _table(header, (_row(record) for record in data["models"]))
+    return _table(header, (_row(record) for record in data["models"]), "sortable")
 
 
 def _row(record: Record) -> tuple[str, ...]:
@@ -108,8 +108,8 @@ def _noted(data: Record) -> list[Record]:
     return [record for record in data["families"] if "note" in record]
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """HTML: a thousand rows of Markdown would take the parser a minute."""
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
+    """HTML: a thousand rows of Markdown would take the parser a minute. `sortable` is what docs/javascripts looks for."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"
+    return f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n'

@@ -1,0 +1,70 @@
+"""mkdocs hook: a page for every recipe that comes with the package, made from its YAML and from the pydantic models."""
+
+import re
+from collections.abc import Iterator
+from html import escape
+from typing import Any, get_args
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from batude_fx.recipe import Recipe, shipped
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages, and name them in the navigation under "Recipes"."""
+    pages = {f"recipes/{name}.md": page(name, path.read_text(encoding="utf-8")) for name, path in shipped().items()}
+    for address, content in pages.items():
+        files.append(File.generated(config, address, content=content))
+    section: list[Any] = next(entry["Recipes"] for entry in config.nav or [] if "Recipes" in entry)
+    section += [address for address in pages if address not in section]
+    return files
+
+
+def page(name: str, text: str) -> str:
+    """The recipe as it stands, what was measured with it, and every field with type, default and meaning."""
+    header = [line.removeprefix("#").strip() for line in text.split("\nmodel:")[0].splitlines()]
+    title = header[0]
+    measured = " ".join(header[index] for index in _measured(header))
+    recipe = Recipe.from_yaml(name)
+    return (
+        f"---\ntitle: {name}\n---\n\n# {name}\n\n{title}\n\n**{measured}**\n\n"
+        f"```sh\nbatude-fx train {name} --dry-run\nbatude-fx train {name}\n```\n\n"
+        f"```yaml\n{text}```\n\n## Every field\n\nWhat the recipe says, or the default where it says nothing. "
+        "Any of them is changed with `--set KEY=VALUE`.\n\n"
+        "<table><thead><tr><th>key</th><th>type</th><th>default</th><th>here</th><th>meaning</th></tr></thead><tbody>\n"
+        + "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in _fields(recipe))
+        + "\n</tbody></table>\n\n## Limitations\n\nThe figures hold for the schedule, the seeds and the machine that "
+        "the line above names, and for nothing else.\n"
+    )
+
+
+def _measured(header: list[str]) -> Iterator[int]:
+    """The line that begins with "Measured:", and those that go on with it."""
+    inside = False
+    for index, line in enumerate(header):
+        starts = line.split(":")[0] in {"Source", "Command", "Schedule", "Measured"}
+        inside = line.startswith("Measured:") if starts else inside
+        if inside:
+            yield index
+
+
+def _fields(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, ...]]:
+    for key, field in type(model).model_fields.items():
+        value = getattr(model, key)
+        if isinstance(value, BaseModel) and type(value).__module__ == Recipe.__module__:
+            yield from _fields(value, f"{prefix}{key}.")
+            continue
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = "required" if default is PydanticUndefined else str(default)
+        cells = (f"{prefix}{key}", _kind(field.annotation), shown, str(value))
+        yield (*(f"<code>{escape(cell)}</code>" for cell in cells), escape(field.description or ""))
+
+
+def _kind(annotation: object) -> str:
+    if annotation is Any:
+        return "length"
+    name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    return re.sub(r"\b(?:typing|pathlib|batude_fx\.\w+)\.|<class '|'>", "", name)
