@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 docs clean
+.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 bench-resnet50 docs test-docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
@@ -18,11 +18,13 @@ help:
 	@echo "make zoo-quick    sweep the smallest model of each family"
 	@echo "make bench        wall time and memory of compress, and what a step of training costs"
 	@echo "make bench-cifar10  one-shot training against four other ways, on CIFAR-10: hours"
+	@echo "make bench-resnet50  agreement and milliseconds of a real ResNet-50 at seven budgets"
 	@echo "make docs         build the documentation into site/"
+	@echo "make test-docs    drive the documentation in headless Chromium"
 	@echo "make clean        remove the environment and everything generated"
 
 demo: $(VENV)/installed-demo
-	$(BIN)/python examples/digits_demo.py
+	$(BIN)/python -m examples.digits_demo
 
 # One thread for each of the two workers: more of them fight for the cores.
 test: $(VENV)/installed-dev
@@ -57,8 +59,16 @@ bench: $(VENV)/installed-dev
 bench-cifar10: $(VENV)/installed-dev
 	$(BIN)/python -W ignore -m benchmarks.cifar10
 
-docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --strict
+# The home page's table and picture.
+bench-resnet50: $(VENV)/installed-dev
+	$(BIN)/python -W ignore -m benchmarks.resnet50_sweep
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Needs Debian's chromium and chromium-driver, or another Chromium with its driver.
+test-docs: $(VENV)/installed-dev
+	$(BIN)/pytest -s -m browser tests/browser
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build demo-out dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -86,8 +96,4 @@ $(OLDEST)/installed: pyproject.toml | $(BIN)/python
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev]'
-	@touch $@
-
-$(VENV)/installed-docs: pyproject.toml | $(BIN)/python
-	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@

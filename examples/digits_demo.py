@@ -1,6 +1,6 @@
 """The main job on one page: a small timm network on digits, 2.5 times smaller, by `compress` and by a recipe.
 
-Run `make demo`, or `python examples/digits_demo.py [FOLDER]`. `recipes/digits-demo.yaml` trains the network, then
+Run `make demo`, or `python -m examples.digits_demo [FOLDER]`. `recipes/digits-demo.yaml` trains the network, then
 learns ranks and trains in Tucker form; `compress` makes the same network smaller in three ways without training.
 Everything is saved under FOLDER (default `demo-out/`), and two of the networks are read back. About a minute on 2 idle
 cores. Exit code 1 when a network is over its budget or when a loaded one does not give the saved one's outputs to the
@@ -17,25 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_model
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from timm.data.dataset_factory import create_dataset
-from timm.data.loader import create_loader
 from torch import Tensor, nn
 
 import batude_fx
+from examples.digits import accuracy, read_digits, write_digits
 
-SIDE = 32  # pixels; the digits have 8
-TEST_IMAGES = 450
 CALIBRATION_IMAGES = 256
 FACTOR = 2.5
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits-demo.yaml"
@@ -86,29 +79,6 @@ def main(folder: Path) -> int:
     return 0 if in_budget and same else 1
 
 
-def write_digits(folder: Path) -> None:
-    """scikit-learn's digits as images, in a folder per class, with the same share of every class in both splits."""
-    pixels, classes = load_digits(return_X_y=True)
-    train, held_out = train_test_split(range(len(pixels)), test_size=TEST_IMAGES, stratify=classes, random_state=0)
-    for split, chosen in (("train", train), ("validation", held_out)):
-        for index in chosen:
-            place = folder / split / str(classes[index])
-            place.mkdir(parents=True, exist_ok=True)
-            gray = (pixels[index].reshape(8, 8) * 255 / 16).astype(np.uint8)
-            Image.fromarray(gray).save(place / f"{index:04}.png")
-
-
-def read_digits(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 32, 32) as the recipe evaluates them, inside [-1, 1], and classes (N,)."""
-    digits = create_dataset("", root=str(folder), split=split, input_img_mode="L")
-    loader = create_loader(
-        digits, input_size=(1, SIDE, SIDE), batch_size=len(digits), use_prefetcher=False, num_workers=0,
-        mean=(0.5,), std=(0.5,), crop_pct=0.95, interpolation="bilinear",
-    )  # fmt: skip
-    images, classes = next(iter(loader))
-    return images, classes
-
-
 def compressed_in_three_ways(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     """The trained network at 1 / 2.5 of its flops; no class of any image is looked at."""
     shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
@@ -150,13 +120,6 @@ def files_of(name: str, folder: Path) -> list[Path]:
     if name == "original":
         return [folder / "one-shot" / "original.safetensors"]
     return list((folder / "one-shot" / "model" if name == "one-shot" else folder / name.replace(" ", "-")).iterdir())
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, images: Tensor, classes: Tensor) -> float:
-    """Share of the test images that get their class."""
-    hits = network(images).argmax(1) == classes
-    return int(hits.sum()) / len(hits)
 
 
 def fvcore_flops(network: nn.Module, image: Tensor) -> int:

@@ -1,28 +1,47 @@
-"""mkdocs hook: the table of the CIFAR-10 benchmark, made from `docs/data/cifar10.json` when the site is built."""
+"""mkdocs hook: the tables of measured results, made from `docs/data/*.json` when the site is built."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-_DATA = Path(__file__).parents[1] / "data" / "cifar10.json"
+_DATA = Path(__file__).parents[1] / "data"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Put the table where a page asks for it, as `<!-- cifar10 -->`."""
-    return markdown.replace("<!-- cifar10 -->", table()) if "<!-- cifar10 -->" in markdown else markdown
+    """Put the tables where a page asks for them, as `<!-- cifar10 -->`."""
+    tables: Mapping[str, Callable[[Any], str]] = {"cifar10": cifar10, "resnet50": resnet50}
+    for name, table in tables.items():
+        if f"<!-- {name} -->" in markdown:
+            data = json.loads((_DATA / f"{name}.json").read_text(encoding="utf-8"))
+            markdown = markdown.replace(f"<!-- {name} -->", table(data))
+    return markdown
 
 
-def table() -> str:
+def cifar10(data: Mapping[str, Any]) -> str:
     """One line per budget and method; several seeds are averaged."""
-    data = json.loads(_DATA.read_text(encoding="utf-8"))
-    about, runs = data["about"], data["results"]
-    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for run in runs:
-        groups.setdefault((run["budget"], run["row"]), []).append(run)
-    lines = ["| budget | method | test accuracy | dense network | seeds | flops used |", "|---|---|---|---|---|---|"]
+    groups: dict[tuple[str, str], list[Mapping[str, float]]] = {}
+    for result in data["results"]:
+        groups.setdefault((result["budget"], result["row"]), []).append(result)
+    lines = ["| budget | method | test accuracy | dense network | seeds | flops |", "|---|---|---|---|---|---|"]
     for (budget, row), found in sorted(groups.items()):
-        accuracy, baseline, used = (mean(run[key] for run in found) for key in ("accuracy", "baseline", "flops"))
-        lines.append(
-            f"| {budget} | {row} | {accuracy:.2%} | {baseline:.2%} | {len(found)} | {used / 1e6:.2f} M |"
-        )
-    return f"Measured on {about['date']}, {about['machine']}.\n\n" + "\n".join(lines) + "\n"
+        accuracy, baseline, flops = (mean(run[key] for run in found) for key in ("accuracy", "baseline", "flops"))
+        lines.append(f"| {budget} | {row} | {accuracy:.2%} | {baseline:.2%} | {len(found)} | {flops / 1e6:.2f} M |")
+    return _with_source(data["about"], lines)
+
+
+def resnet50(data: Mapping[str, Any]) -> str:
+    """One line per budget, the original first."""
+    lines = ["| flops kept | GFLOPs | parameters | agreement | ms per image |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {point['budget']:g} | {point['flops'] / 1e9:.2f} | {point['params'] / 1e6:.1f} M "
+        f"| {point['agreement']:.1%} | {point['milliseconds']:.1f} |"
+        for point in reversed(data["points"])
+    ]
+    return _with_source(data["about"], lines)
+
+
+def _with_source(about: Mapping[str, Any], lines: list[str]) -> str:
+    command = f"`{about['command']}`, " if "command" in about else ""
+    return "\n".join(lines) + f"\n\n{command}{about['date']}, {about['machine']}.\n"

@@ -13,7 +13,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     if "<!-- command line -->" not in markdown:
         return markdown
     command = typer.main.get_command(app)
-    with typer.Context(command, info_name="batude-fx") as context:  # type: ignore[attr-defined]
-        help_text = get_docs_for_click(obj=command, ctx=context, indent=1, name="batude-fx")
+    context = typer.Context(command, info_name="batude-fx")
+    help_text = get_docs_for_click(obj=command, ctx=context, indent=1, name="batude-fx")
     examples = re.sub(r"^Example: (.+)$", r"```sh\n\1\n```", help_text, flags=re.MULTILINE)
     return markdown.replace("<!-- command line -->", examples)

@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def page(name: str, text: str) -> str:
     """The recipe as it stands, what was measured with it, and every field with type, default and meaning."""
-    header = [line.removeprefix("#").strip() for line in text.split("\nmodel:")[0].splitlines()]
+    header = [line.removeprefix("#").strip() for line in text.split("\nmodel:", maxsplit=1)[0].splitlines()]
     title = header[0]
     measured = " ".join(header[index] for index in _measured(header))
     recipe = Recipe.from_yaml(name)

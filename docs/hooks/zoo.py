@@ -109,7 +109,7 @@ def _noted(data: Record) -> list[Record]:
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
-    """HTML: a thousand rows of Markdown would take the parser a minute. `sortable` is what docs/javascripts looks for."""
+    """HTML: a thousand rows of Markdown would take the parser a minute. docs/javascripts looks for "sortable"."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n'

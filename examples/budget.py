@@ -1,0 +1,47 @@
+"""Choosing a budget: a trained network at six budgets and three ways to calibrate; what is left of its accuracy.
+
+python -m examples.budget [FOLDER]
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import batude_fx
+from batude_fx.compression import Calibration
+from examples.digits import accuracy, read_digits, trained_network, write_digits
+
+
+def main(folder: Path) -> None:
+    """Train on digits, measure once per way, decide at every budget."""
+    write_digits(folder)
+    images, classes = read_digits(folder, "train")
+    held_out = read_digits(folder, "validation")
+    model = trained_network(images, classes)
+
+    table = Table("kept", "weights only", "synthetic", "calibrated", "flops", title="Accuracy on 450 held-out digits")
+    ways: dict[str, Calibration] = {"weights only": None, "synthetic": "synthetic", "calibrated": images[::5]}
+    plans = {
+        way: batude_fx.plan(model, 0.9, calibration=calibration, example_inputs=images[:1])
+        for way, calibration in ways.items()
+    }
+    for keep in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        at = {way: plan.at(keep) for way, plan in plans.items()}  # no image is looked at again
+        scores = (f"{accuracy(plan.apply(model), *held_out):.1%}" for plan in at.values())
+        table.add_row(f"{keep:.0%}", *scores, f"{at['calibrated'].flops:,}")
+    console = Console()
+    console.print(f"The original: {accuracy(model, *held_out):.1%} at {plans['calibrated'].dense_flops:,} flops")
+    console.print(table)
+
+    try:
+        plans["calibrated"].at(0.01)
+    except batude_fx.BudgetError as error:
+        console.print(f"At 0.01: {error}", markup=False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A trained network at several budgets.")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/digits"), help="for the digits")
+    main(parser.parse_args().folder)

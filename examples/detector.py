@@ -1,0 +1,30 @@
+"""A detector of torchvision: its backbone at half of the flops, its heads left as they are; boxes come out as before.
+
+python -m examples.detector
+"""
+
+import torch
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+import batude_fx
+
+
+def main() -> None:
+    """Compress what `backbone.*` matches, run a picture through both networks."""
+    torch.manual_seed(0)
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()  # yours: weights="DEFAULT"
+    picture = torch.rand(3, 320, 320)
+
+    # Detectors take a list of pictures: the example input is the tuple of arguments of one call.
+    plan = batude_fx.plan(model, 0.8, example_inputs=([picture],), include="backbone.*", calibration=None)
+    small = plan.apply(model)
+
+    print(f"{plan.dense_flops:,} flops before, {plan.flops:,} after; {len(plan.ranks)} convolutions replaced")
+    with torch.no_grad():
+        for network in (model, small):
+            (found,) = network([picture])
+            print({name: tuple(tensor.shape) for name, tensor in found.items()})
+
+
+if __name__ == "__main__":
+    main()

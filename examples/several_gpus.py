@@ -1,0 +1,33 @@
+"""The same recipe in two processes, as on two GPUs; here they share the CPU, and end with the same ranks.
+
+python -m examples.several_gpus [FOLDER]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from examples.digits import write_digits
+
+SETTINGS = ["pretrain.epochs=1", "one_shot.epochs=2", "finalize.epochs=1"]
+
+
+def main(folder: Path) -> None:
+    """Launch, then read what the run wrote."""
+    write_digits(folder / "digits")
+    changes = [f"--set={setting}" for setting in (f"data.root={folder / 'digits'}", *SETTINGS)]
+    # With GPUs: accelerate launch --multi_gpu --num_processes 2 -m batude_fx train ...
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    train = ["-m", "batude_fx", "train", "digits-demo", f"--output={folder / 'run'}", *changes]
+    subprocess.run([*launch, "--mixed_precision=no", "--dynamo_backend=no", *train], check=True)  # noqa: S603 - as above
+
+    report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
+    print(f"{report['flops']:,} of {report['dense_flops']:,} flops; ranks:", report["ranks"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Two processes train one network.")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/two"), help="where all goes")
+    main(parser.parse_args().folder)
