@@ -228,6 +228,9 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         SelectionError: A pattern or a name in `ranks` matches no site.
         CalibrationError: The calibration images are empty, not finite or of the wrong shape.
         UnsupportedError: The model is in half precision, on the meta device, or holds NaN.
+
+    Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
+        R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
     """
     budget = Budget.parse(budget)
     if round_to < 1:
@@ -273,6 +276,8 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
 
     Raises:
         BatudeError: As `plan`.
+
+    Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
     """
     return plan(model, budget, **options).apply(model)
 

@@ -84,6 +84,8 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
     Raises:
         BatudeError: When nothing has this name, with close ones.
         SavedModelError: When it is a folder that cannot be read.
+
+    Source: `timm.create_model` and torchvision's `get_model`.
     """
     library, _, base = name.rpartition(":")
     if (Path(name) / CONFIG).is_file():

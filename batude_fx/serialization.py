@@ -62,6 +62,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Warns:
         UserWarning: When neither timm nor torchvision can rebuild the model by name (layers were changed by hand, say).
             The folder is complete, and `load(folder, model=fresh)` reads it.
+
+    Source: timm's `save_for_hf`, for the layout; the safetensors library.
     """
     check_folder(folder)
     _check_savable(model)
@@ -127,6 +129,8 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
 
     Raises:
         SavedModelError: When the folder is missing, broken, of another format or model, or unsafe.
+
+    Source: as `save`.
     """
     folder = Path(folder)
     config = read_config(folder)

@@ -1,7 +1,7 @@
 """The table and the picture of the home page: a ResNet-50 with real weights at seven budgets, calibrated once.
 
-`make bench-resnet50`, some ten minutes on two cores. Calibrated with 256 photos of a shop; agreement with the original is
-measured on 400 other photos of it, milliseconds on one image, all networks taking turns. Writes
+`make bench-resnet50`, some ten minutes on two cores. Calibrated with 256 photos of a shop; agreement with the original
+is measured on 400 other photos of it, milliseconds on one image, all networks taking turns. Writes
 `docs/data/resnet50.json` and `docs/images/resnet50.png`.
 """
 
@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from rich.console import Console
 from torch import Tensor
@@ -29,7 +30,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 def main() -> None:
     """Calibrate, sweep, write."""
     model = inputs.resnet50_timm()
-    model.pretrained_cfg["crop_pct"] = 1.0  # type: ignore[index,operator] - the photos are cropped already
+    cast("dict[str, object]", model.pretrained_cfg)["crop_pct"] = 1.0  # the photos are cropped already
     plan = batude_fx.plan(model, BUDGETS[-1], calibration=inputs.shop_photos("train", 256))
     with TemporaryDirectory() as folder:
         write_photos(inputs.shop_photos("test", 400, (0, 0, 0), (1, 1, 1)), Path(folder))

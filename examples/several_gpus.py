@@ -23,8 +23,8 @@ def main(folder: Path) -> None:
     train = ["-m", "batude_fx", "train", "digits-demo", f"--output={folder / 'run'}", *changes]
     subprocess.run([*launch, "--mixed_precision=no", "--dynamo_backend=no", *train], check=True)  # noqa: S603 - as above
 
-    report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
-    print(f"{report['flops']:,} of {report['dense_flops']:,} flops; ranks:", report["ranks"])
+    result = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
+    print(f"{result['flops']:,} of {result['dense_flops']:,} flops; ranks:", result["ranks"])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ def run(
     Raises:
         RecipeError: The recipe asks for a model that does not exist, or its budget is out of reach.
         TrainingError: There are no images, nothing to go on from, or the loss is not finite.
+
+    Source: M. Yin et al., "BATUDE: Budget-Aware Neural Network Compression Based on Tucker Decomposition", AAAI 2022,
+        https://doi.org/10.1609/aaai.v36i8.20869.
     """
     from batude_fx.training.loop import train
 

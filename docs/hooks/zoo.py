@@ -93,7 +93,7 @@ def models(data: Record) -> str:
         "share with linear",
         "smallest with linear",
     )
-    return _table(header, (_row(record) for record in data["models"]), "sortable")
+    return _table(header, (_row(record) for record in data["models"]), sortable=True)
 
 
 def _row(record: Record) -> tuple[str, ...]:
@@ -108,8 +108,9 @@ def _noted(data: Record) -> list[Record]:
     return [record for record in data["families"] if "note" in record]
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
-    """HTML: a thousand rows of Markdown would take the parser a minute. docs/javascripts looks for "sortable"."""
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]], *, sortable: bool = False) -> str:
+    """HTML: a thousand rows of Markdown would take the parser a minute. docs/javascripts does the sorting."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n'
+    start = "<table data-sortable>" if sortable else "<table>"
+    return f"{start}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"

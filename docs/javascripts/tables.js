@@ -1,6 +1,6 @@
-// Tables of class "sortable": a click on a heading sorts, a field above filters by the first column.
+// Tables with "data-sortable": a click on a heading sorts, a field above filters by the first column.
 document$.subscribe(() => {
-  for (const table of document.querySelectorAll("table.sortable")) {
+  for (const table of document.querySelectorAll("table[data-sortable]")) {
     if (table.dataset.ready) continue;
     table.dataset.ready = "yes";
     const body = table.tBodies[0];

@@ -1,0 +1,1 @@
+"""Driven by a browser: `make test-docs`."""
