@@ -41,7 +41,7 @@ def summary(data: Record) -> str:
         ("found in the module tree only", f"{how['tree']:,}"),
         ("families compressed", f"{sum('replaced' in r for r in data['families'])} of {len(data['families'])}"),
     ]
-    return f"Swept on {data['date']} with {versions}.\n\n{_table(('', ''), rows)}"
+    return f"Swept on {data['date']} with {versions}.\n\n{_table(('what', 'how many'), rows)}"
 
 
 def reasons(data: Record) -> str:
