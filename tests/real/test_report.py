@@ -34,5 +34,5 @@ def test_report_of_a_real_network(tmp_path: Path) -> None:
     sites = {site["name"]: site for site in json.loads((tmp_path / "report.json").read_text())["sites"]}
     assert set(plan.ranks) == {name for name, site in sites.items() if site["ranks"]}
     for name, ranks in plan.ranks.items():
-        assert sites[name]["ranks"] == {"rank_out": ranks.rank_out, "rank_in": ranks.rank_in}
+        assert sites[name]["ranks"] == [ranks.rank_out, ranks.rank_in]
         assert name in text
