@@ -8,10 +8,16 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside the path that takes its place if all goes well: a reader sees the old file or the new one."""
+    """A name beside the path that takes its place if all goes well: a reader sees the old file or the new one.
+
+    It gets the permissions of any new file; safetensors would let nobody but the owner read.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(permissions)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -114,6 +114,12 @@ def test_dtype_and_memory_format_come_back(change: Callable[[nn.Module], nn.Modu
     assert torch.equal(again(images), small(images))
 
 
+def test_whoever_may_read_new_files_may_read_the_network(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    wanted = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in saved[1].iterdir()} == {wanted}
+
+
 def test_a_trained_network_is_saved_as_it_is_and_replaces_the_old(saved: tuple[nn.Module, Path], folder: Path) -> None:
     small = batude_fx.load(folder).train()
     small(IMAGES).square().sum().backward()
