@@ -122,7 +122,7 @@ class ModelSection(_Section):
     """Start from the weights that the library fetches."""
     checkpoint: Path | None = None
     """Start from a safetensors file of the dense network instead; relative to the working directory."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the training steps; weights stay in float32."""
     channels_last: bool = False
     """Memory format of images and weights; faster for most convolutions, on CPUs too."""

@@ -3,8 +3,9 @@
 Run `make bench-cifar10`, or `python -m benchmarks.cifar10 [--seeds 0 1 2] [--budgets 2.5x 3.6x] [--rows ...]`. Every
 row starts from the same baseline and gets the same number of epochs, optimizer, peak learning rate and distillation,
 those of `recipes/resnet20-cifar10-*.yaml`; one-shot training spends some of its epochs on finding ranks. Flops are
-counted by fvcore. On two CPU cores the baseline takes about 20 minutes and a row 8; what is done is kept under
-`build/cifar10` and not done again. The table and `docs/data/cifar10.json` hold what there is.
+counted by fvcore. On two CPU cores the baseline takes about half an hour and two rows as long again, so what is done is
+kept under `benchmarks/runs/cifar10`, baseline included, committed, and gone on with on any machine. The table and
+`docs/data/cifar10.json` hold what there is.
 
 Rows:
     one-shot: the recipe, ranks learned during training.
@@ -51,7 +52,7 @@ from batude_fx.training.session import Session
 from benchmarks.workers import follow_parent
 from tests.real.inputs import cifar10
 
-FOLDER = Path("build/cifar10")
+FOLDER = Path("benchmarks/runs/cifar10")
 PUBLISHED = Path("docs/data/cifar10.json")
 BASELINE = FOLDER / "baseline.safetensors"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -12,16 +12,12 @@ it gets a copy of the model inside the measured time; `compress` copies by itsel
 import argparse
 import copy
 import multiprocessing
-import os
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -35,6 +31,7 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx.synthetic import dead_leaves
+from benchmarks.published import environment, publish
 
 KEEP = 0.5
 PRUNING_RATIO = 0.3  # found beforehand: leaves 0.497 of ResNet-18's flops
@@ -86,31 +83,14 @@ class Peak:
 
 def main(*, quick: bool) -> int:
     """Measure, print the table."""
-    CONSOLE.print(environment())
+    where = environment()
+    CONSOLE.print(where)
     rows = weights_only()
     if not quick:
         rows += [default_call(), calibrated(), memory()]
+        publish("compress_time", table(rows), where)
     CONSOLE.print(table(rows))
     return 0 if all(row.ok for row in rows) else 1
-
-
-def environment() -> str:
-    """Machine, date and versions."""
-    packages = ("torch", "torchvision", "torch-pruning", "fvcore")
-    libraries = ", ".join(f"{name} {version(name)}" for name in packages)
-    cores, load = os.cpu_count(), os.getloadavg()[0]
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {processor()}, {cores} cores, {torch.get_num_threads()} threads, "
-        f"load {load:.1f} before\nPython {platform.python_version()}, batude_fx {batude_fx.__version__}, {libraries}"
-    )
-
-
-def processor() -> str:
-    """Name of the processor, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def weights_only() -> list[Row]:

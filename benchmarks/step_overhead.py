@@ -6,12 +6,10 @@ under half of the flops, judged by the weights and by metrics of images; measuri
 since it grows with the number of images, not with the method. Exit code 1 when a limit is missed.
 """
 
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from functools import partial
 from statistics import median
 
@@ -28,6 +26,7 @@ from batude_fx.measuring import statistics
 from batude_fx.spectra import Metric
 from batude_fx.training.adl import Lagrangian
 from batude_fx.training.problem import Problem
+from benchmarks.published import environment, publish
 
 TURNS = 12
 IMAGES = 64
@@ -39,6 +38,8 @@ CONSOLE = Console(width=120)
 def main() -> int:
     """Measure, show, judge."""
     warnings.simplefilter("ignore")
+    where = environment()
+    CONSOLE.print(where)
     torch.manual_seed(0)
     model = torchvision.models.resnet50()
     recipe = Recipe.from_yaml("resnet50-imagenet-2.04x", ["budget=0.5"])
@@ -56,11 +57,7 @@ def main() -> int:
     }
 
     ratio = median(penalized) / median(plain)
-    table = Table(
-        title=f"ResNet-50, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    for heading in ("what", "measured", "limit", "", "detail"):
-        table.add_column(heading)
+    table = Table("what", "measured", "limit", "", "detail", title="ResNet-50")
     detail = f"{_spread(penalized)} with, {_spread(plain)} without, {TURNS} turns"
     table.add_row(
         "a step with the penalty / without", f"{ratio:.3f}x", f"{STEP_LIMIT}x", _ok(ratio, STEP_LIMIT), detail
@@ -70,6 +67,7 @@ def main() -> int:
         table.add_row(f"a round, {name}", f"{worst:.1f} s", f"{ROUND_LIMIT} s", _ok(worst, ROUND_LIMIT), _spread(walls))
     table.add_row("measuring metrics", f"{measuring:.1f} s", "", "", f"{IMAGES} images")
     CONSOLE.print(table)
+    publish("step_overhead", table, where)
     return 0 if ratio <= STEP_LIMIT and max(map(max, rounds.values())) <= ROUND_LIMIT else 1
 
 

@@ -19,6 +19,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from batude_fx import tucker
+from benchmarks.published import environment, publish
 
 LAYERS = {  # (groups, C_out, C_in, k, k)
     "64 > 64 3x3": (1, 64, 64, 3, 3),
@@ -32,15 +33,16 @@ ROUNDS, WARM_UP = 7, 1
 
 def main() -> None:
     """Measure, print the table."""
-    console = Console(width=100)
+    console, where = Console(width=100), environment()
     shown = Table("layer", "ours, ms", "tensorly, ms", "tensorly / ours", "error, ours / tensorly")
     for layer, shape in track(LAYERS.items(), "decomposing", console=console, transient=True):
         own, other, errors = measure(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
         shown.add_row(
             layer, f"{own * 1e3:.1f}", f"{other * 1e3:.1f}", f"{other / own:.1f} x", f"{errors[0] / errors[1]:.4f}"
         )
-    console.print(f"torch {torch.__version__}, tensorly {tensorly.__version__}, one thread")
+    console.print(where)
     console.print(shown)
+    publish("tucker_time", shown, where)
 
 
 def measure(weight: Tensor) -> tuple[float, float, tuple[float, float]]:

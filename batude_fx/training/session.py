@@ -185,7 +185,7 @@ def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
     tracked = folder is not None and find_spec("tensorboard") is not None
     try:
         return Accelerator(
-            mixed_precision=recipe.model.precision,
+            mixed_precision="no" if recipe.model.precision == "fp32" else recipe.model.precision,
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed
             ),
@@ -194,7 +194,7 @@ def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
             step_scheduler_with_optimizer=False,
         )
     except ValueError as error:  # no such precision on this machine
-        raise recipe.problem("model.precision", f"{error}; use bf16 or no") from None
+        raise recipe.problem("model.precision", f"{error}; use bf16 or fp32") from None
 
 
 def _check_new(folder: Path) -> None:
