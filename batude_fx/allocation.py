@@ -10,6 +10,7 @@ H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapt
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import gcd
 
 import numpy as np
@@ -21,6 +22,11 @@ from batude_fx.sites import ConvSite
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+UNITS = ("flops", "parameters", "nanoseconds")
+"""Of the costs, in their order."""
+
+_PARTS = {1: 1, 2: 10, 3: 5}  # in which prices are shared out among so many limits that bind
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,9 @@ class Options:
 
     Attributes:
         ranks: (n, 2) rank_out and rank_in per group; the full ranks mean "leave it dense".
-        costs: (n, 2) flops and parameters.
+        costs: (n, k) flops, parameters and, where they were measured, nanoseconds.
         losses: (n,), 0 for the dense one, and for all before `judged`.
-        dense: (2,) flops and parameters of the dense site.
+        dense: (k,) costs of the dense site.
     """
 
     ranks: Integers
@@ -106,7 +112,7 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
 
     Args:
         options: What each site can be.
-        capacity: (2,) most flops and most parameters of all sites together.
+        capacity: (k,) most of each cost, of all sites together.
 
     Returns:
         The row picked in each site's options.
@@ -126,27 +132,30 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
         if best is None or _total_loss(options, picked) < _total_loss(options, best):
             best = picked
     if best is None:
-        flops, params = capacity.tolist()
+        limits = " and ".join(f"{most:,} {unit}" for most, unit in zip(capacity.tolist(), UNITS, strict=False))
         raise BudgetError(
-            f"no choice of ranks keeps the replaceable sites within {flops:,} flops and {params:,} parameters, "
-            "though each limit can be met alone; raise one of them."
+            f"no choice of ranks keeps the replaceable sites within {limits}, though each limit can be met alone; "
+            "raise one of them."
         )
     return best
 
 
 def smallest_costs(options: Collection[Options]) -> Integers:
-    """(2,) the fewest flops, and the fewest parameters, that any choice of ranks needs; each on its own."""
-    return sum((option.costs.min(axis=0) for option in options), start=np.zeros(2, np.int64))
+    """(k,) the least of each cost that any choice of ranks needs; each on its own."""
+    smallest: Integers = np.sum([option.costs.min(axis=0) for option in options], axis=0)
+    return smallest
 
 
 def _price_directions(options: Sequence[Options], capacity: Integers) -> list[Floats]:
-    """Prices of a flop and a parameter to try; a single limit needs a single direction."""
+    """Prices of each cost to try: shares of a whole among the limits that bind; a single one needs a single try."""
     dense = np.sum([option.dense for option in options], axis=0, dtype=np.float64)
     unit = 1 / np.maximum(dense, 1)
-    binding = capacity < dense
-    if binding.all():
-        return [unit * (share, 1 - share) for share in np.linspace(0, 1, 11)]
-    return [unit * (binding if binding.any() else np.array([True, False]))]
+    binding = np.flatnonzero(capacity < dense)
+    if not len(binding):
+        binding = np.array([0])
+    parts = _PARTS[len(binding)]
+    shares = (np.array(one) / parts for one in product(range(parts + 1), repeat=len(binding)) if sum(one) == parts)
+    return [unit * (np.eye(len(unit))[binding].T @ share) for share in shares]
 
 
 def _pareto_front(option: Options, weights: Floats) -> Integers:
@@ -166,7 +175,7 @@ def _lagrangian(
     width = max(len(front) for front in fronts)
     losses = np.full((len(fronts), width), np.inf)
     prices = np.zeros((len(fronts), width))
-    costs = np.zeros((len(fronts), width, 2), np.int64)
+    costs = np.zeros((len(fronts), width, len(capacity)), np.int64)
     for row, (option, front) in enumerate(zip(options, fronts, strict=True)):
         losses[row, : len(front)] = option.losses[front]
         costs[row, : len(front)] = option.costs[front]

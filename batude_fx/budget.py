@@ -1,4 +1,4 @@
-"""What the user may spend: `0.5`, `"2.5x"`, `"40%"`, `"0.9GFLOPs"`, or several limits at once, read into one type."""
+"""What the user may spend: `0.5`, `"2.5x"`, `"0.9GFLOPs"`, `"12ms"`, or several limits at once, read into one type."""
 
 import math
 import re
@@ -9,10 +9,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from batude_fx.errors import BudgetError
 
-_FORMS = 'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute count ("0.9GFLOPs")'
+_FORMS = (
+    'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute count ("0.9GFLOPs", '
+    '"12MParams", "12ms")'
+)
 _NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
 _MOST = 2**62  # of any count, so that it is an integer of 64 bits
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS = {"flop": r"([kmgt]?)flops?", "param": r"([kmgt]?)params?", "latency": r"(ns|us|ms|s)"}
+_NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
 
 def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
@@ -22,8 +27,8 @@ def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
         return (1 / factor if (factor := float(match[1])) > 0 else math.inf), None
     if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
         return float(match[1]) / 100, None
-    if match := re.fullmatch(rf"{_NUMBER}\s*([kmgt]?){unit}s?", text):
-        return None, int(min(float(match[1]) * _SCALES[match[2]], _MOST))
+    if match := re.fullmatch(rf"{_NUMBER}\s*{_UNITS[unit]}", text):
+        return None, int(min(float(match[1]) * (_SCALES | _NANOSECONDS)[match[2]], _MOST))
     if re.fullmatch(_NUMBER, text):
         return float(text), None
     raise ValueError(f"cannot read {text!r}")
@@ -34,7 +39,10 @@ def _checked(limit: float | str | None, unit: str) -> float | str | None:
         return None
     keep, count = _keep_or_count(str(limit), unit)
     if keep is not None and not 0 < keep < 1:
-        raise ValueError(f"{limit!r} keeps {keep:g} of the {unit}s; the fraction that remains must be inside (0, 1)")
+        raise ValueError(
+            f"{limit!r} keeps {keep:g} of the {unit if unit == 'latency' else f'{unit}s'}; "
+            "the fraction that remains must be inside (0, 1)"
+        )
     if count is not None and count <= 0:
         raise ValueError(f"{limit!r} is not a positive count")
     return limit
@@ -47,6 +55,8 @@ class Budget(BaseModel):
         flops: Multiply-adds of one run of the example input, as fvcore counts them: a fraction that remains (0.5),
             a factor ("2.5x"), a percentage ("40%") or an absolute count ("0.9GFLOPs").
         params: Parameters, in the same forms; absolute counts are written "12MParams".
+        latency: Wall time of one run of the example input, measured on this machine, in the same forms; absolute times
+            are written "12ms".
 
     Raises:
         BudgetError: When there is no limit, or one cannot be read or lies outside (0, 1).
@@ -56,6 +66,7 @@ class Budget(BaseModel):
 
     flops: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "flop"))] = None
     params: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "param"))] = None
+    latency: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "latency"))] = None
 
     def __init__(self, **limits: float | str | None) -> None:
         try:
@@ -68,8 +79,8 @@ class Budget(BaseModel):
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":
-        if self.flops is None and self.params is None:
-            raise ValueError("no limit given; set flops, params or both")
+        if self.flops is None and self.params is None and self.latency is None:
+            raise ValueError("no limit given; set flops, params or latency")
         return self
 
     @classmethod
@@ -87,10 +98,12 @@ class Budget(BaseModel):
         """The limits in the user's words: "flops 2.5x, params 40%"."""
         return ", ".join(f"{name} {limit}" for name, limit in self if limit is not None)
 
-    def limits(self, dense_flops: int, dense_params: int) -> "Limits":
-        """The absolute limits for a model of `dense_flops` and `dense_params`."""
+    def limits(self, dense_flops: int, dense_params: int, dense_nanoseconds: int = 0) -> "Limits":
+        """The absolute limits for a model of these costs."""
         return Limits(
-            flops=_absolute(self.flops, "flop", dense_flops), params=_absolute(self.params, "param", dense_params)
+            flops=_absolute(self.flops, "flop", dense_flops),
+            params=_absolute(self.params, "param", dense_params),
+            nanoseconds=_absolute(self.latency, "latency", dense_nanoseconds),
         )
 
 
@@ -101,10 +114,12 @@ class Limits:
     Attributes:
         flops: Most multiply-adds.
         params: Most parameters.
+        nanoseconds: Longest run.
     """
 
     flops: int | None
     params: int | None
+    nanoseconds: int | None
 
 
 def _absolute(limit: float | str | None, unit: str, dense: int) -> int | None:

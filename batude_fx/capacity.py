@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import astuple, dataclass
+from typing import Self
 
 import numpy as np
 
-from batude_fx.allocation import Integers, Options, site_options, smallest_costs
+from batude_fx.allocation import UNITS, Integers, Options, site_options, smallest_costs
 from batude_fx.budget import Budget
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.sites import ConvSite, Ranks
@@ -45,40 +47,50 @@ def choices(
     return options
 
 
-def capacity(
-    options: Collection[Options], budget: Budget, dense: tuple[int, int], round_to: int
-) -> tuple[Integers, Integers]:
-    """What is left for the sites of a budget on the whole model.
+@dataclass(frozen=True)
+class Account:
+    """What a whole model may cost, and what it costs besides its sites.
 
-    Args:
-        options: What each site can be.
+    Attributes:
         budget: On the whole model.
-        dense: Flops and parameters of the whole dense model.
-        round_to: Multiple of the ranks, for the message.
-
-    Returns:
-        Two pairs (2,) of flops and parameters: the most of all sites together, and those of everything else.
-
-    Raises:
-        BudgetError: Out of reach; the message names the smallest budget that is not.
+        dense: (k,) costs of the whole dense model: flops, parameters and, where they were measured, nanoseconds.
+        fixed: (k,) what everything but the sites costs.
+        round_to: Multiple of the ranks, for messages.
     """
-    fixed = np.array(dense, np.int64) - sum((option.dense for option in options), start=np.zeros(2, np.int64))
-    limits = budget.limits(*dense)
-    most = np.array([_UNLIMITED if limit is None else limit for limit in (limits.flops, limits.params)], np.int64)
-    smallest = fixed + smallest_costs(options)
-    for unit, need, allowed, full in zip(("flops", "params"), smallest.tolist(), most.tolist(), dense, strict=True):
-        if need > allowed and not options:
-            raise BudgetError(
-                f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
-                "print(batude_fx.discover(model)) says why."
-            )
-        if need > allowed:
-            raise BudgetError(
-                f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
-                f"{round_to}) at all {len(options)} replaceable sites still need {need:,} of {full:,} {unit}. "
-                f"Use at least {_reachable(need, full):.4f}."
-            )
-    return most - fixed, fixed
+
+    budget: Budget
+    dense: tuple[int, ...]
+    fixed: Integers
+    round_to: int
+
+    @classmethod
+    def of(cls, options: Collection[Options], budget: Budget, dense: tuple[int, ...], round_to: int) -> Self:
+        """The account of a model whose sites have these options."""
+        sites = sum((option.dense for option in options), start=np.zeros(len(dense), np.int64))
+        return cls(budget, dense, np.array(dense, np.int64) - sites, round_to)
+
+    def capacity(self, options: Collection[Options]) -> Integers:
+        """(k,) what is left for all sites together.
+
+        Raises:
+            BudgetError: Out of reach; the message names the smallest budget that is not.
+        """
+        limits = astuple(self.budget.limits(*self.dense))[: len(self.dense)]
+        most = np.array([_UNLIMITED if limit is None else limit for limit in limits], np.int64)
+        smallest = self.fixed + smallest_costs(options) if options else self.fixed
+        for unit, need, allowed, full in zip(UNITS, smallest.tolist(), most.tolist(), self.dense, strict=False):
+            if need > allowed and not options:
+                raise BudgetError(
+                    f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
+                    "print(batude_fx.discover(model)) says why."
+                )
+            if need > allowed:
+                raise BudgetError(
+                    f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
+                    f"{self.round_to}) at all {len(options)} replaceable sites still need {need:,} of {full:,} {unit}. "
+                    f"Use at least {_reachable(need, full):.4f}."
+                )
+        return most - self.fixed
 
 
 def _reachable(need: int, full: int) -> float:

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
-from typing import Any, Literal, TypeVar
+from operator import itemgetter
+from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -22,11 +24,12 @@ from batude_fx.calibration import (
     sees_noise,
     synthetic_batches,
 )
-from batude_fx.capacity import capacity, choices
+from batude_fx.capacity import Account, choices
 from batude_fx.discovery import discover
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.flops import count_flops
 from batude_fx.handlers import canonical_bias, canonical_weight
+from batude_fx.latency import Stopwatch
 from batude_fx.matching import match_moments_
 from batude_fx.measuring import statistics
 from batude_fx.modules import TuckerModule, tucker_conv
@@ -41,6 +44,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
 SEED = 0  # of procedural images, sampled positions and random output combinations
+_ROUNDS, _CLOSE = 6, 0.02  # to meet a latency: how often the network is timed, and how close is close enough
 _STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
 
 
@@ -91,6 +95,8 @@ class Plan:
         flops: Multiply-adds of the compressed model, as fvcore will count them.
         dense_params: Parameters of the model.
         params: Parameters of the compressed model.
+        dense_seconds: Wall time of one run of the example input, where the budget limits it or ranks suit the machine.
+        seconds: That of the compressed model: measured by `plan`, predicted by `at`.
         calibration: `"weights only"`, `"synthetic"`, `"synthetic noise"` (no images fit its input) or `"images"`.
         round_to: Multiple of the ranks.
     """
@@ -104,8 +110,11 @@ class Plan:
     flops: int
     dense_params: int
     params: int
+    dense_seconds: float | None
+    seconds: float | None
     calibration: str
     round_to: int
+    _account: Account = field(repr=False, compare=False)
     _candidates: Mapping[str, _Candidate] = field(repr=False, compare=False)
     _kept: tuple[Inputs, ...] = field(repr=False, compare=False)
     _recounted: Inputs | None = field(repr=False, compare=False)
@@ -179,10 +188,10 @@ class Plan:
             BudgetError: As `plan`.
         """
         budget = Budget.parse(budget)
-        ranks, losses, flops, params = _allocate(
-            self._candidates, budget, (self.dense_flops, self.dense_params), self.round_to
-        )
-        return replaced(self, budget=budget, ranks=ranks, losses=losses, flops=flops, params=params)
+        if budget.latency is not None and self.dense_seconds is None:
+            raise BudgetError(f"{budget}: this plan has measured no times; call plan with a latency first.")
+        choice = _allocate(self._candidates, replaced(self._account, budget=budget))
+        return replaced(self, budget=budget, **vars(choice))
 
     def __str__(self) -> str:
         """The plan as a table."""
@@ -200,7 +209,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     layers: str = "conv",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
-    round_to: int = 8,
+    round_to: int | Literal["auto"] = 8,
     ranks: Mapping[str, Ranks | None] | None = None,
 ) -> Plan:
     """Decide the Tucker-2 ranks of a model under a budget.
@@ -208,15 +217,17 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     Args:
         model: Any module; it is bit-identical afterwards.
         budget: The fraction of flops that remains (0.5), a factor ("2.5x"), a percentage ("40%"), an absolute count
-            ("0.9GFLOPs"), or a `Budget` with several limits. Flops are fvcore's: one multiply-add is one.
-        example_inputs: Arguments of one run, (1, C, H, W) for an image model. By default what timm or torchvision
-            knows of the model.
+            ("0.9GFLOPs"), or a `Budget` with several limits, latency among them. Flops are fvcore's: one multiply-add
+            is one. Latency is the wall time of the model in eval mode on its device, with torch's threads of now.
+        example_inputs: Arguments of one run, (1, C, H, W) for an image model, whose batch and memory format count
+            for latency. By default what timm or torchvision knows of the model.
         calibration: Unlabelled images, normalized as for evaluation: a tensor (N, C, H, W), an iterable of batches or
             a DataLoader. "synthetic" generates some; None looks at the weights alone.
         layers: "conv", or "conv+linear" to replace linear layers too.
         include: Globs over qualified names; only sites that match one are replaced.
         exclude: Globs; sites that match one stay dense.
-        round_to: Ranks are multiples of this, all groups of a site together.
+        round_to: Ranks are multiples of this, all groups of a site together. "auto" measures which multiple suits this
+            machine, and leaves sites dense that would be no faster.
         ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
 
     Returns:
@@ -233,30 +244,37 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
     """
     budget = Budget.parse(budget)
-    if round_to < 1:
-        raise SelectionError(f"round_to={round_to} is not a rank multiple; use 1 or more, 8 by default.")
+    if round_to != "auto" and round_to < 1:
+        raise SelectionError(f'round_to={round_to!r} is not a rank multiple; use 1 or more, 8 by default, or "auto".')
     _check_values(model)
     inputs = arguments(model, example_inputs)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
     eligible = {site.name: site for site in sites if site.skip_reason is None}
-    options = choices(eligible, round_to, ranks or {}, adds_bias=calibration is not None)
-    dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
-    capacity(options.values(), budget, dense, round_to)  # a budget out of reach is said before any image is looked at
+    timed = round_to == "auto" or budget.latency is not None
+    watch = Stopwatch(model, eligible, inputs, adds_bias=calibration is not None) if timed else None
+    multiple = watch.multiple() if watch and round_to == "auto" else int(round_to)
+    options = choices(eligible, multiple, ranks or {}, adds_bias=calibration is not None)
+    dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
+    if watch:
+        options, dense = watch.priced(options), (*dense, watch.dense)
+    account = Account.of(options.values(), budget, dense, multiple)
+    account.capacity(options.values())  # a budget out of reach is said before any image is looked at
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
-    picked, losses, flops, params = _allocate(candidates, budget, dense, round_to)
+    choice = _allocate(candidates, account)
+    if watch:
+        choice, account = _settled(choice, watch, candidates, account)
     return Plan(
         model_name=type(model).__name__,
         budget=budget,
         sites=sites,
-        ranks=picked,
-        losses=losses,
         dense_flops=dense[0],
-        flops=flops,
         dense_params=dense[1],
-        params=params,
+        dense_seconds=watch.dense / 1e9 if watch else None,
         calibration=_label(calibration, inputs),
-        round_to=round_to,
+        round_to=multiple,
+        **vars(choice),
+        _account=account,
         _candidates=candidates,
         _kept=kept,
         _recounted=inputs if sites.sizes_vary else None,
@@ -349,18 +367,52 @@ def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, me
     return _Candidate(site, options.judged(spectrum.loss()), spectrum)
 
 
-def _allocate(
-    candidates: Mapping[str, _Candidate], budget: Budget, dense: tuple[int, int], round_to: int
-) -> tuple[dict[str, Ranks], dict[str, float], int, int]:
-    """Ranks and losses of the sites that are replaced, and flops and parameters of the whole compressed model."""
+@dataclass(frozen=True)
+class _Choice:
+    """What a plan decides; its fields are the plan's of the same names."""
+
+    ranks: Mapping[str, Ranks]
+    losses: Mapping[str, float]
+    flops: int
+    params: int
+    seconds: float | None
+
+
+def _allocate(candidates: Mapping[str, _Candidate], account: Account) -> _Choice:
+    """Ranks and losses of the sites that are replaced, and what the whole compressed model costs."""
     options = [candidate.options for candidate in candidates.values()]
-    most, total = capacity(options, budget, dense, round_to)
-    rows = allocation.allocate(options, most)
+    rows = allocation.allocate(options, account.capacity(options))
     ranks: dict[str, Ranks] = {}
     losses: dict[str, float] = {}
+    total = account.fixed
     for name, option, row in zip(candidates, options, rows, strict=True):
         total = total + option.costs[row]
         if (option.costs[row] != option.dense).any():
             rank_out, rank_in = option.ranks[row].tolist()
             ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
-    return ranks, losses, int(total[0]), int(total[1])
+    flops, params, *nanoseconds = total.tolist()
+    return _Choice(ranks, losses, flops, params, nanoseconds[0] / 1e9 if nanoseconds else None)
+
+
+def _settled(
+    choice: _Choice, watch: Stopwatch, candidates: Mapping[str, _Candidate], account: Account
+) -> tuple[_Choice, Account]:
+    """Time the whole network with the chosen ranks, and choose anew with what the sites' own times do not explain.
+
+    Returns:
+        The choice that comes closest to the limit, with its measured time; and the account that predicts it right.
+    """
+    limit = account.budget.limits(*account.dense).nanoseconds
+    tried: list[tuple[int, _Choice, Account]] = []
+    for _ in track(range(_ROUNDS), "timing the network"):
+        taken = watch.compare(choice.ranks)
+        unexplained = taken - round(1e9 * cast("float", choice.seconds))
+        account = replaced(account, fixed=account.fixed + np.array([0, 0, unexplained]))
+        tried.append((abs(taken - (limit or 0)), replaced(choice, seconds=taken / 1e9), account))
+        if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
+            break
+        try:
+            choice = _allocate(candidates, account)
+        except BudgetError:
+            break
+    return min(tried, key=itemgetter(0))[1:]

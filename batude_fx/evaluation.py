@@ -1,10 +1,7 @@
 """How good and how fast networks are: their outputs on a folder of images, and milliseconds per image."""
 
 import math
-import statistics
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +12,9 @@ from batude_fx import images
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import UnsupportedError
 from batude_fx.progress import track
+from batude_fx.timing import alternating
 from batude_fx.zoo import example_inputs
 
-_WARM_UP = 3
 _TOP = 5
 _NDIM = 2  # (N, classes)
 
@@ -86,28 +83,10 @@ def agreement(outputs: Tensor, others: Tensor) -> float:
 
 
 def milliseconds(networks: Sequence[nn.Module], *, runs: int) -> list[float]:
-    """Medians of the wall time of one image in each network, taken in turns, so that what slows one slows all.
+    """Medians of the wall time of one image in each network, taken in turns.
 
     Args:
         networks: Of one architecture, on one device.
         runs: Timed ones, of each.
     """
-    inputs = example_inputs(networks[0])
-    taken: list[list[float]] = [[] for _ in networks]
-    with ExitStack() as stack, torch.no_grad():
-        for network in networks:
-            stack.enter_context(borrowed(network))
-        for turn in range(_WARM_UP + runs):
-            for network, times in zip(networks, taken, strict=True):
-                _wait(inputs)
-                start = time.perf_counter()
-                network(*inputs)
-                _wait(inputs)
-                if turn >= _WARM_UP:
-                    times.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(times) for times in taken]
-
-
-def _wait(inputs: Sequence[object]) -> None:
-    if any(isinstance(one, Tensor) and one.is_cuda for one in inputs):
-        torch.cuda.synchronize()
+    return [1000 * one for one in alternating(networks, example_inputs(networks[0]), turns=runs)]

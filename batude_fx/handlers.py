@@ -164,6 +164,11 @@ def skip_reason(layer: nn.Module) -> str | None:
     return handler.refuse(layer) if real else f"weight of dtype {weight.dtype}, not a real floating-point one"
 
 
+def convolves_as_stored(layer: nn.Module) -> bool:
+    """Whether a layer can be replaced, and the weight that it stores is the one that it convolves with."""
+    return skip_reason(layer) is None and handler_of(layer).weight is _own_weight
+
+
 def _holds_more(layer: nn.Module) -> bool:
     own = type(layer) in _LAYERS  # subclasses may have further parameters, of which their handlers know
     more = own and (layer._buffers or layer._parameters.keys() - {"weight", "bias"})  # noqa: SLF001

@@ -58,7 +58,7 @@ class TuckerModule(nn.Module):
         transposed: Whether the dense layer is a transposed convolution.
     """
 
-    __jit_unused_properties__: ClassVar = ["weight", "bias", "ranks", "_carrier", "_last"]  # torch.jit.script
+    __jit_unused_properties__: ClassVar = ["weight", "bias", "ranks", "_carrier", "last"]  # torch.jit.script
 
     def __init__(self, factor_in: nn.Module, core: nn.Module, factor_out: nn.Module) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class TuckerModule(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias, (C_out,), a parameter of the last part; or None."""
-        return cast("Tensor | None", self._last.bias)
+        return cast("Tensor | None", self.last.bias)
 
     @property
     def ranks(self) -> Ranks:
@@ -125,7 +125,8 @@ class TuckerModule(nn.Module):
         return self.factor_in if isinstance(self.core, nn.Identity) else self.core
 
     @property
-    def _last(self) -> nn.Module:
+    def last(self) -> nn.Module:
+        """The part that has the bias, and the output channels of the dense layer."""
         return self.core if isinstance(self.factor_out, nn.Identity) else self.factor_out
 
     def _parts(self) -> Factors:
@@ -150,7 +151,7 @@ class TuckerConv(TuckerModule):
         first = cast("nn.Conv2d", self.core if isinstance(factor_in, nn.Identity) else factor_in)
         carrier = cast("nn.Conv2d", self._carrier)
         self.in_channels = first.in_channels
-        self.out_channels = cast("nn.Conv2d", self._last).out_channels
+        self.out_channels = cast("nn.Conv2d", self.last).out_channels
         self.stride = carrier.stride
         self.padding = carrier.padding
         self.dilation = carrier.dilation

@@ -232,7 +232,7 @@ def attached(model: nn.Module) -> Record | None:
 
 def _cost(options: Options, ranks: Ranks) -> tuple[int, int]:
     row = np.flatnonzero((options.ranks == (ranks.rank_out, ranks.rank_in)).all(axis=1))[-1]
-    flops, params = options.costs[row].tolist()
+    flops, params, *_ = options.costs[row].tolist()
     return flops, params
 
 

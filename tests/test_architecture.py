@@ -51,12 +51,13 @@ def _within(package: str, names: Iterable[str]) -> bool:
         ("typer", {"cli", "cli_recipes", "terminal"}),
         ("rich", {"cli", "cli_recipes", "progress", "report", "terminal"}),
         ("PIL", {"images"}),
-        ("torchvision", {"handlers", "origin", "plugin", "training.data", "zoo"}),
+        ("torchvision", {"folding", "handlers", "origin", "plugin", "training.data", "zoo"}),
         (
             "timm",
             {
                 "cifar",
                 "discovery",
+                "folding",
                 "handlers",
                 "images",
                 "origin",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batude_fx.allocation import Integers, Options
 from batude_fx.borrowing import borrowed
-from batude_fx.capacity import capacity, choices
+from batude_fx.capacity import Account, choices
 from batude_fx.discovery import discover
 from batude_fx.errors import (
     BatudeError,
@@ -85,6 +85,8 @@ class Problem:
             RecipeError: The network is no image classifier, a pattern matches no site, or the budget is out of reach.
         """
         wanted = recipe.one_shot
+        if recipe.budget.latency is not None:
+            raise recipe.problem("budget.latency", "training keeps to flops and params; measure afterwards")
         try:
             inputs = _inputs(model, recipe.data.image_size)
             classes = _classes(model, inputs)
@@ -97,7 +99,8 @@ class Problem:
         options = choices(sites, wanted.round_to, {}, adds_bias=False)
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
         try:
-            most, _ = capacity(options.values(), recipe.budget, dense, wanted.round_to)
+            account = Account.of(options.values(), recipe.budget, dense, wanted.round_to)
+            most = account.capacity(options.values())
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
         return cls(inputs, found, sites, options, dense, classes, most)
