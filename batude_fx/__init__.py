@@ -22,6 +22,7 @@ from batude_fx.errors import (
     TrainingError,
     UnsupportedError,
 )
+from batude_fx.folding import fold
 from batude_fx.handlers import Handler, register
 from batude_fx.plugin import create
 from batude_fx.recipe import Recipe
@@ -50,6 +51,7 @@ __all__ = [
     "compress",
     "create",
     "discover",
+    "fold",
     "load",
     "plan",
     "register",

@@ -41,18 +41,35 @@ class Layers(StrEnum):
     CONV_LINEAR = "conv+linear"
 
 
+def _multiple(text: str) -> Any:  # noqa: ANN401 - what plan takes
+    if text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise typer.BadParameter(f'{text!r} is no rank multiple; use 1 or more, 8 by default, or "auto".')
+    return int(text)
+
+
 Model = Annotated[str, typer.Argument(help="timm name, torchvision:NAME, or a saved folder.")]
 BudgetOption = Annotated[
     str | None, typer.Option("--budget", help='What remains of the flops: 0.5, "2.5x", "40%", or "0.9GFLOPs".')
 ]
 Params = Annotated[str | None, typer.Option(help='What remains of the parameters: 0.5, "2.5x", "40%", or "12MParams".')]
+Latency = Annotated[
+    str | None, typer.Option(help='What remains of the wall time of a run, measured here: 0.6, "1.8x", or "12ms".')
+]
 Pretrained = Annotated[bool, typer.Option(help="Fetch trained weights, as timm and torchvision do.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
 LayersOption = Annotated[Layers, typer.Option(help="Replace convolutions only, or linear layers too.")]
 Include = Annotated[list[str] | None, typer.Option(help="Glob over site names; repeat for several.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Glob over site names that stay dense; repeat for several.")]
-RoundTo = Annotated[int, typer.Option(help="Ranks are multiples of this.", min=1)]
+RoundTo = Annotated[
+    Any,
+    typer.Option(
+        help='Ranks are multiples of this; "auto" measures which suits this machine.', metavar="INTEGER|auto",
+        parser=_multiple,
+    ),
+]  # fmt: skip
 Calibration = Annotated[
     str, typer.Option(help='"synthetic", "none" (weights only), or a folder of unlabelled images (any depth).')
 ]
@@ -77,15 +94,16 @@ def discover(
 @app.command()
 @one_line_errors
 def plan(
-    model: Model, budget: BudgetOption = None, params: Params = None, calibration: Calibration = "synthetic",
-    images: Count = 256, layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None,
-    round_to: RoundTo = 8, pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+    model: Model, budget: BudgetOption = None, params: Params = None, latency: Latency = None,
+    calibration: Calibration = "synthetic", images: Count = 256, layers: LayersOption = Layers.CONV,
+    include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8", pretrained: Pretrained = True,
+    device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Decide ranks under a budget and show them; nothing is written.
 
     Example: batude-fx plan resnet50 --budget 2.5x
     """
-    limits = Budget(flops=budget, params=params)  # before any weights are fetched
+    limits = Budget(flops=budget, params=params, latency=latency)  # before any weights are fetched
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
         network, limits, calibration=_calibration(network, calibration, images),
@@ -98,15 +116,15 @@ def plan(
 @one_line_errors
 def compress(
     model: Model, output: Annotated[Path, typer.Option(help="Folder to write.")], budget: BudgetOption = None,
-    params: Params = None, calibration: Calibration = "synthetic", images: Count = 256,
-    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
+    params: Params = None, latency: Latency = None, calibration: Calibration = "synthetic", images: Count = 256,
+    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compress a network to a budget and save it.
 
     Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
     """
-    limits = Budget(flops=budget, params=params)
+    limits = Budget(flops=budget, params=params, latency=latency)
     check_folder(output)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
@@ -181,7 +199,7 @@ def sweep_budgets(
     ] = "0.3:0.9:0.1",
     calibration: Calibration = "synthetic", images: Count = 256,
     output: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
-    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = 8,
+    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Try several budgets, calibrating once: agreement with the original, accuracy, flops and milliseconds of each.
@@ -239,6 +257,7 @@ def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:
     return {
         "model": plan.model_name, "calibration": plan.calibration, "dense_flops": plan.dense_flops,
         "flops": plan.flops, "dense_params": plan.dense_params, "params": plan.params,
+        "dense_seconds": plan.dense_seconds, "seconds": plan.seconds, "round_to": plan.round_to,
         "ranks": {name: asdict(ranks) for name, ranks in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason},
     }  # fmt: skip

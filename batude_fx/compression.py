@@ -152,7 +152,7 @@ class Plan:
         return Record(
             model=self.model_name, budget=str(self.budget), calibration=self.calibration, round_to=self.round_to,
             seed=SEED, dense_flops=self.dense_flops, flops=self.flops, dense_params=self.dense_params,
-            params=self.params, versions=versions(),
+            params=self.params, dense_seconds=self.dense_seconds, seconds=self.seconds, versions=versions(),
             sites=site_records(
                 self.sites,
                 {name: one.options for name, one in self._candidates.items()},
@@ -400,15 +400,17 @@ def _settled(
     """Time the whole network with the chosen ranks, and choose anew with what the sites' own times do not explain.
 
     Returns:
-        The choice that comes closest to the limit, with its measured time; and the account that predicts it right.
+        The choice that comes closest to the limit, from below where one does, with its measured time; and the account
+        that predicts it right.
     """
     limit = account.budget.limits(*account.dense).nanoseconds
-    tried: list[tuple[int, _Choice, Account]] = []
+    tried: list[tuple[tuple[bool, int], _Choice, Account]] = []
     for _ in track(range(_ROUNDS), "timing the network"):
         taken = watch.compare(choice.ranks)
         unexplained = taken - round(1e9 * cast("float", choice.seconds))
         account = replaced(account, fixed=account.fixed + np.array([0, 0, unexplained]))
-        tried.append((abs(taken - (limit or 0)), replaced(choice, seconds=taken / 1e9), account))
+        over = taken - (limit or taken)
+        tried.append(((over > 0, abs(over)), replaced(choice, seconds=taken / 1e9), account))
         if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
             break
         try:

@@ -15,7 +15,7 @@ from batude_fx import sweep
 from batude_fx.errors import SavedModelError
 from batude_fx.files import replacing
 from batude_fx.record import Record
-from batude_fx.report import convolution, human, percent, ranks_text
+from batude_fx.report import convolution, human, milliseconds, percent, ranks_text
 
 PAGE = "report.html"
 
@@ -84,7 +84,8 @@ def render(record: Record, points: Sequence[sweep.Point] = ()) -> str:
     )  # fmt: skip
     environment.filters |= {"human": human}
     return environment.get_template(PAGE).render(
-        record=record, points=points, pictures=drawn, titles=_TITLES, percent=percent, rows=_rows(record),
+        record=record, points=points, pictures=drawn, titles=_TITLES, percent=percent, milliseconds=milliseconds,
+        rows=_rows(record),
         replaced=sum(site.ranks is not None for site in record.sites),
     )  # fmt: skip
 

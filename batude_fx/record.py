@@ -27,6 +27,7 @@ _POINTS = 64  # of a spectrum
 _LIBRARIES = ("torch", "timm", "torchvision", "fvcore", "safetensors")
 
 Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pair = tuple[Count, Count]
 
@@ -131,6 +132,8 @@ class Record(_Frozen):
         flops: Multiply-adds of the compressed network.
         dense_params: Parameters of the original.
         params: Parameters of the compressed network.
+        dense_seconds: Wall time of one run of the original, where it was measured.
+        seconds: That of the compressed network.
         sites: Every convolution, in the order of its first call.
         training: Where the network was trained by a recipe.
         versions: Of the libraries.
@@ -146,6 +149,8 @@ class Record(_Frozen):
     flops: Count
     dense_params: Count
     params: Count
+    dense_seconds: Seconds | None = None
+    seconds: Seconds | None = None
     sites: tuple[SiteRecord, ...]
     training: TrainingRecord | None = None
     versions: dict[str, str]

@@ -40,6 +40,11 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def milliseconds(seconds: float) -> str:
+    """A wall time: 0.0441 is "44.1"."""
+    return f"{1000 * seconds:.3g}"
+
+
 def convolution(site: "ConvSite | SiteRecord") -> str:
     """A convolution in a few characters: "64 > 128 3x3", "Conv1d 8 > 8 5 dw" where it is depthwise."""
     kernel = "x".join(map(str, site.kernel_size))
@@ -65,10 +70,19 @@ def plan_table(plan: "Plan") -> Table:
     table.caption = (
         f"{human(plan.dense_flops)}FLOPs to {human(plan.flops)}FLOPs ({percent(plan.flops, plan.dense_flops)}), "
         f"{human(plan.dense_params)} to {human(plan.params)} parameters ({percent(plan.params, plan.dense_params)}); "
-        f"{len(plan.ranks)} of {len(plan.sites)} sites replaced. Ranks are out / in, per group; one multiply-add is "
-        f"one flop.{_notes(plan.sites)}"
+        f"{_times(plan)}{len(plan.ranks)} of {len(plan.sites)} sites replaced. Ranks are out / in, per group; "
+        f"one multiply-add is one flop.{_notes(plan.sites)}"
     )
     return table
+
+
+def _times(plan: "Plan") -> str:
+    if plan.seconds is None or plan.dense_seconds is None:
+        return ""
+    return (
+        f"{milliseconds(plan.dense_seconds)} to {milliseconds(plan.seconds)} ms a run "
+        f"({plan.dense_seconds / plan.seconds:.2f}x faster); "
+    )
 
 
 def sites_table(sites: Sequence[ConvSite], model_name: str) -> Table:

@@ -3,14 +3,21 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from statistics import median
+from time import perf_counter
 
 import torch
 from torch import nn
-from torch.utils.benchmark.utils.timer import timer as now  # waits for the accelerator, where there is one
 
 from batude_fx.borrowing import borrowed
 
 _WARM_UP = 2
+
+
+def now() -> float:
+    """Seconds, when all that was asked of the accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return perf_counter()
 
 
 def alternating(

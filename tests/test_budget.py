@@ -29,6 +29,21 @@ def test_several_limits_hold_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "nanoseconds"),
+    [("1.8x", 50_000_000), (0.5, 45_000_000), ("12ms", 12_000_000), ("0.5 s", 500_000_000), ("800us", 800_000)],
+)
+def test_a_latency_is_a_share_or_a_time(written: float | str, nanoseconds: int) -> None:
+    limits = Budget(latency=written).limits(10**9, 10**7, 90_000_000)
+    assert (limits.flops, limits.params, limits.nanoseconds) == (None, None, nanoseconds)
+
+
+@pytest.mark.parametrize("written", ["12", "12GFLOPs", "-3ms", "0ms", "1.0x", "fast"])
+def test_no_other_latency(written: str) -> None:
+    with pytest.raises(BudgetError, match="12ms"):
+        Budget(latency=written)
+
+
+@pytest.mark.parametrize(
     "written", ["abc", 0, 1, 1.5, -0.5, "0.5x", "1x", "0x", "120%", float("nan"), float("inf"), "", "0flops"]
 )
 def test_anything_else_is_refused_in_one_line_with_the_way_out(written: float | str) -> None:

@@ -93,6 +93,9 @@ def test_plan_decides_what_the_library_decides() -> None:
         "flops": plan.flops,
         "dense_params": plan.dense_params,
         "params": plan.params,
+        "dense_seconds": None,
+        "seconds": None,
+        "round_to": 16,
         "ranks": {name: {"rank_out": r.rank_out, "rank_in": r.rank_in} for name, r in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason is not None},
     }

@@ -216,10 +216,10 @@ def _composed(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_accumulated_parts_are_one_batch(photos: Path) -> None:
-    """In float arithmetic, without batch-norm: the same ranks, and the same accuracy."""
+    """In float arithmetic, without batch-norm: the same ranks, and the same weights."""
     changes = {
         "model__args": {"num_classes": CLASSES, "norm_layer": "groupnorm1"}, "eval__interval": 9,
-        "one_shot__calibration_images": TRAIN,
+        "one_shot__calibration_images": 0,  # judged by images, two ranks can be so close that rounding decides
     }  # fmt: skip
     whole, parts = (batude_fx.run(_recipe(photos, data__accumulate=count, **changes)) for count in (1, 2))
     assert whole.ranks == parts.ranks

@@ -1,0 +1,107 @@
+"""Batch-norm folding against the network that keeps its batch-norms, in float64."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers.norm_act import BatchNormAct2d
+from torch import nn
+
+import batude_fx
+
+NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.misc.FrozenBatchNorm2d)
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for norm in model.modules():
+        if isinstance(norm, NORMS) and norm.running_mean is not None:
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
+            if norm.weight is not None:
+                norm.weight.data.uniform_(0.5, 1.5)
+                norm.bias.data.normal_(0, 0.3)
+    return model.double().eval()
+
+
+def _norms(model: nn.Module) -> int:
+    return sum(isinstance(module, NORMS) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002", "densenet121"])
+@torch.no_grad()
+def test_outputs_are_equal_compressed_or_not(name: str) -> None:
+    model = _with_statistics(timm.create_model(name))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    small = batude_fx.compress(model, 0.85, example_inputs=x[:1], calibration=None)
+    for network in (model, small):
+        folded = batude_fx.fold(network, x[:1])
+        assert type(folded) is type(network)
+        torch.testing.assert_close(folded(x), network(x), rtol=1e-9, atol=1e-9)
+        # DenseNet normalizes what it has concatenated: no layer's output.
+        assert (_norms(folded) > 0) == (name == "densenet121")
+        assert _norms(folded) < _norms(network)
+
+
+def _layers(convolution: nn.Module, norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(convolution, norm)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (_layers(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), (2, 4, 9)),
+        (_layers(nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6)), (2, 4, 5, 5, 5)),
+        (_layers(nn.ConvTranspose2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
+        (_layers(nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6, affine=False)), (2, 4, 5, 5)),
+        (_layers(nn.Conv2d(4, 6, 3), torchvision.ops.misc.FrozenBatchNorm2d(6)), (2, 4, 5, 5)),
+        (_layers(nn.Conv2d(4, 6, 3), BatchNormAct2d(6, act_layer=nn.SiLU)), (2, 4, 5, 5)),
+        (_layers(nn.Linear(4, 6), nn.BatchNorm1d(6)), (8, 4)),
+    ],
+    ids=lambda value: repr(value[0])[:18] if isinstance(value, nn.Module) else "",
+)
+@torch.no_grad()
+def test_every_kind_of_layer_and_norm(model: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    model = _with_statistics(model)
+    folded = batude_fx.fold(model, x)
+    assert _norms(folded) == 0
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-9, atol=1e-9)
+    assert _norms(model) == 1  # the argument is left as it is
+
+
+class _Odd(nn.Module):
+    """Layers whose output does not go to one batch-norm alone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.norm, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> object:
+        y = self.conv(x)
+        if self.how == "used twice":
+            return self.norm(y) + y
+        if self.how == "returned too":
+            return self.norm(y), y
+        if self.how == "two norms":
+            return self.norm(y) + self.other(y)
+        if self.how == "called twice":
+            return self.norm(y) + self.conv(x + 1)
+        return self.norm(self.norm(y)) if self.how == "norm called twice" else self.norm(y.relu())
+
+
+@pytest.mark.parametrize(
+    "how", ["used twice", "returned too", "two norms", "called twice", "norm called twice", "something between"]
+)
+@torch.no_grad()
+def test_what_cannot_be_folded_is_left_alone(how: str) -> None:
+    model, x = _with_statistics(_Odd(how)), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    folded = batude_fx.fold(model, x)
+    assert _norms(folded) == 2
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0)
+
+
+def test_a_linear_layer_over_tokens_is_no_neighbour_of_a_norm_over_channels() -> None:
+    model = _with_statistics(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(5)))
+    assert _norms(batude_fx.fold(model, torch.randn(2, 5, 4, dtype=torch.float64))) == 1

@@ -1,0 +1,223 @@
+"""Latency budgets, with a clock whose times are known: a formula in the ranks stands in for the machine's."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import batude_fx
+from batude_fx import Budget, BudgetError, Ranks, SelectionError, latency
+from batude_fx.capacity import choices
+from batude_fx.latency import Stopwatch
+from batude_fx.modules import TuckerModule
+from batude_fx.timing import alternating, in_turns
+
+NANOSECONDS = 1e-9
+OVERHEAD = 20_000  # nanoseconds of each layer that is called
+INPUT = (torch.zeros(1, 3, 32, 32),)
+
+
+def _layer_seconds(layer: nn.Module, x: torch.Tensor) -> float:
+    """One nanosecond a multiply-add, and an overhead for each part."""
+    total = 0.0
+    parts = layer.children() if isinstance(layer, TuckerModule) else [layer]
+    for part in parts:
+        if isinstance(part, nn.Conv2d):
+            x = part(x)
+            total += x.shape[2] * x.shape[3] * part.weight.numel() + OVERHEAD
+    return NANOSECONDS * total
+
+
+def _network_seconds(network: nn.Module) -> float:
+    """All layers, a little slower than one by one, and three milliseconds that no site is to blame for."""
+    seen: list[tuple[nn.Module, torch.Tensor]] = []
+
+    def listen(layer: nn.Module, args: tuple[torch.Tensor], _: object) -> None:
+        seen.append((layer, args[0]))
+
+    inside = {part for module in network.modules() if isinstance(module, TuckerModule) for part in module.children()}
+    handles = [
+        module.register_forward_hook(listen)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d | TuckerModule) and module not in inside
+    ]
+    with torch.no_grad():
+        network(*INPUT)
+    for handle in handles:
+        handle.remove()
+    return 0.003 + sum(1.1 * _layer_seconds(layer, x) for layer, x in seen)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[nn.Module]:
+    """Times are computed; the layers that were asked for are listed."""
+    asked: list[nn.Module] = []
+
+    def seconds(layer: nn.Module, x: torch.Tensor) -> float:
+        asked.append(layer)
+        return _layer_seconds(layer, x)
+
+    monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
+    monkeypatch.setattr(latency, "_seconds", seconds)
+    monkeypatch.setattr(
+        Stopwatch, "_seconds", lambda _self, *networks: [_network_seconds(network) for network in networks]
+    )
+    return asked
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 96, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(96, 128, 1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(128, 10),
+    ).eval()  # fmt: skip
+
+
+def _watch(model: nn.Module) -> Stopwatch:
+    sites = {site.name: site for site in batude_fx.discover(model, INPUT) if site.skip_reason is None}
+    return Stopwatch(model, sites, INPUT, adds_bias=False)
+
+
+def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Module]) -> None:
+    model = _network()
+    watch = _watch(model)
+    options = choices(watch.sites, 8, {}, adds_bias=False)
+    priced = watch.priced(options)
+    for name, one in priced.items():
+        layer, x = model.get_submodule(name), torch.zeros(next(iter(watch._calls[name])).shape)
+        assert one.dense[2] == pytest.approx(1e9 * _layer_seconds(layer, x), rel=1e-6)
+        for ranks, costs in zip(one.ranks[1:].tolist(), one.costs[1:], strict=True):
+            exact = 1e9 * _layer_seconds(batude_fx.modules.build(layer, Ranks(*ranks)), x)
+            assert costs[2] == pytest.approx(exact, rel=1e-6)
+    assert len(clock) < sum(len(one.ranks) for one in options.values()) / 2
+
+
+def test_what_is_no_faster_than_the_dense_layer_is_no_option(clock: list[nn.Module]) -> None:
+    del clock
+    watch = _watch(_network())
+    for name, one in watch.priced(choices(watch.sites, 8, {}, adds_bias=False)).items():
+        faster = one.costs[:, 2] < one.dense[2]
+        assert (faster | (one.costs == one.dense).all(axis=1)).all(), name
+    # The first layer has three input channels: two more layers cost more time than they save.
+    assert "0" not in batude_fx.plan(_network(), 0.5, example_inputs=INPUT, calibration=None, round_to="auto").ranks
+
+
+@pytest.mark.parametrize("limit", ["1.8x", 0.4, "18ms"])
+def test_the_network_meets_the_limit_though_its_sites_do_not_explain_all_its_time(
+    clock: list[nn.Module], limit: float | str
+) -> None:
+    del clock
+    model = _network()
+    dense = _network_seconds(model)
+    allowed = {"1.8x": dense / 1.8, 0.4: 0.4 * dense, "18ms": 0.018}[limit]
+    plan = batude_fx.plan(model, Budget(latency=limit), example_inputs=INPUT, calibration=None)
+    taken = _network_seconds(plan.apply(model))
+    assert 0.9 * allowed <= taken <= allowed
+    assert plan.seconds == pytest.approx(taken, rel=1e-6)
+    assert plan.dense_seconds == pytest.approx(dense, rel=1e-6)
+    assert "ms a run" in str(plan)
+
+
+def test_a_latency_and_flops_hold_together(clock: list[nn.Module]) -> None:
+    del clock
+    model = _network()
+    plan = batude_fx.plan(model, Budget(flops=0.5, latency=0.6), example_inputs=INPUT, calibration=None)
+    assert plan.flops <= 0.5 * plan.dense_flops
+    assert _network_seconds(plan.apply(model)) <= 0.6 * _network_seconds(model)
+    tighter = plan.at(Budget(latency=0.45))
+    assert tighter.seconds is not None
+    assert tighter.seconds == pytest.approx(_network_seconds(tighter.apply(model)), rel=0.1)
+
+
+def test_out_of_reach_is_said_with_both_times(clock: list[nn.Module]) -> None:
+    del clock
+    with pytest.raises(BudgetError, match=r"latency is out of reach.*still need .* ms of .* ms\. Use at least 0\.\d+"):
+        batude_fx.plan(_network(), Budget(latency=0.01), example_inputs=INPUT, calibration=None)
+
+
+def test_a_plan_without_times_has_none_for_another_budget() -> None:
+    plan = batude_fx.plan(_network(), 0.5, example_inputs=INPUT, calibration=None)
+    assert plan.seconds is None
+    with pytest.raises(BudgetError, match="has measured no times"):
+        plan.at(Budget(latency=0.5))
+
+
+def test_a_second_call_measures_no_layer(clock: list[nn.Module], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "round_to": "auto"}
+    first = batude_fx.plan(_network(), 0.5, **options)
+    count = len(clock)
+    assert count > 0
+    assert batude_fx.plan(_network(), 0.5, **options).ranks == first.ranks
+    assert len(clock) == count
+    (table,) = (tmp_path / "latency").iterdir()
+    for broken in ("{", json.dumps({"Conv2d": "fast"})):
+        table.write_text(broken, encoding="utf-8")
+        batude_fx.plan(_network(), 0.5, **options)
+        assert len(clock) > count
+        count = len(clock)
+
+
+@pytest.mark.parametrize("staircase", [4, 8, 16, 32])
+def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch, staircase: int
+) -> None:
+    del clock
+
+    def seconds(layer: nn.Module, _: torch.Tensor) -> float:
+        if not isinstance(layer, TuckerModule):
+            return 1.0
+        return float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
+
+    monkeypatch.setattr(latency, "_seconds", seconds)
+    assert _watch(_network()).multiple() == staircase
+
+
+def test_the_model_and_the_random_state_stay_as_they_are(clock: list[nn.Module]) -> None:
+    del clock
+    model = _network().train()
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, flags = torch.get_rng_state(), [module.training for module in model.modules()]
+    batude_fx.compress(model, Budget(latency=0.5), example_inputs=INPUT, calibration=None)
+    assert torch.equal(state, torch.get_rng_state())
+    assert flags == [module.training for module in model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("multiple", [0, -8])
+def test_a_multiple_below_one_is_refused(multiple: int) -> None:
+    with pytest.raises(SelectionError, match='8 by default, or "auto"'):
+        batude_fx.plan(_network(), 0.5, example_inputs=INPUT, round_to=multiple)
+
+
+def test_a_real_clock_gives_real_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
+    monkeypatch.setattr(latency, "_LAYER_SECONDS", 0)
+    monkeypatch.setattr(latency, "_MODEL_SECONDS", 0)
+    model = timm.create_model("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
+    plan = batude_fx.plan(model, 0.6, calibration=None, round_to="auto")
+    assert plan.dense_seconds is not None
+    assert plan.seconds is not None
+    assert 0 < plan.seconds < 10
+    known: Mapping[str, int] = json.loads(next((tmp_path / "latency").iterdir()).read_text(encoding="utf-8"))
+    assert any("channels last" in key for key in known)
+
+
+def test_turns_alternate_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    times = iter(range(10_000))
+    monkeypatch.setattr("batude_fx.timing.now", lambda: next(times))
+    calls: list[Callable[[], object]] = [lambda: order.append("a"), lambda: order.append("b")]
+    assert in_turns(calls, 3) == [1, 1]
+    assert "".join(order) == "ab" * 5  # two of them to warm up
+    training = nn.Dropout()
+    assert len(alternating([training], (torch.zeros(1),), turns=2)) == 1
+    assert training.training
