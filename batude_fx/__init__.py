@@ -16,12 +16,14 @@ from batude_fx.errors import (
     BudgetError,
     CalibrationError,
     DiscoveryError,
+    ExportError,
     RecipeError,
     SavedModelError,
     SelectionError,
     TrainingError,
     UnsupportedError,
 )
+from batude_fx.exporting import export
 from batude_fx.folding import fold
 from batude_fx.handlers import Handler, register
 from batude_fx.plugin import create
@@ -39,6 +41,7 @@ __all__ = [
     "CalibrationError",
     "ConvSite",
     "DiscoveryError",
+    "ExportError",
     "Handler",
     "Plan",
     "Ranks",
@@ -51,6 +54,7 @@ __all__ = [
     "compress",
     "create",
     "discover",
+    "export",
     "fold",
     "load",
     "plan",

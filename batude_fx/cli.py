@@ -140,6 +140,29 @@ def compress(
 
 @app.command()
 @one_line_errors
+def export(
+    model: Model, output: Annotated[Path, typer.Argument(help="File to write: .onnx, .xml (OpenVINO) or .pt2.")],
+    int8: Annotated[
+        Path | None, typer.Option(help="Folder of unlabelled images: weights and activations become 8-bit integers.")
+    ] = None,
+    images: Count = 128, pretrained: Pretrained = True, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Write a network as a file that runs without batude_fx, batch-norms folded, checked against the network.
+
+    Example: batude-fx export small/ small.onnx
+    """
+    network = _network(model, "cpu", pretrained=pretrained)
+    photos = None if int8 is None else _calibration(network, str(int8), images)
+    difference = batude_fx.export(network, output, int8=photos)
+    written = [file for file in {output, output.with_suffix(".bin")} if file.is_file()]
+    size = sum(file.stat().st_size for file in written)
+    facts = {"output": str(output), "bytes": size, "difference": difference}
+    rows = [("size", f"{report.human(size)}B"), ("largest difference of an output", f"{difference:.1e}")]
+    show(report.facts_table(str(output), rows), facts, as_json)
+
+
+@app.command()
+@one_line_errors
 def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")], as_json: AsJson = False) -> None:
     """Say what a saved folder holds: base network, ranks, flops, parameters, bytes.
 

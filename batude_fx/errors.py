@@ -9,6 +9,7 @@ BatudeError
 ├── UnsupportedError    a convolution, dtype or device that cannot be handled exactly
 ├── SavedModelError     a folder that is missing, broken, foreign or unsafe
 ├── RecipeError         a recipe that cannot be read, or asks for what does not exist
+├── ExportError         a network that cannot be written as a file of another format, or computes something else there
 └── TrainingError       a run that cannot start, cannot go on, or whose loss is not finite
 ```
 """
@@ -44,6 +45,10 @@ class SavedModelError(BatudeError):
 
 class RecipeError(BatudeError):
     """A recipe that cannot be read, or asks for what does not exist; the message has file, line and key."""
+
+
+class ExportError(BatudeError):
+    """A network that cannot be written as a file of another format, or that computes something else there."""
 
 
 class TrainingError(BatudeError):

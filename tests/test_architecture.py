@@ -47,6 +47,8 @@ def _within(package: str, names: Iterable[str]) -> bool:
         ("yaml", {"recipe"}),
         ("accelerate", {"cli_recipes", "training.data", "training.session"}),
         ("matplotlib", {"pictures"}),
+        ("onnxruntime", {"exporting"}),
+        ("openvino", {"exporting"}),
         ("jinja2", {"page"}),
         ("typer", {"cli", "cli_recipes", "terminal"}),
         ("rich", {"cli", "cli_recipes", "progress", "report", "terminal"}),

@@ -1,0 +1,229 @@
+"""A network as a file that runs without batude_fx: ONNX, OpenVINO or torch.export, checked against the network itself.
+
+Batch-norms are folded first. What is written is run on the example input, one image and three, and held against the
+network before it takes its place: a file that computes something else is never left behind.
+
+Source: torch.onnx (the exporter on torch.export); OpenVINO's `convert_model`; for int8, onnxruntime's static
+quantization, B. Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from batude_fx.calibration import Images, image_batches
+from batude_fx.errors import CalibrationError, ExportError
+from batude_fx.folding import fold
+from batude_fx.progress import track
+from batude_fx.zoo import arguments
+
+TOLERANCE = 1e-4  # of float outputs, relative to the largest of them
+_BATCHES = (1, 3)
+_NEEDS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".xml": ("onnx", "onnxscript", "openvino"), ".pt2": ()}
+
+Arrays = list[NDArray[Any]]
+Runner = Callable[[Sequence[NDArray[Any]]], Arrays]
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Tensor | tuple[object, ...] | None = None,
+    int8: Images | None = None,
+) -> float:
+    """Write a network, compressed or not, as a file for deployment.
+
+    Args:
+        model: Any module whose arguments are tensors; it is left as it is.
+        path: Its ending says what is written: ".onnx", ".xml" (OpenVINO; the weights lie beside it as ".bin") or ".pt2"
+            (torch.export).
+        example_inputs: Arguments of one run. By default what timm or torchvision knows of the model. The first axis of
+            a single tensor is the batch, which may have any size later.
+        int8: Unlabelled images, normalized as for evaluation: weights and activations become 8-bit integers whose
+            ranges these images show. ONNX only.
+
+    Returns:
+        The largest difference between outputs of the file and of the network, relative to the largest output. At most
+        1e-4; with int8, whatever it is: measure agreement with `batude-fx evaluate`'s images.
+
+    Raises:
+        ExportError: The ending is unknown, a library is missing, the network cannot be exported, or the file computes
+            something else.
+        DiscoveryError: Nothing is known of the model's input, and none was given.
+        CalibrationError: The images are empty, not finite or of the wrong shape.
+
+    Source: `torch.onnx.export(dynamo=True)`, `openvino.convert_model`, `onnxruntime.quantization.quantize_static`.
+    """
+    path = Path(path)
+    _check(path, int8)
+    example = arguments(model, example_inputs)
+    inputs = tuple(one.cpu() for one in example if isinstance(one, Tensor))
+    if not inputs or len(inputs) < len(example):
+        raise ExportError(
+            f"{type(model).__name__} takes other arguments than tensors; export the part that takes them."
+        )
+    network = fold(model, example).cpu().requires_grad_(requires_grad=False)
+    images = None if int8 is None else list(_arrays(int8, inputs))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, _quiet():
+        written = Path(folder) / path.name
+        try:
+            run = _WRITERS[path.suffix](network, inputs, written, images)
+            difference = max(_difference(network, run, _batch(inputs, size)) for size in _sizes(inputs))
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ExportError(
+                f"{type(model).__name__} cannot be written as {path}: {type(error).__name__}: {reason}"
+            ) from error
+        if int8 is None and not difference <= TOLERANCE:
+            raise ExportError(
+                f"{path}: its outputs differ from those of {type(model).__name__} by {difference:.1e} of the largest, "
+                f"{TOLERANCE:.0e} is allowed; nothing was written. Try another format."
+            )
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == path.suffix):  # the weights first
+            file.replace(path.parent / file.name)
+    return difference
+
+
+def _check(path: Path, int8: Images | None) -> None:
+    """What can be said before anything is computed."""
+    if path.suffix not in _WRITERS:
+        raise ExportError(f"{path}: nothing is written for the ending {path.suffix!r}; use {', '.join(_WRITERS)}.")
+    if missing := [name for name in _NEEDS[path.suffix] if find_spec(name) is None]:
+        raise ExportError(f"{path} needs {', '.join(missing)}: pip install 'batude-fx[export]'.")
+    if int8 is not None and path.suffix != ".onnx":
+        raise ExportError(f"{path}: int8 is written as ONNX only; use the ending .onnx.")
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; give a file.")
+
+
+def _arrays(images: Images, inputs: tuple[Tensor, ...]) -> Iterator[NDArray[Any]]:
+    """Batches of images, of the size that the file will take."""
+    for (batch,) in image_batches(images, inputs):
+        shape = tuple(cast("Tensor", batch).shape[1:])
+        if shape != tuple(inputs[0].shape[1:]):
+            raise CalibrationError(
+                f"int8 images are {shape}, the file takes {tuple(inputs[0].shape[1:])}; resize them, or give "
+                "example_inputs= of their size."
+            )
+        yield cast("Tensor", batch).cpu().numpy()
+
+
+def _dynamic(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the first axis is a batch: several arguments may share it, or not."""
+    return len(inputs) == 1 and inputs[0].ndim > 1
+
+
+def _sizes(inputs: tuple[Tensor, ...]) -> Sequence[int]:
+    return _BATCHES if _dynamic(inputs) else (len(inputs[0]),)
+
+
+def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """Example inputs (size, ...), each image a little different."""
+    if not _dynamic(inputs):
+        return inputs
+    image = inputs[0][:1]
+    noise = torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
+    return (image + noise,) if image.is_floating_point() else (image.expand(size, *image.shape[1:]),)
+
+
+def _difference(network: nn.Module, run: Runner, inputs: tuple[Tensor, ...]) -> float:
+    """The largest one between two outputs, relative to the largest output."""
+    with torch.no_grad():
+        expected = [leaf for leaf in tree_leaves(network(*inputs)) if isinstance(leaf, Tensor)]
+    found = [torch.from_numpy(np.asarray(one)) for one in run([one.numpy() for one in inputs])]
+    if [one.shape for one in found] != [one.shape for one in expected]:
+        raise ExportError(
+            f"outputs are {[tuple(one.shape) for one in found]}, not {[tuple(o.shape) for o in expected]}"
+        )
+    gaps = [float((ours - theirs).abs().max()) for ours, theirs in zip(expected, found, strict=True)]
+    return max(gap / max(float(one.abs().max()), 1e-12) for gap, one in zip(gaps, expected, strict=True))
+
+
+def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, _: Arrays | None) -> Runner:
+    torch.export.save(_program(network, inputs), path)
+    program = torch.export.load(path).module()
+    return lambda arrays: [one.numpy() for one in tree_leaves(program(*map(torch.from_numpy, arrays)))]
+
+
+def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:
+    written = torch.onnx.export(
+        _program(network, inputs), input_names=[f"input{index or ''}" for index in range(len(inputs))], dynamo=True,
+        verbose=False,
+    )  # fmt: skip
+    cast("Any", written).save(path, external_data=False)
+    if images is not None:
+        _quantize(path, images)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+def _write_openvino(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:
+    import openvino
+
+    source = path.with_suffix(".onnx")
+    _write_onnx(network, inputs, source, images)
+    openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+    source.unlink()
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda arrays: list(compiled(list(arrays)).values())
+
+
+_WRITERS: Mapping[str, Callable[[nn.Module, tuple[Tensor, ...], Path, Arrays | None], Runner]] = {
+    ".onnx": _write_onnx,
+    ".xml": _write_openvino,
+    ".pt2": _write_pt2,
+}
+
+
+def _program(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    # An axis of length one counts as fixed.
+    example = _batch(inputs, 2)
+    shapes = ({0: torch.export.Dim("batch")},) if _dynamic(inputs) else None
+    return torch.export.export(network, example, dynamic_shapes=shapes)
+
+
+def _quantize(path: Path, images: Arrays) -> None:
+    """Weights per channel, activations per tensor, in place."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = track(images, "quantizing")
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"input": batch}
+
+    quant_pre_process(path, path, skip_symbolic_shape=True)
+    quantization.quantize_static(path, path, Reader(), per_channel=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters tell of their steps, and warn of their own parts."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,157 @@
+"""Exported files run by their own runtimes, and held against the network that they came from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from typer.testing import CliRunner
+
+import batude_fx
+from batude_fx import CalibrationError, ExportError, exporting
+from batude_fx.cli import app
+
+Run = Callable[[Path, np.ndarray], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=7)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
+    return batude_fx.compress(model.train(), 0.6, calibration=None)
+
+
+def _onnx(path: Path, images: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray] = session.run(None, {"input": images})
+    return outputs[0]
+
+
+def _openvino(path: Path, images: np.ndarray) -> np.ndarray:
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.asarray(compiled([images])[0])
+
+
+def _pt2(path: Path, images: np.ndarray) -> np.ndarray:
+    return np.asarray(torch.export.load(path).module()(torch.from_numpy(images)))
+
+
+@pytest.mark.parametrize(("name", "run"), [("a.onnx", _onnx), ("a.xml", _openvino), ("a.pt2", _pt2)])
+def test_every_batch_size_gives_the_networks_outputs(small: nn.Module, tmp_path: Path, name: str, run: Run) -> None:
+    path = tmp_path / "new" / name
+    assert batude_fx.export(small, path) <= 1e-4
+    for size in (1, 5):
+        images = torch.randn(size, 3, 160, 160)
+        with torch.no_grad():
+            expected = small.eval()(images).numpy()
+        np.testing.assert_allclose(run(path, images.numpy()), expected, rtol=1e-4, atol=1e-5)
+    assert {file.suffix for file in path.parent.iterdir()} <= {path.suffix, ".bin"}
+    assert small.train().training
+
+
+def test_no_batch_norm_is_left(small: nn.Module, tmp_path: Path) -> None:
+    import onnx
+
+    batude_fx.export(small, tmp_path / "a.onnx")
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    kinds = {node.op_type for node in graph.node}
+    assert "Conv" in kinds
+    assert "BatchNormalization" not in kinds
+
+
+def test_int8_is_small_and_close(small: nn.Module, tmp_path: Path) -> None:
+    images = torch.randn(16, 3, 160, 160)
+    batude_fx.export(small, tmp_path / "full.onnx")
+    difference = batude_fx.export(small, tmp_path / "int8.onnx", int8=images)
+    assert 1e-4 < difference < 0.5
+    full, int8 = ((tmp_path / f"{name}.onnx").stat().st_size for name in ("full", "int8"))
+    assert int8 < 0.6 * full  # weights are a quarter; this network has few
+    ours, theirs = (_onnx(tmp_path / f"{name}.onnx", images.numpy()) for name in ("full", "int8"))
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() >= 0.8
+
+
+class _Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sum": self.conv(x) + y, "y": 2 * y}
+
+
+def test_several_arguments_and_outputs(tmp_path: Path) -> None:
+    inputs = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 6, 6)
+    for name in ("a.onnx", "a.xml", "a.pt2"):
+        assert batude_fx.export(_Several(), tmp_path / name, example_inputs=inputs) <= 1e-4
+
+
+def test_what_cannot_be_exported_is_said(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match=r"ending '\.tflite'; use \.onnx, \.xml, \.pt2"):
+        batude_fx.export(small, tmp_path / "a.tflite")
+    with pytest.raises(ExportError, match="int8 is written as ONNX only"):
+        batude_fx.export(small, tmp_path / "a.xml", int8=torch.randn(1, 3, 160, 160))
+    with pytest.raises(CalibrationError, match="the file takes"):
+        batude_fx.export(small, tmp_path / "a.onnx", int8=torch.randn(1, 3, 16, 16))
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ExportError, match="is a folder"):
+        batude_fx.export(small, tmp_path / "folder.onnx")
+    detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.raises(ExportError, match="other arguments than tensors"):
+        batude_fx.export(detector, tmp_path / "a.onnx")
+    monkeypatch.setattr(exporting, "find_spec", lambda _: None)
+    with pytest.raises(ExportError, match=r"needs onnx, onnxscript, openvino: pip install"):
+        batude_fx.export(small, tmp_path / "a.xml")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+class _Decides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv(x)
+        return y if x.sum() > 0 else -y
+
+
+def test_a_network_that_decides_by_values_is_refused_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="_Decides cannot be written"):
+        batude_fx.export(_Decides(), tmp_path / "a.onnx", example_inputs=torch.randn(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_computes_something_else_is_not_left(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.pt2").write_text("the one before", encoding="utf-8")
+
+    def write_wrong(_network: nn.Module, _inputs: object, path: Path, _images: object) -> exporting.Runner:
+        path.write_bytes(b"wrong")
+        return lambda arrays: [np.zeros((len(arrays[0]), 7), np.float32)]
+
+    monkeypatch.setattr(exporting, "_WRITERS", {".pt2": write_wrong})
+    with pytest.raises(ExportError, match="differ from those"):
+        batude_fx.export(small, tmp_path / "a.pt2")
+    assert (tmp_path / "a.pt2").read_text(encoding="utf-8") == "the one before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_on_the_command_line(small: nn.Module, tmp_path: Path) -> None:
+    batude_fx.save(small, tmp_path / "saved")
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "saved"), str(tmp_path / "a.onnx")])
+    assert result.exit_code == 0
+    assert "largest difference" in result.stdout
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        expected = batude_fx.load(tmp_path / "saved")(images).numpy()
+    np.testing.assert_allclose(_onnx(tmp_path / "a.onnx", images.numpy()), expected, rtol=1e-4, atol=1e-5)
