@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 bench-resnet50 docs test-docs clean
+.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
@@ -17,6 +17,10 @@ help:
 	@echo "make zoo          sweep every model of timm and torchvision: under three hours, goes on where it was killed"
 	@echo "make zoo-quick    sweep the smallest model of each family"
 	@echo "make bench        wall time and memory of compress, and what a step of training costs"
+	@echo "make bench-latency  milliseconds against flops, and latency budgets measured afresh"
+	@echo "make bench-deployment  a real ResNet-50 in torch, ONNX, OpenVINO and int8"
+	@echo "make bench-growth  how time and memory grow with sites and channels"
+	@echo "make bench-peers  five other tools on three networks: an hour"
 	@echo "make bench-cifar10  one-shot training against four other ways, on CIFAR-10: hours"
 	@echo "make bench-resnet50  agreement and milliseconds of a real ResNet-50 at seven budgets"
 	@echo "make docs         build the documentation into site/"
@@ -58,6 +62,9 @@ bench: $(VENV)/installed-dev
 # Hours on two cores: a baseline of 24 epochs, then 10 for each row, budget and seed; goes on where it was killed.
 bench-cifar10: $(VENV)/installed-dev
 	$(BIN)/python -W ignore -m benchmarks.cifar10
+
+bench-latency bench-deployment bench-growth bench-peers: bench-%: $(VENV)/installed-dev
+	$(BIN)/python -W ignore -m benchmarks.$*
 
 # The home page's table and picture.
 bench-resnet50: $(VENV)/installed-dev

@@ -23,8 +23,8 @@ from batude_fx.sites import ConvSite
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-UNITS = ("flops", "parameters", "nanoseconds")
-"""Of the costs, in their order."""
+UNITS = ("flops", "params", "latency")
+"""Of the costs, in their order; latency in nanoseconds."""
 
 _PARTS = {1: 1, 2: 10, 3: 5}  # in which prices are shared out among so many limits that bind
 
@@ -132,12 +132,17 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
         if best is None or _total_loss(options, picked) < _total_loss(options, best):
             best = picked
     if best is None:
-        limits = " and ".join(f"{most:,} {unit}" for most, unit in zip(capacity.tolist(), UNITS, strict=False))
+        limits = " and ".join(map(amount, capacity.tolist(), UNITS))
         raise BudgetError(
             f"no choice of ranks keeps the replaceable sites within {limits}, though each limit can be met alone; "
             "raise one of them."
         )
     return best
+
+
+def amount(cost: int, unit: str) -> str:
+    """A cost in words."""
+    return f"{cost / 1e6:.4g} ms" if unit == "latency" else f"{cost:,} {unit}"
 
 
 def smallest_costs(options: Collection[Options]) -> Integers:

@@ -85,13 +85,17 @@ class Budget(BaseModel):
 
     @classmethod
     def parse(cls, budget: "Budget | float | str") -> "Budget":
-        """Read what the user wrote; a bare number or text is a flops limit.
+        """Read what the user wrote; a bare number or text is a flops limit, unless its unit says another ("12ms").
 
         Raises:
             BudgetError: When it cannot be read, with the forms that can.
         """
         if isinstance(budget, Budget):
             return budget
+        units = {name: _UNITS[unit] for name, unit in (("params", "param"), ("latency", "latency"))}
+        for name, unit in units.items():
+            if isinstance(budget, str) and re.fullmatch(rf"{_NUMBER}\s*{unit}", budget.strip().lower()):
+                return cls(**{name: budget})
         return cls(flops=budget)
 
     def __str__(self) -> str:

@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Self
 
 import numpy as np
 
-from batude_fx.allocation import Integers, Options, site_options, smallest_costs
+from batude_fx.allocation import UNITS, Integers, Options, amount, site_options, smallest_costs
 from batude_fx.budget import Budget
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.sites import ConvSite, Ranks
 
 _UNLIMITED = 2**60
-_UNITS = ("flops", "params", "latency")
 
 
 def choices(
@@ -70,6 +69,10 @@ class Account:
         sites = sum((option.dense for option in options), start=np.zeros(len(dense), np.int64))
         return cls(budget, dense, np.array(dense, np.int64) - sites, round_to)
 
+    def with_unexplained(self, nanoseconds: int) -> Self:
+        """The account with time that the sites one by one do not explain, counted as fixed."""
+        return replace(self, fixed=self.fixed + np.array([0, 0, nanoseconds]))
+
     def capacity(self, options: Collection[Options]) -> Integers:
         """(k,) what is left for all sites together.
 
@@ -79,7 +82,7 @@ class Account:
         limits = astuple(self.budget.limits(*self.dense))[: len(self.dense)]
         most = np.array([_UNLIMITED if limit is None else limit for limit in limits], np.int64)
         smallest = self.fixed + smallest_costs(options) if options else self.fixed
-        for unit, need, allowed, full in zip(_UNITS, smallest.tolist(), most.tolist(), self.dense, strict=False):
+        for unit, need, allowed, full in zip(UNITS, smallest.tolist(), most.tolist(), self.dense, strict=False):
             if need > allowed and not options:
                 raise BudgetError(
                     f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
@@ -88,14 +91,10 @@ class Account:
             if need > allowed:
                 raise BudgetError(
                     f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
-                    f"{self.round_to}) at all {len(options)} replaceable sites still need {_amount(need, unit)} of "
-                    f"{_amount(full, unit)}. Use at least {_reachable(need, full):.4f}."
+                    f"{self.round_to}) at all {len(options)} replaceable sites still need {amount(need, unit)} of "
+                    f"{amount(full, unit)}. Use at least {_reachable(need, full):.4f}."
                 )
         return most - self.fixed
-
-
-def _amount(count: int, unit: str) -> str:
-    return f"{count / 1e6:.4g} ms" if unit == "latency" else f"{count:,} {unit}"
 
 
 def _reachable(need: int, full: int) -> float:

@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import nn
 
 import batude_fx
-from batude_fx import cli_recipes, evaluation, images, page, report, sweep
+from batude_fx import cli_recipes, evaluation, page, report, sweep
+from batude_fx import images as folder_images
 from batude_fx.budget import Budget
 from batude_fx.errors import BatudeError, UnsupportedError
 from batude_fx.flops import count_flops
@@ -152,9 +153,9 @@ def export(
     Example: batude-fx export small/ small.onnx
     """
     network = _network(model, "cpu", pretrained=pretrained)
-    photos = None if int8 is None else _calibration(network, str(int8), images)
+    photos = None if int8 is None else folder_images.batches(network, folder_images.image_paths(int8, images))
     difference = batude_fx.export(network, output, int8=photos)
-    written = [file for file in {output, output.with_suffix(".bin")} if file.is_file()]
+    written = {output, output.with_suffix(".bin") if output.suffix == ".xml" else output}
     size = sum(file.stat().st_size for file in written)
     facts = {"output": str(output), "bytes": size, "difference": difference}
     rows = [("size", f"{report.human(size)}B"), ("largest difference of an output", f"{difference:.1e}")]
@@ -273,7 +274,9 @@ def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
 def _calibration(network: nn.Module, wanted: str, count: int) -> Any:  # noqa: ANN401 - what plan takes
     if wanted == "none":
         return None
-    return wanted if wanted == "synthetic" else images.batches(network, images.image_paths(Path(wanted), count))
+    if wanted == "synthetic":
+        return wanted
+    return folder_images.batches(network, folder_images.image_paths(Path(wanted), count))
 
 
 def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from dataclasses import replace as replaced
 from operator import itemgetter
 from typing import Any, Literal, TypeVar, cast
 
-import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -35,7 +34,7 @@ from batude_fx.measuring import statistics
 from batude_fx.modules import TuckerModule, tucker_conv
 from batude_fx.progress import track
 from batude_fx.record import Record, attach_, site_records, versions
-from batude_fx.sites import ConvSite, Ranks
+from batude_fx.sites import ConvSite, Ranks, Sites
 from batude_fx.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
 from batude_fx.surgery import replace
 from batude_fx.zoo import arguments
@@ -44,7 +43,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
 SEED = 0  # of procedural images, sampled positions and random output combinations
-_ROUNDS, _CLOSE = 6, 0.02  # to meet a latency: how often the network is timed, and how close is close enough
+_ROUNDS, _CLOSE, _ALLOWED = 6, 0.02, 0.05  # to meet a latency: trials, when to stop, how much above is bearable
 _STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
 
 
@@ -136,7 +135,7 @@ class Plan:
         while self._recounted and limit is not None and (count := count_flops(small, self._recounted)) > limit:
             try:
                 tighter = plan.flops / self.dense_flops * min(max(limit / count, _STEPS[0]), _STEPS[1])
-                plan = plan.at(Budget(flops=tighter, params=self.budget.params))
+                plan = plan.at(self.budget.model_copy(update={"flops": tighter}))
             except BudgetError as error:
                 raise BudgetError(
                     f"fvcore counts {count:,} flops for the compressed {self.model_name}, {limit:,} are allowed: it "
@@ -244,21 +243,26 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
     """
     budget = Budget.parse(budget)
-    if round_to != "auto" and round_to < 1:
+    if round_to != "auto" and (type(round_to) is not int or round_to < 1):
         raise SelectionError(f'round_to={round_to!r} is not a rank multiple; use 1 or more, 8 by default, or "auto".')
     _check_values(model)
     inputs = arguments(model, example_inputs)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
     eligible = {site.name: site for site in sites if site.skip_reason is None}
-    timed = round_to == "auto" or budget.latency is not None
-    watch = Stopwatch(model, eligible, inputs, adds_bias=calibration is not None) if timed else None
+    watch = None
+    if round_to == "auto" or budget.latency is not None:
+        _check_times(sites, model)
+        watch = Stopwatch(model, eligible, inputs, adds_bias=calibration is not None)
     multiple = watch.multiple() if watch and round_to == "auto" else int(round_to)
     options = choices(eligible, multiple, ranks or {}, adds_bias=calibration is not None)
     dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
+    # A budget out of reach is said before any image is looked at.
+    account = Account.of(options.values(), budget.model_copy(update={"latency": None}), dense, multiple)
+    account.capacity(options.values())
     if watch:
-        options, dense = watch.priced(options), (*dense, watch.dense)
-    account = Account.of(options.values(), budget, dense, multiple)
-    account.capacity(options.values())  # a budget out of reach is said before any image is looked at
+        options = watch.priced(options, only_faster=round_to == "auto")
+        account = Account.of(options.values(), budget, (*dense, watch.dense_nanoseconds), multiple)
+        account = _reachable(account, options, watch)
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     choice = _allocate(candidates, account)
@@ -270,7 +274,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         sites=sites,
         dense_flops=dense[0],
         dense_params=dense[1],
-        dense_seconds=watch.dense / 1e9 if watch else None,
+        dense_seconds=watch.dense_nanoseconds / 1e9 if watch else None,
         calibration=_label(calibration, inputs),
         round_to=multiple,
         **vars(choice),
@@ -394,6 +398,35 @@ def _allocate(candidates: Mapping[str, _Candidate], account: Account) -> _Choice
     return _Choice(ranks, losses, flops, params, nanoseconds[0] / 1e9 if nanoseconds else None)
 
 
+def _check_times(sites: Sites, model: nn.Module) -> None:
+    if sites.sizes_vary:
+        raise UnsupportedError(
+            f"{type(model).__name__} may compute more or less for other values, so its time cannot be foreseen; give "
+            "flops or params, and a number for round_to."
+        )
+
+
+def _reachable(account: Account, options: Mapping[str, allocation.Options], watch: Stopwatch) -> Account:
+    """The account, once it is known that its limits can be met: by the times of the sites, or else by the network's.
+
+    Raises:
+        BudgetError: A limit is out of reach.
+    """
+    try:
+        account.capacity(options.values())
+    except BudgetError:
+        rows = {name: int(one.costs[:, 2].argmin()) for name, one in options.items()}
+        fastest = {
+            name: Ranks(*options[name].ranks[row].tolist())
+            for name, row in rows.items()
+            if (options[name].costs[row] != options[name].dense).any()
+        }
+        predicted = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
+        account = account.with_unexplained(watch.compare(fastest) - predicted)
+        account.capacity(options.values())
+    return account
+
+
 def _settled(
     choice: _Choice, watch: Stopwatch, candidates: Mapping[str, _Candidate], account: Account
 ) -> tuple[_Choice, Account]:
@@ -402,13 +435,16 @@ def _settled(
     Returns:
         The choice that comes closest to the limit, from below where one does, with its measured time; and the account
         that predicts it right.
+
+    Raises:
+        BudgetError: No choice comes close to the limit.
     """
     limit = account.budget.limits(*account.dense).nanoseconds
     tried: list[tuple[tuple[bool, int], _Choice, Account]] = []
     for _ in track(range(_ROUNDS), "timing the network"):
         taken = watch.compare(choice.ranks)
         unexplained = taken - round(1e9 * cast("float", choice.seconds))
-        account = replaced(account, fixed=account.fixed + np.array([0, 0, unexplained]))
+        account = account.with_unexplained(unexplained)
         over = taken - (limit or taken)
         tried.append(((over > 0, abs(over)), replaced(choice, seconds=taken / 1e9), account))
         if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
@@ -417,4 +453,12 @@ def _settled(
             choice = _allocate(candidates, account)
         except BudgetError:
             break
-    return min(tried, key=itemgetter(0))[1:]
+    _, choice, account = min(tried, key=itemgetter(0))
+    taken = round(1e9 * cast("float", choice.seconds))
+    if limit is not None and taken > (1 + _ALLOWED) * limit:
+        raise BudgetError(
+            f"latency {limit / 1e6:.4g} ms is out of reach: after {len(tried)} rounds the network takes "
+            f"{taken / 1e6:.4g} ms, the dense one {watch.dense_nanoseconds / 1e6:.4g} ms. Use at least "
+            f"{taken / watch.dense_nanoseconds:.4f}, or an idle machine."
+        )
+    return choice, account

@@ -27,6 +27,7 @@ from batude_fx.calibration import Images, image_batches
 from batude_fx.errors import CalibrationError, ExportError
 from batude_fx.folding import fold
 from batude_fx.progress import track
+from batude_fx.surgery import copied
 from batude_fx.zoo import arguments
 
 TOLERANCE = 1e-4  # of float outputs, relative to the largest of them
@@ -75,14 +76,16 @@ def export(
         raise ExportError(
             f"{type(model).__name__} takes other arguments than tensors; export the part that takes them."
         )
-    network = fold(model, example).cpu().requires_grad_(requires_grad=False)
     images = None if int8 is None else list(_arrays(int8, inputs))
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, _quiet():
         written = Path(folder) / path.name
         try:
+            network = fold(model, example).cpu().requires_grad_(requires_grad=False)
             run = _WRITERS[path.suffix](network, inputs, written, images)
-            difference = max(_difference(network, run, _batch(inputs, size)) for size in _sizes(inputs))
+            original = copied(model).cpu().eval()  # not the folded one: folding is held to it, too
+            gaps = [_difference(original, run, _batch(inputs, size)) for size in _sizes(inputs)]
+            difference = float(np.max(gaps))  # NaN if one of them is
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise ExportError(
@@ -128,13 +131,13 @@ def _dynamic(inputs: tuple[Tensor, ...]) -> bool:
 
 
 def _sizes(inputs: tuple[Tensor, ...]) -> Sequence[int]:
-    return _BATCHES if _dynamic(inputs) else (len(inputs[0]),)
+    return _BATCHES if _dynamic(inputs) else (0,)
 
 
 def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
-    """Example inputs (size, ...), each image a little different."""
+    """Example inputs (size, ...), each image a little different; as they are where there is no batch axis."""
     if not _dynamic(inputs):
-        return inputs
+        return tuple(one.clone() for one in inputs)
     image = inputs[0][:1]
     noise = torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
     return (image + noise,) if image.is_floating_point() else (image.expand(size, *image.shape[1:]),)
@@ -142,21 +145,34 @@ def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
 
 def _difference(network: nn.Module, run: Runner, inputs: tuple[Tensor, ...]) -> float:
     """The largest one between two outputs, relative to the largest output."""
+    arrays = [one.numpy().copy() for one in inputs]  # a network may work on its input in place
     with torch.no_grad():
         expected = [leaf for leaf in tree_leaves(network(*inputs)) if isinstance(leaf, Tensor)]
-    found = [torch.from_numpy(np.asarray(one)) for one in run([one.numpy() for one in inputs])]
+    found = [torch.from_numpy(np.asarray(one)) for one in run(arrays)]
     if [one.shape for one in found] != [one.shape for one in expected]:
         raise ExportError(
             f"outputs are {[tuple(one.shape) for one in found]}, not {[tuple(o.shape) for o in expected]}"
         )
-    gaps = [float((ours - theirs).abs().max()) for ours, theirs in zip(expected, found, strict=True)]
-    return max(gap / max(float(one.abs().max()), 1e-12) for gap, one in zip(gaps, expected, strict=True))
+    return float(np.max([_gap(*pair) for pair in zip(expected, found, strict=True)]))
+
+
+def _gap(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest finite value; infinities must be the same."""
+    expected, found = expected.double(), found.double()
+    gap = torch.where((expected == found) | (expected.isnan() & found.isnan()), 0, (expected - found).abs())
+    size = expected[expected.isfinite()].abs()
+    return float(gap.max()) / max(float(size.max()) if len(size) else 0, 1e-12)
 
 
 def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, _: Arrays | None) -> Runner:
     torch.export.save(_program(network, inputs), path)
     program = torch.export.load(path).module()
-    return lambda arrays: [one.numpy() for one in tree_leaves(program(*map(torch.from_numpy, arrays)))]
+
+    def run(arrays: Sequence[NDArray[Any]]) -> Arrays:
+        leaves = tree_leaves(program(*map(torch.from_numpy, arrays)))
+        return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+
+    return run
 
 
 def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:

@@ -3,7 +3,7 @@
 One run of the example shows which layer's output goes to a batch-norm and nowhere else. Networks that cannot be traced
 are folded as well, and a layer that is called twice, or whose output is also used elsewhere, is left alone.
 
-Source: `torch.nn.utils.fusion`; B. Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Source: B. Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018, https://arxiv.org/abs/1712.05877, section 3.2.
 """
 
@@ -14,20 +14,20 @@ from typing import Any, TypeVar, cast
 import torch
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from batude_fx.borrowing import borrowed
-from batude_fx.handlers import convolves_as_stored
-from batude_fx.modules import TuckerLinear, TuckerModule
+from batude_fx.handlers import change_by_hand, convolves_as_stored, from_canonical, to_canonical
+from batude_fx.modules import TuckerModule
 from batude_fx.surgery import replace
 from batude_fx.zoo import arguments
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _WITH_ACTIVATION = (BatchNormAct2d, FrozenBatchNormAct2d)
+_QUESTIONS = {"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floating_point", "is_contiguous"}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d, *_WITH_ACTIVATION)
 
 
@@ -45,7 +45,7 @@ def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = Non
     Raises:
         DiscoveryError: Nothing is known of the model's input, and none was given.
 
-    Source: `torch.nn.utils.fusion.fuse_conv_bn_weights`.
+    Source: B. Jacob et al., CVPR 2018, section 3.2; torch's `fuse_conv_bn_eval` does it for a pair that is known.
     """
     modules: dict[str, nn.Module] = {}
     for name, norm_name in _pairs(model, arguments(model, example_inputs)).items():
@@ -58,6 +58,8 @@ def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = Non
 def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
     """Name of every layer that a batch-norm can be folded into, to the name of the batch-norm."""
     names = {module: name for name, module in model.named_modules()}
+    layers = {module for module in names if _is_layer(module)}
+    norms = {module for module in names if _is_norm(module)}
     outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that none gets another's identity
     followed: dict[nn.Module, nn.Module] = {}
     calls: Counter[nn.Module] = Counter()
@@ -65,8 +67,7 @@ def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
 
     def after_layer(layer: nn.Module, _args: object, output: object) -> None:
         calls[layer] += 1
-        # Of a linear layer's (N, L, C) a batch-norm takes L for the channels.
-        if isinstance(output, Tensor) and not (isinstance(layer, nn.Linear | TuckerLinear) and output.ndim > 2):  # noqa: PLR2004
+        if isinstance(output, Tensor) and output.ndim == _batched(layer):
             outputs[id(output)] = layer, output
             uses.count[id(output)] = 0  # an earlier tensor may have had this identity
 
@@ -76,13 +77,13 @@ def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
             followed[outputs[id(args[0])][0]] = norm
 
     with borrowed(model), torch.no_grad(), uses:
-        for module in names:
-            if isinstance(module, TuckerModule) or convolves_as_stored(module):
-                module.register_forward_hook(after_layer)
-            elif type(module) in _NORMS and getattr(module, "running_mean", None) is not None:
-                module.register_forward_pre_hook(before_norm)
+        for layer in layers:
+            layer.register_forward_hook(after_layer)
+        for norm in norms:
+            norm.register_forward_pre_hook(before_norm)
         returned = {id(leaf) for leaf in tree_leaves(model(*inputs))}
     elsewhere = {layer for key, (layer, _) in outputs.items() if uses.count[key] > 1 or key in returned}
+    elsewhere |= {layer for layer in layers if uses.count[id(layer._parameters.get("weight"))] > 1}  # noqa: SLF001
     return {
         names[layer]: names[norm]
         for layer, norm in followed.items()
@@ -90,8 +91,24 @@ def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
     }
 
 
+def _is_layer(module: nn.Module) -> bool:
+    if isinstance(module, TuckerModule):
+        return not any(change_by_hand(part) for part in module.modules())
+    return convolves_as_stored(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    known = type(module) in _NORMS and getattr(module, "running_mean", None) is not None
+    return known and change_by_hand(module) is None
+
+
+def _batched(layer: nn.Module) -> int:
+    """Axes of an output whose channels a batch-norm takes for its own; of a linear layer's (N, L, C) it takes L."""
+    return 2 + len(getattr(layer, "kernel_size", ()))
+
+
 class _Uses(TorchFunctionMode):
-    """Counts how many torch functions compute with each tensor."""
+    """Counts how many torch functions do anything with each tensor but ask for its shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,20 +122,24 @@ class _Uses(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # shapes may be asked for
+        if func.__name__ not in _QUESTIONS or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             self.count.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
         return result
 
 
+@torch.no_grad()
 def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     folded = copy.deepcopy(layer)
     last = cast("nn.Conv2d", folded.last if isinstance(folded, TuckerModule) else folded)
-    known = cast("nn.BatchNorm2d", norm)
-    mean, variance = cast("Tensor", known.running_mean), cast("Tensor", known.running_var)
-    last.weight, last.bias = fuse_conv_bn_weights(
-        last.weight, last.bias, mean, variance, known.eps, known.weight, known.bias,
-        transpose=getattr(last, "transposed", False),
-    )  # fmt: skip
+    mean, variance, gain, offset = (
+        cast("Tensor | None", getattr(norm, name)) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    scale = (cast("Tensor", variance) + cast("float", norm.eps)).rsqrt() * (1 if gain is None else gain)  # (C_out,)
+    shift = (0 if offset is None else offset) - cast("Tensor", mean) * scale
+    weight = to_canonical(last.weight, last)  # (groups, C_out / groups, ...)
+    gains = scale.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    last.bias = nn.Parameter(shift if last.bias is None else last.bias * scale + shift)
+    last.weight.copy_(from_canonical(weight * gains, last))
     return folded
 
 

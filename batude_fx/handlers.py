@@ -153,15 +153,20 @@ def skip_reason(layer: nn.Module) -> str | None:
     handler = _HANDLERS.get(type(layer))
     if handler is None:
         return f"no handler for class {type(layer).__name__}; register one with batude_fx.register"
-    if hooks := [name.strip("_") for name in _HOOKS if getattr(layer, name)]:
-        return f"has {', '.join(hooks).replace('_', ' ')}; remove them to replace it"
+    if reason := change_by_hand(layer):
+        return reason
     if _holds_more(layer):
         return "holds more than a weight and a bias, which its replacement would lose"
-    if "forward" in vars(layer):
-        return "its forward method was replaced on the instance"
     weight = cast("Tensor", layer.weight)
     real = weight.is_floating_point()
     return handler.refuse(layer) if real else f"weight of dtype {weight.dtype}, not a real floating-point one"
+
+
+def change_by_hand(module: nn.Module) -> str | None:
+    """What a user did to one module that its replacement would not do, or None."""
+    if hooks := [name.strip("_") for name in _HOOKS if getattr(module, name)]:
+        return f"has {', '.join(hooks).replace('_', ' ')}; remove them to replace it"
+    return "its forward method was replaced on the instance" if "forward" in vars(module) else None
 
 
 def convolves_as_stored(layer: nn.Module) -> bool:

@@ -15,7 +15,9 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -27,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from batude_fx.allocation import Floats, Integers, Options
 from batude_fx.borrowing import borrowed
 from batude_fx.files import replacing
-from batude_fx.modules import build
+from batude_fx.modules import CHANNELS_LAST, build, is_channels_last
 from batude_fx.progress import track
 from batude_fx.sites import ConvSite, Ranks
 from batude_fx.surgery import build_skeleton
@@ -39,7 +41,6 @@ _MODEL_SECONDS, _LEAST_TURNS = 3.0, 15  # per comparison of two networks
 _MULTIPLES = (4, 8, 16, 32)
 _WORTH = 0.95  # of the speed of multiples of 32, from which on a finer multiple is as good
 _PROBED = 4  # layers that the multiple is chosen on
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,11 @@ class _Input:
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
-        last = _LAST.get(x.ndim)
-        return cls(tuple(x.shape), last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous())
+        return cls(tuple(x.shape), is_channels_last(x))
 
     def tensor(self, like: Tensor) -> Tensor:
         x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(like)
-        return x.contiguous(memory_format=_LAST[x.ndim]) if self.last else x
+        return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if self.last else x
 
 
 @dataclass
@@ -73,23 +73,23 @@ class Stopwatch:
         sites: Name to site, all of them replaceable.
         inputs: Arguments of one run: the batch that is timed.
         adds_bias: Whether Tucker forms have a bias even where the dense layer has none.
-
-    Attributes:
-        dense: Nanoseconds of one run of the model.
     """
 
     model: nn.Module
     sites: Mapping[str, ConvSite]
     inputs: tuple[object, ...]
     adds_bias: bool
-    dense: int = field(init=False)
     _calls: dict[str, Counter[_Input]] = field(init=False, repr=False)
     _table: "_Table" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._calls = _observed(self.model, self.sites, self.inputs)
         self._table = _Table.of(next(self.model.parameters()).device)
-        self.dense = round(1e9 * self._seconds(self.model)[0])
+
+    @cached_property
+    def dense_nanoseconds(self) -> int:
+        """Of one run of the model."""
+        return round(1e9 * self._seconds(self.model)[0])
 
     def multiple(self) -> int:
         """The smallest rank multiple that is nearly as fast, flop by flop, as multiples of 32."""
@@ -102,26 +102,31 @@ class Stopwatch:
                 return multiple
         return _MULTIPLES[-1] if probed else _MULTIPLES[1]
 
-    def priced(self, options: Mapping[str, Options]) -> dict[str, Options]:
-        """The options with nanoseconds as their third cost, without those that are no faster than the dense layer."""
+    def priced(self, options: Mapping[str, Options], *, only_faster: bool) -> dict[str, Options]:
+        """The options with nanoseconds as their third cost.
+
+        Args:
+            options: What each site can be.
+            only_faster: Whether to leave out what is no faster than the dense layer.
+        """
         priced = {}
         for name in track(list(options), "timing layers"):
-            priced[name] = self._priced(name, options[name])
+            priced[name] = self._priced(name, options[name], only_faster=only_faster)
             self._table.write()
         return priced
 
     def compare(self, ranks: Mapping[str, Ranks]) -> int:
-        """Nanoseconds of the model with some ranks, it and the dense one taking turns; on the scale of `dense`."""
+        """Nanoseconds of the model with some ranks, it and the dense one taking turns, as if that took what it did."""
         small = build_skeleton(self.model, ranks, ranks if self.adds_bias else ())
         for name in ranks:
             _fill_(small.get_submodule(name))
         before, after = self._seconds(self.model, small)
-        return round(after / before * self.dense)
+        return round(after / before * self.dense_nanoseconds)
 
     def _seconds(self, *networks: nn.Module) -> list[float]:
         return alternating(networks, self.inputs, turns=_LEAST_TURNS, seconds=_MODEL_SECONDS)
 
-    def _priced(self, name: str, options: Options) -> Options:
+    def _priced(self, name: str, options: Options, *, only_faster: bool) -> Options:
         site = self.sites[name]
         full = (site.group_out_channels, site.group_in_channels)
         dense = self._nanoseconds(name, None)
@@ -135,9 +140,8 @@ class Stopwatch:
             for rows, modes in _forms(options.ranks, full, rest):
                 times[rows] = self._interpolated(name, options.ranks[rows], modes, full)
         costs = np.column_stack([options.costs, times.round().astype(np.int64)])
-        pays = is_dense | (times < dense)
-        if not pays.any():  # the user fixed its ranks
-            pays[:] = True
+        fixed = len(options.ranks) == 1
+        pays = is_dense | (times < dense) | (fixed or not only_faster)
         return replace(
             options, ranks=options.ranks[pays], costs=costs[pays], losses=options.losses[pays],
             dense=np.append(options.dense, dense),
@@ -211,7 +215,7 @@ class _Table:
     def of(cls, device: torch.device) -> Self:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
         where = f"{device.type} {processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        folder = Path(os.environ.get("BATUDE_FX_CACHE", "~/.cache/batude_fx")).expanduser() / "latency"
+        folder = Path(os.environ.get("BATUDE_FX_CACHE") or "~/.cache/batude_fx").expanduser() / "latency"
         path = folder / f"{hashlib.sha256(where.encode()).hexdigest()[:16]}.json"
         return cls(path, _read(path))
 
@@ -227,10 +231,13 @@ class _Table:
         return self.known[key]
 
     def write(self) -> None:
+        """Add to what is kept; where nothing can be written, all is measured again the next time."""
         if self._changed:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as text:
-                text.write_text(json.dumps(self.known, indent=0) + "\n", encoding="utf-8")
+            self.known = _read(self.path) | self.known  # another process may have measured, too
+            with suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.path) as text:
+                    text.write_text(json.dumps(self.known, indent=0) + "\n", encoding="utf-8")
             self._changed = False
 
 
@@ -253,15 +260,16 @@ def _processor() -> str:
 
 @torch.no_grad()
 def _fill_(form: nn.Module) -> nn.Module:
-    """Some weights: none that slow a processor down."""
+    """Some weights that keep the size of what passes: numbers close to zero slow processors down."""
     for parameter in form.parameters():
-        parameter.normal_(std=0.02, generator=torch.Generator(parameter.device).manual_seed(0))
+        fan_in = max(1, parameter[0].numel())
+        parameter.normal_(std=(2 / fan_in) ** 0.5, generator=torch.Generator(parameter.device).manual_seed(0))
     return form
 
 
 def _seconds(layer: nn.Module, x: Tensor) -> float:
-    with torch.inference_mode():
-        return in_turns([lambda: layer(x)], _LEAST_RUNS, _LAYER_SECONDS)[0]
+    with torch.no_grad():
+        return in_turns([lambda: layer(x)], _LEAST_RUNS, _LAYER_SECONDS, x.device)[0]
 
 
 def _observed(

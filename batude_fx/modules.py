@@ -46,6 +46,16 @@ __all__ = [
 ]
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Number of axes to the memory format."""
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor lies channels-last in memory, and not contiguous as well."""
+    last = CHANNELS_LAST.get(tensor.ndim)
+    return last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+
+
 class TuckerModule(nn.Module):
     """A layer in Tucker-2 form; made by `build` or `tucker_conv`.
 
@@ -271,9 +281,8 @@ def _copy_settings_(module: TuckerModule, layer: nn.Module) -> None:
     module.train(layer.training).requires_grad_(weight.requires_grad)
     if bias is not None:
         cast("Tensor", module.bias).requires_grad_(bias.requires_grad)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    if last is not None and weight.is_contiguous(memory_format=last) and not weight.is_contiguous():
-        module.to(memory_format=last)
+    if is_channels_last(weight):
+        module.to(memory_format=CHANNELS_LAST[weight.ndim])
 
 
 def _check_ranks(layer: nn.Module, ranks: Ranks) -> None:

@@ -27,7 +27,7 @@ from batude_fx import record
 from batude_fx.borrowing import borrowed
 from batude_fx.errors import DiscoveryError, SavedModelError
 from batude_fx.files import replacing
-from batude_fx.modules import TuckerModule
+from batude_fx.modules import CHANNELS_LAST, TuckerModule, is_channels_last
 from batude_fx.origin import ENTRYPOINT, Origin, origins
 from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture, SavedConfig, read_config
 from batude_fx.zoo import example_inputs
@@ -45,7 +45,6 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -345,14 +344,13 @@ def _torchvision_metadata(model: nn.Module, example: tuple[object, ...], classes
 
 
 def _is_channels_last(model: nn.Module) -> bool:
-    weights = [weight for weight in model.parameters() if weight.ndim in _LAST and not weight.is_contiguous()]
-    return any(weight.is_contiguous(memory_format=_LAST[weight.ndim]) for weight in weights)
+    return any(map(is_channels_last, model.parameters()))
 
 
 def _to_channels_last_(model: nn.Module) -> None:
     for weight in model.parameters():
-        if weight.ndim in _LAST:
-            weight.data = weight.data.contiguous(memory_format=_LAST[weight.ndim])
+        if weight.ndim in CHANNELS_LAST:
+            weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
 
 
 def _last_line(error: Exception) -> str:

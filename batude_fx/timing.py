@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -11,12 +12,13 @@ from torch import nn
 from batude_fx.borrowing import borrowed
 
 _WARM_UP = 2
+_CPU = torch.device("cpu")
 
 
-def now() -> float:
-    """Seconds, when all that was asked of the accelerator is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def now(device: torch.device = _CPU) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return perf_counter()
 
 
@@ -31,22 +33,25 @@ def alternating(
         turns: Timed ones, at least.
         seconds: Go on until so many have passed.
     """
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack, torch.no_grad():
         for network in networks:
             stack.enter_context(borrowed(network))
-        return in_turns([lambda network=network: network(*inputs) for network in networks], turns, seconds)  # type: ignore[misc]
+        calls = [partial(network, *inputs) for network in networks]
+        return in_turns(calls, turns, seconds, next(networks[0].parameters(), torch.empty(0)).device)
 
 
-def in_turns(calls: Sequence[Callable[[], object]], turns: int, seconds: float = 0) -> list[float]:
-    """Median seconds of each call, all of them taking turns, after a warm-up."""
+def in_turns(
+    calls: Sequence[Callable[[], object]], turns: int, seconds: float = 0, device: torch.device = _CPU
+) -> list[float]:
+    """Median seconds of each call on a device, all of them taking turns, after a warm-up."""
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(_WARM_UP):
         for call in calls:
             call()
-    start = now()
-    while len(taken[0]) < turns or now() - start < seconds:
+    start = now(device)
+    while len(taken[0]) < turns or now(device) - start < seconds:
         for call, times in zip(calls, taken, strict=True):
-            before = now()
+            before = now(device)
             call()
-            times.append(now() - before)
+            times.append(now(device) - before)
     return [median(times) for times in taken]

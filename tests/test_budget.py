@@ -37,6 +37,11 @@ def test_a_latency_is_a_share_or_a_time(written: float | str, nanoseconds: int) 
     assert (limits.flops, limits.params, limits.nanoseconds) == (None, None, nanoseconds)
 
 
+def test_a_unit_says_what_is_limited() -> None:
+    assert Budget.parse("12ms") == Budget(latency="12ms")
+    assert Budget.parse("2MParams") == Budget(params="2MParams")
+
+
 @pytest.mark.parametrize("written", ["12", "12GFLOPs", "-3ms", "0ms", "1.0x", "fast"])
 def test_no_other_latency(written: str) -> None:
     with pytest.raises(BudgetError, match="12ms"):

@@ -53,6 +53,8 @@ def _layers(convolution: nn.Module, norm: nn.Module) -> nn.Sequential:
         (_layers(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), (2, 4, 9)),
         (_layers(nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6)), (2, 4, 5, 5, 5)),
         (_layers(nn.ConvTranspose2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
+        (_layers(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
+        (_layers(nn.ConvTranspose2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)), (2, 4, 5, 5)),
         (_layers(nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6, affine=False)), (2, 4, 5, 5)),
         (_layers(nn.Conv2d(4, 6, 3), torchvision.ops.misc.FrozenBatchNorm2d(6)), (2, 4, 5, 5)),
         (_layers(nn.Conv2d(4, 6, 3), BatchNormAct2d(6, act_layer=nn.SiLU)), (2, 4, 5, 5)),
@@ -78,7 +80,7 @@ class _Odd(nn.Module):
         self.how = how
         self.conv, self.norm, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
 
-    def forward(self, x: torch.Tensor) -> object:
+    def forward(self, x: torch.Tensor) -> object:  # noqa: PLR0911 - one a way
         y = self.conv(x)
         if self.how == "used twice":
             return self.norm(y) + y
@@ -86,13 +88,32 @@ class _Odd(nn.Module):
             return self.norm(y), y
         if self.how == "two norms":
             return self.norm(y) + self.other(y)
+        if self.how == "written to":
+            y[:, :2] = 0
+        if self.how == "read as numbers":
+            return self.norm(y) + sum(y.flatten().tolist())
+        if self.how == "weight used elsewhere":
+            return self.norm(y) + torch.nn.functional.conv2d(x, self.conv.weight)
         if self.how == "called twice":
             return self.norm(y) + self.conv(x + 1)
-        return self.norm(self.norm(y)) if self.how == "norm called twice" else self.norm(y.relu())
+        if self.how == "something between":
+            y = y.relu()
+        return self.norm(self.norm(y)) if self.how == "norm called twice" else self.norm(y)
 
 
 @pytest.mark.parametrize(
-    "how", ["used twice", "returned too", "two norms", "called twice", "norm called twice", "something between"]
+    "how",
+    [
+        "used twice",
+        "returned too",
+        "two norms",
+        "called twice",
+        "norm called twice",
+        "something between",
+        "written to",
+        "read as numbers",
+        "weight used elsewhere",
+    ],
 )
 @torch.no_grad()
 def test_what_cannot_be_folded_is_left_alone(how: str) -> None:
@@ -100,6 +121,25 @@ def test_what_cannot_be_folded_is_left_alone(how: str) -> None:
     folded = batude_fx.fold(model, x)
     assert _norms(folded) == 2
     torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", ["conv", "norm"])
+@torch.no_grad()
+def test_what_was_changed_by_hand_is_left_alone(place: str) -> None:
+    model, x = _with_statistics(_Odd("plain")), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    assert _norms(batude_fx.fold(model, x)) == 1
+    handle = model.get_submodule(place).register_forward_hook(lambda _module, _args, output: output + 1)
+    assert _norms(batude_fx.fold(model, x)) == 2
+    handle.remove()
+    layer = model.get_submodule(place)
+    vars(layer)["forward"] = lambda x: x * 2
+    folded = batude_fx.fold(model, x)
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0)
+
+
+def test_unbatched_inputs_are_left_alone() -> None:
+    model, x = _with_statistics(_layers(nn.Conv1d(4, 9, 1), nn.BatchNorm1d(9))), torch.randn(4, 9, dtype=torch.float64)
+    torch.testing.assert_close(batude_fx.fold(model, x)(x), model(x))
 
 
 def test_a_linear_layer_over_tokens_is_no_neighbour_of_a_norm_over_channels() -> None:

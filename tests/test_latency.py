@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import batude_fx
-from batude_fx import Budget, BudgetError, Ranks, SelectionError, latency
+from batude_fx import Budget, BudgetError, Ranks, SelectionError, UnsupportedError, latency
 from batude_fx.capacity import choices
 from batude_fx.latency import Stopwatch
 from batude_fx.modules import TuckerModule
@@ -89,7 +89,7 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
     model = _network()
     watch = _watch(model)
     options = choices(watch.sites, 8, {}, adds_bias=False)
-    priced = watch.priced(options)
+    priced = watch.priced(options, only_faster=False)
     for name, one in priced.items():
         layer, x = model.get_submodule(name), torch.zeros(next(iter(watch._calls[name])).shape)
         assert one.dense[2] == pytest.approx(1e9 * _layer_seconds(layer, x), rel=1e-6)
@@ -102,7 +102,7 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
 def test_what_is_no_faster_than_the_dense_layer_is_no_option(clock: list[nn.Module]) -> None:
     del clock
     watch = _watch(_network())
-    for name, one in watch.priced(choices(watch.sites, 8, {}, adds_bias=False)).items():
+    for name, one in watch.priced(choices(watch.sites, 8, {}, adds_bias=False), only_faster=True).items():
         faster = one.costs[:, 2] < one.dense[2]
         assert (faster | (one.costs == one.dense).all(axis=1)).all(), name
     # The first layer has three input channels: two more layers cost more time than they save.
@@ -136,10 +136,57 @@ def test_a_latency_and_flops_hold_together(clock: list[nn.Module]) -> None:
     assert tighter.seconds == pytest.approx(_network_seconds(tighter.apply(model)), rel=0.1)
 
 
-def test_out_of_reach_is_said_with_both_times(clock: list[nn.Module]) -> None:
+def test_out_of_reach_is_said_with_both_times_and_what_can_be_reached(clock: list[nn.Module]) -> None:
     del clock
-    with pytest.raises(BudgetError, match=r"latency is out of reach.*still need .* ms of .* ms\. Use at least 0\.\d+"):
+    with pytest.raises(
+        BudgetError, match=r"latency is out of reach.*still need .* ms of .* ms\. Use at least"
+    ) as error:
         batude_fx.plan(_network(), Budget(latency=0.01), example_inputs=INPUT, calibration=None)
+    least = float(str(error.value).rpartition("at least ")[2].rstrip("."))
+    plan = batude_fx.plan(_network(), Budget(latency=least), example_inputs=INPUT, calibration=None)
+    assert _network_seconds(plan.apply(_network())) <= least * _network_seconds(_network())
+    with pytest.raises(BudgetError):
+        batude_fx.plan(_network(), Budget(latency=least - 0.01), example_inputs=INPUT, calibration=None)
+
+
+def test_a_limit_that_the_network_misses_is_no_plan(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that is slower than all that its sites take: only timing the whole of it shows that."""
+    del clock
+
+    def seconds(_: Stopwatch, *networks: nn.Module) -> list[float]:
+        tucker = [any(isinstance(one, TuckerModule) for one in network.modules()) for network in networks]
+        return [_network_seconds(network) + 0.02 * slow for network, slow in zip(networks, tucker, strict=True)]
+
+    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    with pytest.raises(BudgetError, match=r"out of reach.*ms"):
+        batude_fx.plan(_network(), Budget(latency=0.3), example_inputs=INPUT, calibration=None)
+
+
+def test_a_latency_that_does_not_bind_changes_nothing(clock: list[nn.Module]) -> None:
+    del clock
+    options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None}
+    alone = batude_fx.plan(_network(), 0.5, **options)
+    assert batude_fx.plan(_network(), Budget(flops=0.5, latency="10s"), **options).ranks == alone.ranks
+
+
+def test_where_sizes_vary_times_cannot_be_foreseen() -> None:
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.conv(x)
+            return y[x[:, 0, 0, 0] > 0]
+
+    with pytest.raises(UnsupportedError, match="cannot be foreseen"):
+        batude_fx.plan(Chooses(), Budget(latency=0.5), example_inputs=torch.ones(1, 8, 9, 9), calibration=None)
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    del clock
+    monkeypatch.setenv("BATUDE_FX_CACHE", "/proc/nothing")
+    assert batude_fx.plan(_network(), Budget(latency=0.6), example_inputs=INPUT, calibration=None).seconds
 
 
 def test_a_plan_without_times_has_none_for_another_budget() -> None:
@@ -179,21 +226,23 @@ def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
     assert _watch(_network()).multiple() == staircase
 
 
-def test_the_model_and_the_random_state_stay_as_they_are(clock: list[nn.Module]) -> None:
-    del clock
+def test_the_model_and_the_random_state_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
+    monkeypatch.setattr(latency, "_LAYER_SECONDS", 0)
+    monkeypatch.setattr(latency, "_MODEL_SECONDS", 0)
     model = _network().train()
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, flags = torch.get_rng_state(), [module.training for module in model.modules()]
-    batude_fx.compress(model, Budget(latency=0.5), example_inputs=INPUT, calibration=None)
+    batude_fx.compress(model, Budget(flops=0.5, latency="1s"), example_inputs=INPUT, calibration=None)
     assert torch.equal(state, torch.get_rng_state())
     assert flags == [module.training for module in model.modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("multiple", [0, -8])
-def test_a_multiple_below_one_is_refused(multiple: int) -> None:
+@pytest.mark.parametrize("multiple", [0, -8, 8.5, "8", None])
+def test_a_multiple_below_one_is_refused(multiple: Any) -> None:
     with pytest.raises(SelectionError, match='8 by default, or "auto"'):
         batude_fx.plan(_network(), 0.5, example_inputs=INPUT, round_to=multiple)
 
@@ -214,7 +263,7 @@ def test_a_real_clock_gives_real_times(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_turns_alternate_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     times = iter(range(10_000))
-    monkeypatch.setattr("batude_fx.timing.now", lambda: next(times))
+    monkeypatch.setattr("batude_fx.timing.perf_counter", lambda: next(times))
     calls: list[Callable[[], object]] = [lambda: order.append("a"), lambda: order.append("b")]
     assert in_turns(calls, 3) == [1, 1]
     assert "".join(order) == "ab" * 5  # two of them to warm up
