@@ -79,13 +79,13 @@ def measure(name: str, width: int) -> dict[str, Any]:
 
     def part(label: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the part gives
         Path("/proc/self/clear_refs").write_text("5")  # forget the memory's peak so far
-        before, seconds = resident("VmRSS"), []
+        before, seconds, results = resident("VmRSS"), [], []
         for _ in range(2):
             start = now()
-            result = call()
+            results = [call()]
             seconds.append(now() - start)
         facts[label] = (min(seconds), resident("VmHWM") - before)
-        return result
+        return results[0]
 
     found = part("discover", lambda: batude_fx.discover(model, image))
     sites = [site for site in found if site.skip_reason is None]

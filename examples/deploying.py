@@ -1,4 +1,4 @@
-"""From a saved folder to a program that runs without batude_fx: torch.export, checked against the network.
+"""From a saved folder to files that run without batude_fx: ONNX, OpenVINO and torch.export, each checked.
 
 python -m examples.deploying [FOLDER]
 """
@@ -13,23 +13,23 @@ import batude_fx
 
 
 def main(folder: Path) -> None:
-    """Compress, save, load back, export with a dynamic batch, compare."""
+    """Compress, save, load back, export in four ways."""
     torch.manual_seed(0)
     model = timm.create_model("resnet18").eval()  # yours: pretrained=True
-    batude_fx.save(batude_fx.compress(model, 0.5, calibration=None), folder)
-    small = batude_fx.load(folder).eval()
+    batude_fx.save(batude_fx.compress(model, 0.5, calibration=None), folder / "small")
+    small = batude_fx.load(folder / "small")
 
-    images = torch.randn(4, 3, 224, 224)
-    batch = torch.export.Dim("batch", max=256)
-    program = torch.export.export(small, (images,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, folder / "small.pt2")
-    again = torch.export.load(folder / "small.pt2").module()  # needs torch alone
-
-    three = images[:3]
-    with torch.no_grad():
-        difference = (again(three) - small(three)).abs().max().item()
-    written = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {written / 1e6:.1f} MB; largest difference of the exported outputs {difference:.1e}")
+    photos = torch.randn(32, 3, 224, 224)  # yours: normalized as for evaluation
+    for name, options in (
+        ("small.onnx", {}),
+        ("small.xml", {}),  # OpenVINO; the weights lie beside it as small.bin
+        ("small.pt2", {}),  # torch.export
+        ("small-int8.onnx", {"int8": photos}),
+    ):
+        difference = batude_fx.export(small, folder / name, **options)
+        weights = (folder / name).with_suffix(".bin") if name.endswith(".xml") else folder / name
+        size = weights.stat().st_size / 1e6
+        print(f"{name}: {size:.1f} MB; largest difference of an output {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ VERBS = [name for name in batude_fx.__all__ if inspect.isfunction(getattr(batude
 EXAMPLES = {
     "budget": "Use at least 0.1963",
     "conv_class": "after: [None, None]",
-    "deploying": "largest difference of the exported outputs",
+    "deploying": "small-int8.onnx: ",
     "detector": "'boxes': (300, 4)",
     "recipe": "A mistake is one line",
     "several_gpus": "ranks: {",
@@ -54,7 +54,7 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("small_models")
 def test_python_blocks_run_in_their_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"images": torch.randn(8, 3, 96, 96)}  # README speaks of images that the reader has
+    names: dict[str, Any] = {"images": torch.randn(8, 3, 64, 64)}  # README speaks of images that the reader has
     for code in _blocks(page):
         exec(compile(code, str(page), "exec"), names)  # noqa: S102 - our own documentation
 

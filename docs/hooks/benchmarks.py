@@ -1,22 +1,35 @@
 """mkdocs hook: the tables of measured results, made from `docs/data/*.json` when the site is built."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+_PUBLISHED = re.compile(r"<!-- bench (\S+) -->")
 _DATA = Path(__file__).parents[1] / "data"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Put the tables where a page asks for them, as `<!-- cifar10 -->`."""
+    """Put the tables where a page asks for them, as `<!-- cifar10 -->` or `<!-- bench growth -->`."""
     tables: Mapping[str, Callable[[Any], str]] = {"cifar10": cifar10, "resnet50": resnet50}
     for name, table in tables.items():
         if f"<!-- {name} -->" in markdown:
             data = json.loads((_DATA / f"{name}.json").read_text(encoding="utf-8"))
             markdown = markdown.replace(f"<!-- {name} -->", table(data))
-    return markdown
+    return _PUBLISHED.sub(lambda match: published(match[1]), markdown)
+
+
+def published(name: str) -> str:
+    """The table of a benchmark as it was printed, with where and when; see `benchmarks.published`."""
+    path = _DATA / "bench" / f"{name}.json"
+    if not path.is_file():
+        return f"*`{name}` has not been run yet.*"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    header, rows = data["header"], data["rows"]
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + f"\n\n{' '.join(data['where'].split())}.\n"
 
 
 def cifar10(data: Mapping[str, Any]) -> str:
