@@ -140,9 +140,10 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
     return best
 
 
-def amount(cost: int, unit: str) -> str:
-    """A cost in words."""
-    return f"{cost / 1e6:.4g} ms" if unit == "latency" else f"{cost:,} {unit}"
+def amount(cost: int, unit: str, *, alone: bool = True) -> str:
+    """A cost in words: "5,000 flops", "1.2 ms"; without its unit where another one follows."""
+    number, name = (f"{cost / 1e6:.4g}", "ms") if unit == "latency" else (f"{cost:,}", unit)
+    return f"{number} {name}" if alone else number
 
 
 def smallest_costs(options: Collection[Options]) -> Integers:

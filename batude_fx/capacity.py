@@ -79,6 +79,8 @@ class Account:
         Raises:
             BudgetError: Out of reach; the message names the smallest budget that is not.
         """
+        if self.budget.latency is not None and len(self.dense) < len(UNITS):
+            raise BudgetError(f"{self.budget}: no times have been measured; call plan with a latency first.")
         limits = astuple(self.budget.limits(*self.dense))[: len(self.dense)]
         most = np.array([_UNLIMITED if limit is None else limit for limit in limits], np.int64)
         smallest = self.fixed + smallest_costs(options) if options else self.fixed
@@ -89,10 +91,11 @@ class Account:
                     "print(batude_fx.discover(model)) says why."
                 )
             if need > allowed:
+                share = f"{amount(need, unit, alone=False)} of {amount(full, unit)}"
                 raise BudgetError(
                     f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
-                    f"{self.round_to}) at all {len(options)} replaceable sites still need {amount(need, unit)} of "
-                    f"{amount(full, unit)}. Use at least {_reachable(need, full):.4f}."
+                    f"{self.round_to}) at all {len(options)} replaceable sites still need {share}. "
+                    f"Use at least {_reachable(need, full):.4f}."
                 )
         return most - self.fixed
 

@@ -187,8 +187,6 @@ class Plan:
             BudgetError: As `plan`.
         """
         budget = Budget.parse(budget)
-        if budget.latency is not None and self.dense_seconds is None:
-            raise BudgetError(f"{budget}: this plan has measured no times; call plan with a latency first.")
         choice = _allocate(self._candidates, replaced(self._account, budget=budget))
         return replaced(self, budget=budget, **vars(choice))
 

@@ -378,6 +378,7 @@ def test_a_network_that_no_name_rebuilds_is_a_warning_in_one_line(
         ("discover",),
         ("discover", NAME, "--layers", "all"),
         ("plan", NAME, "--budget", "0.5", "--round-to", "0"),
+        ("plan", NAME, "--budget", "0.5", "--round-to", "often"),
         ("plan", NAME, "--budget", "0.5", "--images", "0"),
     ],
 )

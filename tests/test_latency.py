@@ -138,9 +138,7 @@ def test_a_latency_and_flops_hold_together(clock: list[nn.Module]) -> None:
 
 def test_out_of_reach_is_said_with_both_times_and_what_can_be_reached(clock: list[nn.Module]) -> None:
     del clock
-    with pytest.raises(
-        BudgetError, match=r"latency is out of reach.*still need .* ms of .* ms\. Use at least"
-    ) as error:
+    with pytest.raises(BudgetError, match=r"latency is out of reach.*still need .* of .* ms\. Use at least") as error:
         batude_fx.plan(_network(), Budget(latency=0.01), example_inputs=INPUT, calibration=None)
     least = float(str(error.value).rpartition("at least ")[2].rstrip("."))
     plan = batude_fx.plan(_network(), Budget(latency=least), example_inputs=INPUT, calibration=None)
@@ -192,7 +190,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(clock: list[nn.Module], m
 def test_a_plan_without_times_has_none_for_another_budget() -> None:
     plan = batude_fx.plan(_network(), 0.5, example_inputs=INPUT, calibration=None)
     assert plan.seconds is None
-    with pytest.raises(BudgetError, match="has measured no times"):
+    with pytest.raises(BudgetError, match="no times have been measured"):
         plan.at(Budget(latency=0.5))
 
 
