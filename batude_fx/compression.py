@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
-from operator import itemgetter
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -24,18 +23,19 @@ from batude_fx.calibration import (
     synthetic_batches,
 )
 from batude_fx.capacity import Account, choices
+from batude_fx.choosing import Candidate, choose, reachable, settled
 from batude_fx.discovery import discover
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.flops import count_flops
-from batude_fx.handlers import canonical_bias, canonical_weight
+from batude_fx.handlers import canonical_weight
 from batude_fx.latency import Stopwatch
 from batude_fx.matching import match_moments_
 from batude_fx.measuring import statistics
-from batude_fx.modules import TuckerModule, tucker_conv
+from batude_fx.modules import TuckerModule
 from batude_fx.progress import track
 from batude_fx.record import Record, attach_, site_records, versions
 from batude_fx.sites import ConvSite, Ranks, Sites
-from batude_fx.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
+from batude_fx.spectra import Metric, metric_spectrum, weight_spectrum
 from batude_fx.surgery import replace
 from batude_fx.zoo import arguments
 
@@ -43,41 +43,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
 SEED = 0  # of procedural images, sampled positions and random output combinations
-_ROUNDS, _CLOSE, _ALLOWED = 6, 0.02, 0.05  # to meet a latency: trials, when to stop, how much above is bearable
 _STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """What planning knows of a site that can be replaced.
-
-    Attributes:
-        site: The site.
-        options: The ranks it may get.
-        spectrum: Its factors at all of them.
-    """
-
-    site: ConvSite
-    options: allocation.Options
-    spectrum: Spectrum
-
-    def replacement(self, layer: nn.Module, ranks: Ranks, *, with_bias: bool) -> TuckerModule:
-        weight, bias = canonical_weight(layer), canonical_bias(layer)
-        site = self.site
-        planned = (site.groups, site.group_out_channels, site.group_in_channels, *site.kernel_size)
-        if weight.shape != planned:
-            raise UnsupportedError(
-                f"{site.name} has a weight {tuple(weight.shape)} (groups, out, in, kernel), the plan was made for "
-                f"{planned}; apply the plan to its own model."
-            )
-        if weight.dtype != self.spectrum.dtype:
-            raise UnsupportedError(
-                f"{site.name} is {weight.dtype}, the plan was made for {self.spectrum.dtype}; apply it to its own "
-                "model, then convert the result."
-            )
-        if bias is None and with_bias:
-            bias = weight.new_zeros(weight.shape[:2].numel())
-        return tucker_conv(layer, ranks, replaced(self.spectrum.factors(weight, ranks), bias=bias))
 
 
 @dataclass(frozen=True)
@@ -114,7 +80,7 @@ class Plan:
     calibration: str
     round_to: int
     _account: Account = field(repr=False, compare=False)
-    _candidates: Mapping[str, _Candidate] = field(repr=False, compare=False)
+    _candidates: Mapping[str, Candidate] = field(repr=False, compare=False)
     _kept: tuple[Inputs, ...] = field(repr=False, compare=False)
     _recounted: Inputs | None = field(repr=False, compare=False)
 
@@ -187,7 +153,7 @@ class Plan:
             BudgetError: As `plan`.
         """
         budget = Budget.parse(budget)
-        choice = _allocate(self._candidates, replaced(self._account, budget=budget))
+        choice = choose(self._candidates, replaced(self._account, budget=budget))
         return replaced(self, budget=budget, **vars(choice))
 
     def __str__(self) -> str:
@@ -260,12 +226,12 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     if watch:
         options = watch.priced(options, only_faster=round_to == "auto")
         account = Account.of(options.values(), budget, (*dense, watch.dense_nanoseconds), multiple)
-        account = _reachable(account, options, watch)
+        account = reachable(account, options, watch)
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
-    choice = _allocate(candidates, account)
+    choice = choose(candidates, account)
     if watch:
-        choice, account = _settled(choice, watch, candidates, account)
+        choice, account = settled(choice, watch, candidates, account)
     return Plan(
         model_name=type(model).__name__,
         budget=budget,
@@ -358,42 +324,15 @@ def _candidates(
     sites: Mapping[str, ConvSite],
     options: Mapping[str, allocation.Options],
     measured: Mapping[str, Metric],
-) -> dict[str, _Candidate]:
+) -> dict[str, Candidate]:
     names = track(list(sites), "decomposing")
     return {name: _candidate(model, sites[name], options[name], measured.get(name)) for name in names}
 
 
-def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, measured: Metric | None) -> _Candidate:
+def _candidate(model: nn.Module, site: ConvSite, options: allocation.Options, measured: Metric | None) -> Candidate:
     weight = canonical_weight(model.get_submodule(site.name))
     spectrum = metric_spectrum(measured) if measured else weight_spectrum(weight, pointwise=site.is_pointwise)
-    return _Candidate(site, options.judged(spectrum.loss()), spectrum)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What a plan decides; its fields are the plan's of the same names."""
-
-    ranks: Mapping[str, Ranks]
-    losses: Mapping[str, float]
-    flops: int
-    params: int
-    seconds: float | None
-
-
-def _allocate(candidates: Mapping[str, _Candidate], account: Account) -> _Choice:
-    """Ranks and losses of the sites that are replaced, and what the whole compressed model costs."""
-    options = [candidate.options for candidate in candidates.values()]
-    rows = allocation.allocate(options, account.capacity(options))
-    ranks: dict[str, Ranks] = {}
-    losses: dict[str, float] = {}
-    total = account.fixed
-    for name, option, row in zip(candidates, options, rows, strict=True):
-        total = total + option.costs[row]
-        if (option.costs[row] != option.dense).any():
-            rank_out, rank_in = option.ranks[row].tolist()
-            ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
-    flops, params, *nanoseconds = total.tolist()
-    return _Choice(ranks, losses, flops, params, nanoseconds[0] / 1e9 if nanoseconds else None)
+    return Candidate(site, options.judged(spectrum.loss()), spectrum)
 
 
 def _check_times(sites: Sites, model: nn.Module) -> None:
@@ -402,61 +341,3 @@ def _check_times(sites: Sites, model: nn.Module) -> None:
             f"{type(model).__name__} may compute more or less for other values, so its time cannot be foreseen; give "
             "flops or params, and a number for round_to."
         )
-
-
-def _reachable(account: Account, options: Mapping[str, allocation.Options], watch: Stopwatch) -> Account:
-    """The account, once it is known that its limits can be met: by the times of the sites, or else by the network's.
-
-    Raises:
-        BudgetError: A limit is out of reach.
-    """
-    try:
-        account.capacity(options.values())
-    except BudgetError:
-        rows = {name: int(one.costs[:, 2].argmin()) for name, one in options.items()}
-        fastest = {
-            name: Ranks(*options[name].ranks[row].tolist())
-            for name, row in rows.items()
-            if (options[name].costs[row] != options[name].dense).any()
-        }
-        predicted = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
-        account = account.with_unexplained(watch.compare(fastest) - predicted)
-        account.capacity(options.values())
-    return account
-
-
-def _settled(
-    choice: _Choice, watch: Stopwatch, candidates: Mapping[str, _Candidate], account: Account
-) -> tuple[_Choice, Account]:
-    """Time the whole network with the chosen ranks, and choose anew with what the sites' own times do not explain.
-
-    Returns:
-        The choice that comes closest to the limit, from below where one does, with its measured time; and the account
-        that predicts it right.
-
-    Raises:
-        BudgetError: No choice comes close to the limit.
-    """
-    limit = account.budget.limits(*account.dense).nanoseconds
-    tried: list[tuple[tuple[bool, int], _Choice, Account]] = []
-    for _ in track(range(_ROUNDS), "timing the network"):
-        taken = watch.compare(choice.ranks)
-        unexplained = taken - round(1e9 * cast("float", choice.seconds))
-        account = account.with_unexplained(unexplained)
-        over = taken - (limit or taken)
-        tried.append(((over > 0, abs(over)), replaced(choice, seconds=taken / 1e9), account))
-        if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
-            break
-        try:
-            choice = _allocate(candidates, account)
-        except BudgetError:
-            break
-    _, choice, account = min(tried, key=itemgetter(0))
-    taken = round(1e9 * cast("float", choice.seconds))
-    if limit is not None and taken > (1 + _ALLOWED) * limit:
-        raise BudgetError(
-            f"latency {limit / 1e6:.4g} ms is out of reach: after {len(tried)} rounds the network takes "
-            f"{taken / 1e6:.4g} ms, the dense one {watch.dense_nanoseconds / 1e6:.4g} ms. Use at least "
-            f"{taken / watch.dense_nanoseconds:.4f}, or an idle machine."
-        )
-    return choice, account

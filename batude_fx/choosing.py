@@ -1,0 +1,157 @@
+"""From judged sites to ranks under a budget; where time is limited, the network itself is timed until it meets it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace as replaced
+from operator import itemgetter
+from typing import cast
+
+from torch import nn
+
+from batude_fx import allocation
+from batude_fx.capacity import Account
+from batude_fx.errors import BudgetError, UnsupportedError
+from batude_fx.handlers import canonical_bias, canonical_weight
+from batude_fx.latency import Stopwatch
+from batude_fx.modules import TuckerModule, tucker_conv
+from batude_fx.progress import track
+from batude_fx.sites import ConvSite, Ranks
+from batude_fx.spectra import Spectrum
+
+_ROUNDS, _CLOSE, _ALLOWED = 6, 0.02, 0.05  # to meet a latency: trials, when to stop, how much above is bearable
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What planning knows of a site that can be replaced.
+
+    Attributes:
+        site: The site.
+        options: The ranks it may get.
+        spectrum: Its factors at all of them.
+    """
+
+    site: ConvSite
+    options: allocation.Options
+    spectrum: Spectrum
+
+    def replacement(self, layer: nn.Module, ranks: Ranks, *, with_bias: bool) -> TuckerModule:
+        """The Tucker form of the site's layer.
+
+        Args:
+            layer: That of the model that was planned for.
+            ranks: Among the options.
+            with_bias: Whether it has a bias even where the layer has none.
+
+        Raises:
+            UnsupportedError: The layer has another shape or dtype than in the plan.
+        """
+        weight, bias = canonical_weight(layer), canonical_bias(layer)
+        site = self.site
+        planned = (site.groups, site.group_out_channels, site.group_in_channels, *site.kernel_size)
+        if weight.shape != planned:
+            raise UnsupportedError(
+                f"{site.name} has a weight {tuple(weight.shape)} (groups, out, in, kernel), the plan was made for "
+                f"{planned}; apply the plan to its own model."
+            )
+        if weight.dtype != self.spectrum.dtype:
+            raise UnsupportedError(
+                f"{site.name} is {weight.dtype}, the plan was made for {self.spectrum.dtype}; apply it to its own "
+                "model, then convert the result."
+            )
+        if bias is None and with_bias:
+            bias = weight.new_zeros(weight.shape[:2].numel())
+        return tucker_conv(layer, ranks, replaced(self.spectrum.factors(weight, ranks), bias=bias))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan decides.
+
+    Attributes:
+        ranks: Site name to its ranks, for the sites that are replaced.
+        losses: Site name to predicted loss, for the same sites.
+        flops: Of the whole compressed model.
+        params: Likewise.
+        seconds: Likewise, of one run; None where nothing was timed.
+    """
+
+    ranks: Mapping[str, Ranks]
+    losses: Mapping[str, float]
+    flops: int
+    params: int
+    seconds: float | None
+
+
+def choose(candidates: Mapping[str, Candidate], account: Account) -> Choice:
+    """Ranks and losses of the sites that are replaced, and what the whole compressed model costs."""
+    options = [candidate.options for candidate in candidates.values()]
+    rows = allocation.allocate(options, account.capacity(options))
+    ranks: dict[str, Ranks] = {}
+    losses: dict[str, float] = {}
+    total = account.fixed
+    for name, option, row in zip(candidates, options, rows, strict=True):
+        total = total + option.costs[row]
+        if (option.costs[row] != option.dense).any():
+            rank_out, rank_in = option.ranks[row].tolist()
+            ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
+    flops, params, *nanoseconds = total.tolist()
+    return Choice(ranks, losses, flops, params, nanoseconds[0] / 1e9 if nanoseconds else None)
+
+
+def reachable(account: Account, options: Mapping[str, allocation.Options], watch: Stopwatch) -> Account:
+    """The account, once it is known that its limits can be met: by the times of the sites, or else by the network's.
+
+    Raises:
+        BudgetError: A limit is out of reach.
+    """
+    try:
+        account.capacity(options.values())
+    except BudgetError:
+        rows = {name: int(one.costs[:, 2].argmin()) for name, one in options.items()}
+        fastest = {
+            name: Ranks(*options[name].ranks[row].tolist())
+            for name, row in rows.items()
+            if (options[name].costs[row] != options[name].dense).any()
+        }
+        predicted = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
+        account = account.with_unexplained(watch.compare(fastest) - predicted)
+        account.capacity(options.values())
+    return account
+
+
+def settled(
+    choice: Choice, watch: Stopwatch, candidates: Mapping[str, Candidate], account: Account
+) -> tuple[Choice, Account]:
+    """Time the whole network with the chosen ranks, and choose anew with what the sites' own times do not explain.
+
+    Returns:
+        The choice that comes closest to the limit, from below where one does, with its measured time; and the account
+        that predicts it right.
+
+    Raises:
+        BudgetError: No choice comes close to the limit.
+    """
+    limit = account.budget.limits(*account.dense).nanoseconds
+    tried: list[tuple[tuple[bool, int], Choice, Account]] = []
+    for _ in track(range(_ROUNDS), "timing the network"):
+        taken = watch.compare(choice.ranks)
+        unexplained = taken - round(1e9 * cast("float", choice.seconds))
+        account = account.with_unexplained(unexplained)
+        over = taken - (limit or taken)
+        tried.append(((over > 0, abs(over)), replaced(choice, seconds=taken / 1e9), account))
+        if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
+            break
+        try:
+            choice = choose(candidates, account)
+        except BudgetError:
+            break
+    _, choice, account = min(tried, key=itemgetter(0))
+    taken = round(1e9 * cast("float", choice.seconds))
+    if limit is not None and taken > (1 + _ALLOWED) * limit:
+        raise BudgetError(
+            f"latency {limit / 1e6:.4g} ms is out of reach: after {len(tried)} rounds the network takes "
+            f"{taken / 1e6:.4g} ms, the dense one {watch.dense_nanoseconds / 1e6:.4g} ms. Use at least "
+            f"{taken / watch.dense_nanoseconds:.4f}, or an idle machine."
+        )
+    return choice, account
