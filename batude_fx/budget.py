@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from batude_fx.errors import BudgetError
 
-_FORMS = (
-    'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute count ("0.9GFLOPs", '
-    '"12MParams", "12ms")'
-)
+_FORMS = 'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute'
+_ABSOLUTE = {
+    "flops": 'count ("0.9GFLOPs")', "params": 'count ("12MParams")', "latency": 'time ("12ms"; s, ms, us or ns)'
+}  # fmt: skip
 _NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
 _MOST = 2**62  # of any count, so that it is an integer of 64 bits
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -75,7 +75,8 @@ class Budget(BaseModel):
             first = error.errors()[0]
             reason = first["msg"].removeprefix("Value error, ")
             limit = "".join(f" {name}={limits.get(str(name))!r}" for name in first["loc"][:1])
-            raise BudgetError(f"budget{limit}: {reason}. Write {_FORMS}.") from None
+            absolute = _ABSOLUTE.get(str(first["loc"][0]) if first["loc"] else "", _ABSOLUTE["flops"])
+            raise BudgetError(f"budget{limit}: {reason}. Write {_FORMS} {absolute}.") from None
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":

@@ -1,5 +1,6 @@
 """From judged sites to ranks under a budget; where time is limited, the network itself is timed until it meets it."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -135,7 +136,7 @@ def settled(
     limit = account.budget.limits(*account.dense).nanoseconds
     tried: list[tuple[tuple[bool, int], Choice, Account]] = []
     for _ in track(range(_ROUNDS), "timing the network"):
-        taken = watch.compare(choice.ranks)
+        taken = watch.compare(choice.ranks) if choice.ranks else watch.dense_nanoseconds
         unexplained = taken - round(1e9 * cast("float", choice.seconds))
         account = account.with_unexplained(unexplained)
         over = taken - (limit or taken)
@@ -143,9 +144,18 @@ def settled(
         if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
             break
         try:
-            choice = choose(candidates, account)
+            other = choose(candidates, account)
         except BudgetError:
             break
+        if other.ranks == choice.ranks:  # another limit binds
+            break
+        choice = other
+    else:
+        warnings.warn(
+            f"after {_ROUNDS} rounds the network is not within {_CLOSE:.0%} of latency {account.budget.latency}; the "
+            "machine may be busy. The plan says what was measured.",
+            stacklevel=4,
+        )
     _, choice, account = min(tried, key=itemgetter(0))
     taken = round(1e9 * cast("float", choice.seconds))
     if limit is not None and taken > (1 + _ALLOWED) * limit:

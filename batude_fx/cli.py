@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import batude_fx
-from batude_fx import cli_recipes, evaluation, page, report, sweep
+from batude_fx import cli_recipes, evaluation, exporting, page, report, sweep
 from batude_fx import images as folder_images
 from batude_fx.budget import Budget
 from batude_fx.errors import BatudeError, UnsupportedError
@@ -30,9 +30,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-app.add_typer(cli_recipes.recipes, name="recipes")
-app.command()(cli_recipes.train)
 
 
 class Layers(StrEnum):
@@ -104,7 +101,7 @@ def plan(
 
     Example: batude-fx plan resnet50 --budget 2.5x
     """
-    limits = Budget(flops=budget, params=params, latency=latency)  # before any weights are fetched
+    limits = _limits(budget, params, latency)  # before any weights are fetched
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
         network, limits, calibration=_calibration(network, calibration, images),
@@ -125,7 +122,7 @@ def compress(
 
     Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
     """
-    limits = Budget(flops=budget, params=params, latency=latency)
+    limits = _limits(budget, params, latency)
     check_folder(output)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
@@ -152,8 +149,10 @@ def export(
 
     Example: batude-fx export small/ small.onnx
     """
+    exporting.check(output, int8=int8 is not None)  # before any weights are fetched
+    paths = None if int8 is None else folder_images.image_paths(int8, images)
     network = _network(model, "cpu", pretrained=pretrained)
-    photos = None if int8 is None else folder_images.batches(network, folder_images.image_paths(int8, images))
+    photos = None if paths is None else folder_images.batches(network, paths)
     difference = batude_fx.export(network, output, int8=photos)
     written = {output, output.with_suffix(".bin") if output.suffix == ".xml" else output}
     size = sum(file.stat().st_size for file in written)
@@ -256,6 +255,12 @@ def write_report(folder: Annotated[Path, typer.Argument(help="What `compress`, `
         Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
+def _limits(budget: str | None, params: str | None, latency: str | None) -> Budget:
+    if budget is not None and params is None and latency is None:
+        return Budget.parse(budget)
+    return Budget(flops=budget, params=params, latency=latency)
+
+
 def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
     try:
         target = torch.device(device)
@@ -287,3 +292,7 @@ def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:
         "ranks": {name: asdict(ranks) for name, ranks in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason},
     }  # fmt: skip
+
+
+app.command()(cli_recipes.train)
+app.add_typer(cli_recipes.recipes, name="recipes")

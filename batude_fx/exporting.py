@@ -11,8 +11,9 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -69,52 +70,74 @@ def export(
     Source: `torch.onnx.export(dynamo=True)`, `openvino.convert_model`, `onnxruntime.quantization.quantize_static`.
     """
     path = Path(path)
-    _check(path, int8)
+    check(path, int8=int8 is not None)
     example = arguments(model, example_inputs)
     inputs = tuple(one.cpu() for one in example if isinstance(one, Tensor))
     if not inputs or len(inputs) < len(example):
         raise ExportError(
             f"{type(model).__name__} takes other arguments than tensors; export the part that takes them."
         )
-    images = None if int8 is None else list(_arrays(int8, inputs))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, _quiet():
-        written = Path(folder) / path.name
+    images = None if int8 is None else _arrays(int8, inputs)
+    with _beside(path) as folder, _quiet():
+        written = folder / path.name
         try:
             network = fold(model, example).cpu().requires_grad_(requires_grad=False)
-            run = _WRITERS[path.suffix](network, inputs, written, images)
+            run = _WRITERS[path.suffix.lower()](network, inputs, written, images)
             original = copied(model).cpu().eval()  # not the folded one: folding is held to it, too
             gaps = [_difference(original, run, _batch(inputs, size)) for size in _sizes(inputs)]
             difference = float(np.max(gaps))  # NaN if one of them is
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise ExportError(
-                f"{type(model).__name__} cannot be written as {path}: {type(error).__name__}: {reason}"
+                f"{type(model).__name__} cannot be written as {path}: {type(error).__name__}: {reason.rstrip('.')}. "
+                "Where its flow depends on values, export the part that does not."
             ) from error
         if int8 is None and not difference <= TOLERANCE:
             raise ExportError(
                 f"{path}: its outputs differ from those of {type(model).__name__} by {difference:.1e} of the largest, "
                 f"{TOLERANCE:.0e} is allowed; nothing was written. Try another format."
             )
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == path.suffix):  # the weights first
+        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix):  # the weights first
             file.replace(path.parent / file.name)
     return difference
 
 
-def _check(path: Path, int8: Images | None) -> None:
-    """What can be said before anything is computed."""
-    if path.suffix not in _WRITERS:
+def check(path: Path, *, int8: bool) -> None:
+    """Say what can be said before anything is computed.
+
+    Args:
+        path: As for `export`.
+        int8: Whether it is to be quantized.
+
+    Raises:
+        ExportError: Nothing can be written there, in this form or without further libraries.
+    """
+    ending = path.suffix.lower()
+    if ending not in _WRITERS:
         raise ExportError(f"{path}: nothing is written for the ending {path.suffix!r}; use {', '.join(_WRITERS)}.")
-    if missing := [name for name in _NEEDS[path.suffix] if find_spec(name) is None]:
+    if missing := [name for name in _NEEDS[ending] if find_spec(name) is None]:
         raise ExportError(f"{path} needs {', '.join(missing)}: pip install 'batude-fx[export]'.")
-    if int8 is not None and path.suffix != ".onnx":
+    if int8 and ending != ".onnx":
         raise ExportError(f"{path}: int8 is written as ONNX only; use the ending .onnx.")
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give a file.")
 
 
-def _arrays(images: Images, inputs: tuple[Tensor, ...]) -> Iterator[NDArray[Any]]:
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards, on the disk that the file will be on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
+    with folder as name:
+        yield Path(name)
+
+
+def _arrays(images: Images, inputs: tuple[Tensor, ...]) -> Arrays:
     """Batches of images, of the size that the file will take."""
+    arrays = []
     for (batch,) in image_batches(images, inputs):
         shape = tuple(cast("Tensor", batch).shape[1:])
         if shape != tuple(inputs[0].shape[1:]):
@@ -122,7 +145,10 @@ def _arrays(images: Images, inputs: tuple[Tensor, ...]) -> Iterator[NDArray[Any]
                 f"int8 images are {shape}, the file takes {tuple(inputs[0].shape[1:])}; resize them, or give "
                 "example_inputs= of their size."
             )
-        yield cast("Tensor", batch).cpu().numpy()
+        arrays.append(cast("Tensor", batch).cpu().numpy())
+    if not arrays:
+        raise CalibrationError("int8 got no images; give some dozens, unlabelled.")
+    return arrays
 
 
 def _dynamic(inputs: tuple[Tensor, ...]) -> bool:
@@ -238,7 +264,7 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

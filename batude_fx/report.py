@@ -70,8 +70,8 @@ def plan_table(plan: "Plan") -> Table:
     table.caption = (
         f"{human(plan.dense_flops)}FLOPs to {human(plan.flops)}FLOPs ({percent(plan.flops, plan.dense_flops)}), "
         f"{human(plan.dense_params)} to {human(plan.params)} parameters ({percent(plan.params, plan.dense_params)}); "
-        f"{_times(plan)}{len(plan.ranks)} of {len(plan.sites)} sites replaced. Ranks are out / in, per group; "
-        f"one multiply-add is one flop.{_notes(plan.sites)}"
+        f"{_times(plan)}{len(plan.ranks)} of {len(plan.sites)} sites replaced. Ranks are out / in, per group, "
+        f"multiples of {plan.round_to}; one multiply-add is one flop.{_notes(plan.sites)}"
     )
     return table
 

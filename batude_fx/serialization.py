@@ -80,7 +80,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if config.model_args.library is None:
         warnings.warn(
             f"{type(model).__name__} cannot be rebuilt by name: no timm or torchvision architecture gives the same "
-            f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model).",
+            f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model); "
+            "save a network before it is folded.",
             stacklevel=2,
         )
 

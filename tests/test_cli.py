@@ -255,6 +255,15 @@ def test_mistakes_end_in_one_line(arguments: tuple[object, ...], message: str) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the user asks for")
+def test_a_time_is_a_budget_too() -> None:
+    facts = _json("plan", NAME, "--budget", "100s", "--no-pretrained", "--calibration", "none")
+    assert facts["flops"] == facts["dense_flops"]
+    assert facts["seconds"] == facts["dense_seconds"] > 0
+    result = _run("plan", NAME, "--latency", "12 GFLOPs", "--no-pretrained")
+    assert result.exit_code == 1
+    assert 'time ("12ms"; s, ms, us or ns)' in result.stderr
+
+
 def test_a_device_that_is_not_there_is_one_line() -> None:
     assert "Use --device cpu" in _error("plan", NAME, "--budget", 0.5, "--no-pretrained", "--device", "cuda")
 

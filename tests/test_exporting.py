@@ -136,6 +136,10 @@ def test_what_cannot_be_exported_is_said(small: nn.Module, tmp_path: Path, monke
     (tmp_path / "folder.onnx").mkdir()
     with pytest.raises(ExportError, match="is a folder"):
         batude_fx.export(small, tmp_path / "folder.onnx")
+    with pytest.raises(CalibrationError, match="int8 got no images"):
+        batude_fx.export(small, tmp_path / "a.onnx", int8=[])
+    with pytest.raises(ExportError, match="cannot be written"):
+        batude_fx.export(small, "/proc/nothing/a.onnx")
     detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
     with pytest.raises(ExportError, match="other arguments than tensors"):
         batude_fx.export(detector, tmp_path / "a.onnx")
@@ -182,6 +186,9 @@ def test_on_the_command_line(small: nn.Module, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["export", str(tmp_path / "saved"), str(tmp_path / "a.onnx")])
     assert result.exit_code == 0
     assert "largest difference" in result.stdout
+    unknown = CliRunner().invoke(app, ["export", "no such model", str(tmp_path / "a.tflite")])
+    assert unknown.exit_code == 1
+    assert "use .onnx, .xml, .pt2" in unknown.stderr  # said before the model is looked for
     images = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
         expected = batude_fx.load(tmp_path / "saved")(images).numpy()

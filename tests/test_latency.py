@@ -160,6 +160,16 @@ def test_a_limit_that_the_network_misses_is_no_plan(clock: list[nn.Module], monk
         batude_fx.plan(_network(), Budget(latency=0.3), example_inputs=INPUT, calibration=None)
 
 
+def test_a_clock_that_jumps_is_warned_of(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    del clock
+    jumps = iter([1.0, 1.3, 0.8] * 20)
+    monkeypatch.setattr(
+        Stopwatch, "_seconds", lambda _self, *networks: [next(jumps) * _network_seconds(one) for one in networks]
+    )
+    with pytest.warns(UserWarning, match="the machine may be busy"):
+        batude_fx.plan(_network(), Budget(latency=0.6), example_inputs=INPUT, calibration=None)
+
+
 def test_a_latency_that_does_not_bind_changes_nothing(clock: list[nn.Module]) -> None:
     del clock
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None}
