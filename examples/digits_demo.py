@@ -116,10 +116,11 @@ def measured(networks: Mapping[str, nn.Module], folder: Path, images: Tensor, cl
 
 
 def files_of(name: str, folder: Path) -> list[Path]:
-    """What is on disk for a network."""
+    """What is on disk for a network, without its report."""
     if name == "original":
         return [folder / "one-shot" / "original.safetensors"]
-    return list((folder / "one-shot" / "model" if name == "one-shot" else folder / name.replace(" ", "-")).iterdir())
+    saved = folder / "one-shot" / "model" if name == "one-shot" else folder / name.replace(" ", "-")
+    return [saved / "model.safetensors", saved / "config.json"]
 
 
 def fvcore_flops(network: nn.Module, image: Tensor) -> int:
