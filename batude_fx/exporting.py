@@ -3,8 +3,7 @@
 Batch-norms are folded first. What is written is run on the example input, one image and three, and held against the
 network before it takes its place: a file that computes something else is never left behind.
 
-Source: torch.onnx (the exporter on torch.export); OpenVINO's `convert_model`; for int8, onnxruntime's static
-quantization, B. Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877.
+Source: torch.onnx (the exporter on torch.export); OpenVINO's `convert_model`; for int8, see `quantizing`.
 """
 
 import logging
@@ -28,6 +27,7 @@ from batude_fx.calibration import Images, image_batches
 from batude_fx.errors import CalibrationError, ExportError
 from batude_fx.folding import fold
 from batude_fx.progress import track
+from batude_fx.quantizing import equalize_, quantize
 from batude_fx.surgery import copied
 from batude_fx.zoo import arguments
 
@@ -82,6 +82,8 @@ def export(
         written = folder / path.name
         try:
             network = fold(model, example).cpu().requires_grad_(requires_grad=False)
+            if images is not None:
+                equalize_(network, track(map(torch.from_numpy, images), "equalizing", len(images)))
             run = _WRITERS[path.suffix.lower()](network, inputs, written, images)
             original = copied(model).cpu().eval()  # not the folded one: folding is held to it, too
             gaps = [_difference(original, run, _batch(inputs, size)) for size in _sizes(inputs)]
@@ -208,7 +210,7 @@ def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, imag
     )  # fmt: skip
     cast("Any", written).save(path, external_data=False)
     if images is not None:
-        _quantize(path, images)
+        quantize(path, images)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -239,23 +241,6 @@ def _program(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Exp
     example = _batch(inputs, 2)
     shapes = ({0: torch.export.Dim("batch")},) if _dynamic(inputs) else None
     return torch.export.export(network, example, dynamic_shapes=shapes)
-
-
-def _quantize(path: Path, images: Arrays) -> None:
-    """Weights per channel, activations per tensor, in place."""
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = track(images, "quantizing")
-
-        def get_next(self) -> dict[str, NDArray[Any]] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"input": batch}
-
-    quant_pre_process(path, path, skip_symbolic_shape=True)
-    quantization.quantize_static(path, path, Reader(), per_channel=True)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def _within(package: str, names: Iterable[str]) -> bool:
         ("yaml", {"recipe"}),
         ("accelerate", {"cli_recipes", "training.data", "training.session"}),
         ("matplotlib", {"pictures"}),
-        ("onnxruntime", {"exporting"}),
+        ("onnxruntime", {"exporting", "quantizing"}),
         ("openvino", {"exporting"}),
         ("jinja2", {"page"}),
         ("typer", {"cli", "cli_recipes", "terminal"}),
