@@ -6,8 +6,8 @@ a channel may be divided by any number there if the next part multiplies by it: 
 of what the ranges differ by is moved from the activation into the weight.
 
 Source: G. Xiao et al., "SmoothQuant", ICML 2023, https://arxiv.org/abs/2211.10438, section 4, equation 4 with
-alpha 0.5; M. Nagel et al., ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.1. Quantization: B. Jacob et al., CVPR
-2018, https://arxiv.org/abs/1712.05877, by `onnxruntime.quantization`.
+alpha 0.5; M. Nagel et al., ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.1. Quantization: B. Jacob et al.,
+CVPR 2018, https://arxiv.org/abs/1712.05877, by `onnxruntime.quantization`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
