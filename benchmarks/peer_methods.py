@@ -31,7 +31,7 @@ class Method:
     Attributes:
         prepare: Model, photos and the share of flops to keep, to the call that is timed.
         data: What it sees: "nothing", "procedural images" or "photos".
-        package: What its environment holds besides the project's own; None where nothing.
+        package: What its environment holds besides the project's own, the tool first; None where nothing.
     """
 
     prepare: Callable[[nn.Module, Tensor, float], Call]
@@ -169,5 +169,5 @@ METHODS = {
     "tensorly-torch": Method(tensorly_torch, "nothing", "tensorly-torch==0.5.0"),
     "fasterai": Method(fasterai, "nothing", "fasterai==0.4.1"),
     "AIMET spatial SVD": Method(aimet, "photos", "aimet-torch==2.42.0"),
-    "ModelOpt FastNAS": Method(modelopt, "photos", "nvidia-modelopt==0.47.0"),
+    "ModelOpt FastNAS": Method(modelopt, "photos", "nvidia-modelopt==0.47.0 torchprofile==0.0.4"),
 }

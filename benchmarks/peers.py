@@ -95,7 +95,7 @@ def run(network: str, row: str, path: Path) -> None:
 
 
 def interpreter(package: str | None) -> str:
-    """Python with a package of its own beside everything that this one has."""
+    """Python with packages of its own beside everything that this one has."""
     if package is None:
         return sys.executable
     place = FOLDER / package.partition("==")[0]
@@ -104,7 +104,7 @@ def interpreter(package: str | None) -> str:
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)  # noqa: S603
         for one in place.glob("lib/python*/site-packages"):
             (one / "shared.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", package], check=True)  # noqa: S603
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *package.split()], check=True)  # noqa: S603
         (place / "installed").touch()
     return str(python)
 
