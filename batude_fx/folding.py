@@ -14,12 +14,12 @@ from typing import Any, TypeVar, cast
 import torch
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from batude_fx.borrowing import borrowed
 from batude_fx.handlers import change_by_hand, convolves_as_stored, from_canonical, to_canonical
+from batude_fx.listening import Overhear
 from batude_fx.modules import TuckerModule
 from batude_fx.surgery import replace
 from batude_fx.zoo import arguments
@@ -63,27 +63,31 @@ def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
     outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that none gets another's identity
     followed: dict[nn.Module, nn.Module] = {}
     calls: Counter[nn.Module] = Counter()
-    uses = _Uses()
+    uses: Counter[int] = Counter()  # of each tensor, by torch functions that do more than ask for its shape
+
+    def hear(function: Any, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:  # noqa: ANN401
+        if function.__name__ not in _QUESTIONS or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            uses.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
 
     def after_layer(layer: nn.Module, _args: object, output: object) -> None:
         calls[layer] += 1
         if isinstance(output, Tensor) and output.ndim == _batched(layer):
             outputs[id(output)] = layer, output
-            uses.count[id(output)] = 0  # an earlier tensor may have had this identity
+            uses[id(output)] = 0  # an earlier tensor may have had this identity
 
     def before_norm(norm: nn.Module, args: tuple[object, ...]) -> None:
         calls[norm] += 1
         if args and id(args[0]) in outputs:
             followed[outputs[id(args[0])][0]] = norm
 
-    with borrowed(model), torch.no_grad(), uses:
+    with borrowed(model), torch.no_grad(), Overhear(hear):
         for layer in layers:
             layer.register_forward_hook(after_layer)
         for norm in norms:
             norm.register_forward_pre_hook(before_norm)
         returned = {id(leaf) for leaf in tree_leaves(model(*inputs))}
-    elsewhere = {layer for key, (layer, _) in outputs.items() if uses.count[key] > 1 or key in returned}
-    elsewhere |= {layer for layer in layers if uses.count[id(layer._parameters.get("weight"))] > 1}  # noqa: SLF001
+    elsewhere = {layer for key, (layer, _) in outputs.items() if uses[key] > 1 or key in returned}
+    elsewhere |= {layer for layer in layers if uses[id(layer._parameters.get("weight"))] > 1}  # noqa: SLF001
     return {
         names[layer]: names[norm]
         for layer, norm in followed.items()
@@ -105,26 +109,6 @@ def _is_norm(module: nn.Module) -> bool:
 def _batched(layer: nn.Module) -> int:
     """Axes of an output whose channels a batch-norm takes for its own; of a linear layer's (N, L, C) it takes L."""
     return 2 + len(getattr(layer, "kernel_size", ()))
-
-
-class _Uses(TorchFunctionMode):
-    """Counts how many torch functions do anything with each tensor but ask for its shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[int] = Counter()
-
-    def __torch_function__(
-        self,
-        func: Any,  # noqa: ANN401 - torch calls it with whatever function it overrides
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        if func.__name__ not in _QUESTIONS or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            self.count.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
-        return result
 
 
 @torch.no_grad()

@@ -100,7 +100,9 @@ class Listener:
         return leave
 
     def heard(self, function: object, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:
-        """A torch function was called, outside of all found layers."""
+        """A torch function was called; those outside of all found layers count."""
+        if self.depth:
+            return
         if _tensors(result):  # shapes, dtypes and devices may be asked for
             used = (self._weights.get(id(arg)) for arg in _tensors((args, kwargs)))
             self.used_directly.update(name for name in used if name is not None)
@@ -149,12 +151,16 @@ class Listener:
         self._total += 1
 
 
-class _Overhear(TorchFunctionMode):
-    """Tells a listener of the torch functions that are called outside all found layers."""
+class Overhear(TorchFunctionMode):
+    """Tells of every torch function that is called.
 
-    def __init__(self, listener: Listener) -> None:
+    Args:
+        hear: Gets the function, its arguments, its keyword arguments and its result.
+    """
+
+    def __init__(self, hear: Callable[[Any, tuple[object, ...], dict[str, object], object], None]) -> None:
         super().__init__()
-        self._listener = listener
+        self._hear = hear
 
     def __torch_function__(
         self,
@@ -164,8 +170,7 @@ class _Overhear(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if self._listener.depth == 0:
-            self._listener.heard(func, args, kwargs or {}, result)
+        self._hear(func, args, kwargs or {}, result)
         return result
 
 
@@ -204,7 +209,7 @@ def listen(model: nn.Module, found: list[Found], inputs: tuple[object, ...]) -> 
         one.layer.register_forward_pre_hook(listener.enter)
         one.layer.register_forward_hook(listener.leaver(one), with_kwargs=True)
     try:
-        with torch.no_grad(), _Overhear(listener):
+        with torch.no_grad(), Overhear(listener.heard):
             model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _tensors(inputs))
