@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx.flops import count_flops
+from batude_fx.folding import fold
 from batude_fx.recipe import Duration, Recipe
 from batude_fx.sites import Ranks
 from batude_fx.surgery import copied
@@ -132,14 +133,15 @@ def one_shot(recipe: Recipe) -> dict[str, Any]:
 def compressed_first(recipe: Recipe, compress: Callable[[nn.Module, Recipe, Data], nn.Module]) -> dict[str, Any]:
     """A network that is compressed, then trained for as many epochs as one-shot training takes in all."""
     session, model = session_of(recipe), dense_network(recipe)
-    problem, teacher = Problem.of(model, recipe), copied(model).eval().requires_grad_(requires_grad=False)
+    problem = Problem.of(model, recipe)
+    baseline, teacher = accuracy(session, model), fold(model, problem.inputs).requires_grad_(requires_grad=False)
     small = compress(model.eval(), recipe, session.data)
     before = accuracy(session, small)
     whole = Duration(recipe.one_shot.epochs.amount + recipe.finalize.epochs.amount, "epochs")
     run_phase(session, "finalize", recipe.finalize.model_copy(update={"epochs": whole}), small, teacher)
     return {
         "accuracy": accuracy(session, small), "untrained": before, "flops": count_flops(small, problem.inputs),
-        "params": sum(parameter.numel() for parameter in small.parameters()), "baseline": accuracy(session, teacher),
+        "params": sum(parameter.numel() for parameter in small.parameters()), "baseline": baseline,
     }  # fmt: skip
 
 

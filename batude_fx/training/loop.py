@@ -15,10 +15,11 @@ from torch import nn
 
 from batude_fx.calibration import normalized_by
 from batude_fx.flops import count_flops
+from batude_fx.folding import fold
 from batude_fx.recipe import Recipe
 from batude_fx.record import Record, TrainingRecord, site_records, versions
 from batude_fx.sites import Ranks
-from batude_fx.surgery import build_skeleton, copied
+from batude_fx.surgery import build_skeleton
 from batude_fx.training.data import Data, first_images, image_data, seed_all
 from batude_fx.training.finalize import factored
 from batude_fx.training.phase import accuracy, run_phase
@@ -73,8 +74,8 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)
     session.keep_original(model)
-    teacher = copied(model).eval().requires_grad_(requires_grad=False)
-    original_accuracy = session.once("original_accuracy", lambda: accuracy(session, teacher))
+    original_accuracy = session.once("original_accuracy", lambda: accuracy(session, model))
+    teacher = fold(model, session.placed(*problem.inputs)).requires_grad_(requires_grad=False)
 
     if session.begins("one_shot"):
         rounds = Rounds(session, recipe.one_shot, problem, model)
