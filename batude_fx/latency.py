@@ -40,7 +40,7 @@ _LAYER_SECONDS, _LEAST_RUNS = 0.03, 7  # per measured layer
 _MODEL_SECONDS, _LEAST_TURNS = 3.0, 15  # per comparison of two networks
 _MULTIPLES = (4, 8, 16, 32)
 _WORTH = 0.95  # of the speed of multiples of 32, from which on a finer multiple is as good
-_PROBED = 4  # layers that the multiple is chosen on
+_PROBED = 6  # kinds of layers that the multiple is chosen on, those that take the longest
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,14 @@ class Stopwatch:
 
     def multiple(self) -> int:
         """The smallest rank multiple that is nearly as fast, flop by flop, as multiples of 32."""
-        largest = sorted(self._calls, key=lambda name: -self.sites[name].positions_out * self.sites[name].in_channels)
-        probed = [name for name in largest if self._widest(name) >= 3 * _MULTIPLES[-1]][:_PROBED]
+        taken: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for name in self._calls:
+            if self._widest(name) >= 3 * _MULTIPLES[-1]:
+                kind = repr(self.model.get_submodule(name))
+                taken[kind] += self._nanoseconds(name, None)
+                examples[kind] = name
+        probed = [examples[kind] for kind, _ in taken.most_common(_PROBED)]
         speeds = [[self._speed(name, multiple) for multiple in _MULTIPLES] for name in probed]
         self._table.write()
         for multiple, ours in zip(_MULTIPLES, zip(*speeds, strict=True), strict=False):
