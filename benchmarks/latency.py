@@ -1,14 +1,16 @@
 """Milliseconds against flops: how much faster a compressed network is for its flops, and whether latency budgets hold.
 
-Run `make bench-latency`, or `python -m benchmarks.latency`; about ten minutes on idle cores. One thread, batch 1 and 8;
-the dense network and its compressed copies take turns in one process, medians of 21 turns with the fastest and the
-slowest beside them. Batch-norms are folded on both sides; ranks are multiples of 32.
+Run `make bench-latency`, or `python -m benchmarks.latency`; a quarter of an hour on idle cores. One thread, batch 1 and
+8; the dense network and its compressed copies take turns in one process, medians of 21 turns with the fastest and
+the slowest beside them.
 
 1. ResNet-50 (real weights, calibrated with 256 shop photos) and VGG-16-BN (random weights, weights only, linear layers
    too) at 0.5 and 0.3 of the flops, VGG of the parameters as well: the speed-up over the flop ratio in torch
-   (eager, channels-last) and in ONNX Runtime.
+   (eager, channels-last) and in ONNX Runtime. Batch-norms are folded on both sides; ranks are multiples of 32.
 2. Latency budgets, met within 5 % when measured afresh, three times: ResNet-50 and MobileNetV3 in eager torch, as they
    are (batch-norms not folded).
+3. ResNet-50 at 0.6, 0.5 and 0.4 of its flops with ranks in multiples of 8, and with the measured time of that network
+   for a limit instead: agreement with the original on 400 other photos, the dense network and both taking turns.
 
 Exit code 1 when a limit is missed.
 """
@@ -39,6 +41,7 @@ BUDGETS = {0.5: 0.9, 0.3: 0.85}  # flops kept, to the least speed-up over flop r
 ROUND_TO, TURNS = 32, 21
 TIMED = {"resnet50": 1.8, "mobilenetv3_large_100": 1.1}  # times faster
 CLOSE, REPEATS = 0.05, 3
+EQUAL = (0.6, 0.5, 0.4)  # flops kept
 CONSOLE = Console(width=120)
 
 Call = Callable[[], object]
@@ -66,11 +69,12 @@ def main() -> int:
     where = environment()
     CONSOLE.print(where)
     torch.set_num_threads(1)
-    ratios, met = flop_ratios(), latency_budgets()
-    for name, table in (("latency_ratio", ratios), ("latency_budget", met)):
-        CONSOLE.print(table)
-        publish(name, table, f"{where}, one thread measured")
-    return int("MISSED" in [cell for table in (ratios, met) for cell in table.columns[-1].cells])
+    tables = []
+    for name, part in (("latency_ratio", flop_ratios), ("latency_budget", latency_budgets), ("latency_equal", equal)):
+        tables.append(part())
+        CONSOLE.print(tables[-1])
+        publish(name, tables[-1], f"{where}, one thread measured")
+    return int("MISSED" in [cell for table in tables for cell in table.columns[-1].cells])
 
 
 def flop_ratios() -> Table:
@@ -108,11 +112,8 @@ def eager(networks: list[nn.Module], _: Path) -> Mapping[int, list[Call]]:
     last = torch.channels_last
     ready = [network.to(memory_format=last) for network in networks]
 
-    def call(network: nn.Module, x: Tensor) -> Call:
-        return torch.inference_mode()(lambda: network(x))
-
     images = {batch: torch.randn(batch, 3, 224, 224).to(memory_format=last) for batch in (1, 8)}
-    return {batch: [call(network, x) for network in ready] for batch, x in images.items()}
+    return {batch: [runs(network, x) for network in ready] for batch, x in images.items()}
 
 
 def onnx_runtime(networks: list[nn.Module], folder: Path) -> Mapping[int, list[Call]]:
@@ -142,8 +143,7 @@ def latency_budgets() -> Table:
         model = timm.create_model(name).eval().to(memory_format=torch.channels_last)
         limit = Budget(latency=f"{factor}x")
         plan = batude_fx.plan(model, limit, example_inputs=x, calibration=None, round_to="auto")
-        networks = [model, plan.apply(model)]
-        calls: list[Call] = [torch.inference_mode()(lambda network=network: network(x)) for network in networks]
+        calls = [runs(network, x) for network in (model, plan.apply(model))]
         for _ in range(REPEATS):
             dense, small = in_turns(calls, name)
             share = factor * small.median / dense.median
@@ -153,6 +153,43 @@ def latency_budgets() -> Table:
                 f"{dense.median / small.median:.3f}x", f"{share:.1%}", f"{CLOSE:.0%}", verdict,
             )  # fmt: skip
     return table
+
+
+def equal() -> Table:
+    """Part 3."""
+    table = Table(
+        "flops kept", "time of the dense", "agreement", "flops kept, by latency", "time of the dense, by latency",
+        "agreement, by latency", "", title="ResNet-50, a latency limit against a flop limit of equal time",
+    )  # fmt: skip
+    model, x = inputs.resnet50_torchvision(), torch.randn(1, 3, 224, 224)
+    photos, others = inputs.shop_photos("train", 256), inputs.shop_photos("test", 400)
+    classes = predicted(model, others)
+    by_flops = batude_fx.plan(model, 0.5, calibration=photos)
+    for keep in EQUAL:
+        plans = [by_flops.at(keep)]
+        dense, small = in_turns([runs(model, x), runs(plans[0].apply(model), x)], f"{keep}")
+        limit = Budget(latency=small.median / dense.median)
+        plans.append(batude_fx.plan(model, limit, calibration=photos, round_to="auto"))
+        networks = [plan.apply(model) for plan in plans]
+        dense, *times = in_turns([runs(network, x) for network in (model, *networks)], f"{keep}, both")
+        agreement = [float((predicted(network, others) == classes).float().mean()) for network in networks]
+        cells = [
+            [f"{plan.flops / plan.dense_flops:.3f}", f"{one.median / dense.median:.3f}", f"{same:.4f}"]
+            for plan, one, same in zip(plans, times, agreement, strict=True)
+        ]
+        table.add_row(*cells[0], *cells[1], "ok" if agreement[1] >= agreement[0] else "MISSED")
+    return table
+
+
+@torch.inference_mode()
+def predicted(network: nn.Module, images: Tensor) -> Tensor:
+    """(N,) classes."""
+    return torch.cat([network(batch).argmax(1) for batch in torch.split(images, 16)])
+
+
+def runs(network: nn.Module, x: Tensor) -> Call:
+    """A call of the network in eager torch."""
+    return torch.inference_mode()(lambda: network(x))
 
 
 def in_turns(calls: list[Call], description: str) -> list[Times]:
