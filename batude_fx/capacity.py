@@ -1,9 +1,10 @@
 """From a budget on the whole model to what its sites can be, and to what they may cost together."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from batude_fx.allocation import UNITS, Integers, Options, amount, site_options,
 from batude_fx.budget import Budget
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.sites import ConvSite, Ranks
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _UNLIMITED = 2**60
 
@@ -98,6 +102,48 @@ class Account:
                     f"Use at least {_reachable(need, full):.4f}."
                 )
         return most - self.fixed
+
+
+def counted(
+    sites: Mapping[str, ConvSite],
+    budget: Budget,
+    dense: tuple[int, ...],
+    ranks: Mapping[str, Ranks | None],
+    round_to: int,
+    *,
+    adds_bias: bool,
+) -> tuple[dict[str, Options], Account]:
+    """What each site can be and what the whole model may cost, once it is known that the budget is in reach.
+
+    Args:
+        sites: As for `choices`.
+        budget: On the whole model, without latency.
+        dense: (2,) flops and parameters of the whole dense model.
+        ranks: As for `choices`.
+        round_to: As for `choices`.
+        adds_bias: As for `choices`.
+
+    Raises:
+        BudgetError: Out of reach.
+        SelectionError: As `choices`.
+    """  # fmt: skip
+    options = choices(sites, round_to, ranks, adds_bias=adds_bias)
+    account = Account.of(options.values(), budget, dense, round_to)
+    account.capacity(options.values())
+    return options, account
+
+
+def first_in_reach(attempt: Callable[[T], R], ways: Sequence[T]) -> R:
+    """What an attempt gives in the first of some ways in which the budget is in reach.
+
+    Raises:
+        BudgetError: It is in none; said of the last way.
+    """
+    *preferred, last = ways
+    for way in preferred:
+        with suppress(BudgetError):
+            return attempt(way)
+    return attempt(last)
 
 
 def _reachable(need: int, full: int) -> float:

@@ -10,6 +10,7 @@ from typing import cast
 from torch import nn
 
 from batude_fx import allocation
+from batude_fx.budget import Budget
 from batude_fx.capacity import Account
 from batude_fx.errors import BudgetError, UnsupportedError
 from batude_fx.handlers import canonical_bias, canonical_weight
@@ -100,12 +101,25 @@ def choose(candidates: Mapping[str, Candidate], account: Account) -> Choice:
     return Choice(ranks, losses, flops, params, nanoseconds[0] / 1e9 if nanoseconds else None)
 
 
-def reachable(account: Account, options: Mapping[str, allocation.Options], watch: Stopwatch) -> Account:
-    """The account, once it is known that its limits can be met: by the times of the sites, or else by the network's.
+def timed(
+    options: Mapping[str, allocation.Options], budget: Budget, account: Account, watch: Stopwatch, *, only_faster: bool
+) -> tuple[dict[str, allocation.Options], Account]:
+    """The options with their times, and the account of a budget with them, whose limits can be met.
+
+    That they can is known by the times of the sites, or else by the network's.
+
+    Args:
+        options: What each site can be.
+        budget: Latency included.
+        account: Of flops and parameters.
+        watch: Times the sites.
+        only_faster: Whether to leave out what is no faster than the dense layer.
 
     Raises:
         BudgetError: A limit is out of reach.
     """
+    options = watch.priced(options, only_faster=only_faster)
+    account = Account.of(options.values(), budget, (*account.dense, watch.dense_nanoseconds), account.round_to)
     try:
         account.capacity(options.values())
     except BudgetError:
@@ -118,7 +132,7 @@ def reachable(account: Account, options: Mapping[str, allocation.Options], watch
         predicted = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
         account = account.with_unexplained(watch.compare(fastest) - predicted)
         account.capacity(options.values())
-    return account
+    return options, account
 
 
 def settled(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from batude_fx.calibration import (
     sees_noise,
     synthetic_batches,
 )
-from batude_fx.capacity import Account, choices
-from batude_fx.choosing import Candidate, choose, reachable, settled
+from batude_fx.capacity import Account, counted, first_in_reach
+from batude_fx.choosing import Candidate, choose, settled, timed
 from batude_fx.discovery import discover
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.flops import count_flops
@@ -190,7 +191,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         include: Globs over qualified names; only sites that match one are replaced.
         exclude: Globs; sites that match one stay dense.
         round_to: Ranks are multiples of this, all groups of a site together. "auto" measures which multiple suits this
-            machine, and leaves sites dense that would be no faster.
+            machine, and leaves sites dense that would be no faster, as far as the budget can then be met.
         ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
 
     Returns:
@@ -217,16 +218,16 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     if round_to == "auto" or budget.latency is not None:
         _check_times(sites, model)
         watch = Stopwatch(model, eligible, inputs, adds_bias=calibration is not None)
-    multiple = watch.multiple() if watch and round_to == "auto" else int(round_to)
-    options = choices(eligible, multiple, ranks or {}, adds_bias=calibration is not None)
     dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
+    within = budget.model_copy(update={"latency": None})
+    multiples = watch.multiples() if watch and round_to == "auto" else [int(round_to)]
     # A budget out of reach is said before any image is looked at.
-    account = Account.of(options.values(), budget.model_copy(update={"latency": None}), dense, multiple)
-    account.capacity(options.values())
+    count = partial(counted, eligible, within, dense, ranks or {}, adds_bias=calibration is not None)
+    options, account = first_in_reach(count, multiples)
     if watch:
-        options = watch.priced(options, only_faster=round_to == "auto")
-        account = Account.of(options.values(), budget, (*dense, watch.dense_nanoseconds), multiple)
-        account = reachable(account, options, watch)
+        time = partial(timed, options, budget, account, watch)
+        wishes = [True, False] if round_to == "auto" else [False]
+        options, account = first_in_reach(lambda only_faster: time(only_faster=only_faster), wishes)
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     choice = choose(candidates, account)
@@ -240,7 +241,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         dense_params=dense[1],
         dense_seconds=watch.dense_nanoseconds / 1e9 if watch else None,
         calibration=_label(calibration, inputs),
-        round_to=multiple,
+        round_to=account.round_to,
         **vars(choice),
         _account=account,
         _candidates=candidates,

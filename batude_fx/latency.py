@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -91,8 +91,8 @@ class Stopwatch:
         """Of one run of the model."""
         return round(1e9 * self._seconds(self.model)[0])
 
-    def multiple(self) -> int:
-        """The smallest rank multiple that is nearly as fast, flop by flop, as multiples of 32."""
+    def multiples(self) -> Sequence[int]:
+        """The smallest rank multiple that is nearly as fast, flop by flop, as multiples of 32; then the finer ones."""
         taken: Counter[str] = Counter()
         examples: dict[str, str] = {}
         for name in self._calls:
@@ -103,10 +103,9 @@ class Stopwatch:
         probed = [examples[kind] for kind, _ in taken.most_common(_PROBED)]
         speeds = [[self._speed(name, multiple) for multiple in _MULTIPLES] for name in probed]
         self._table.write()
-        for multiple, ours in zip(_MULTIPLES, zip(*speeds, strict=True), strict=False):
-            if np.mean(ours) >= _WORTH:
-                return multiple
-        return _MULTIPLES[-1] if probed else _MULTIPLES[1]
+        means = np.mean(speeds, axis=0) if probed else [0, 1, 1, 1]  # 8, as by default
+        best = next(multiple for multiple, mean in zip(_MULTIPLES, means, strict=True) if mean >= _WORTH)
+        return [multiple for multiple in reversed(_MULTIPLES) if multiple <= best]
 
     def priced(self, options: Mapping[str, Options], *, only_faster: bool) -> dict[str, Options]:
         """The options with nanoseconds as their third cost.

@@ -1,6 +1,7 @@
 """Latency budgets, with a clock whose times are known: a formula in the ranks stands in for the machine's."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,39 @@ def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
         return float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
 
     monkeypatch.setattr(latency, "_seconds", seconds)
-    assert _watch(_network()).multiple() == staircase
+    assert list(_watch(_network()).multiples()) == [one for one in (32, 16, 8, 4) if one <= staircase]
+
+
+def test_auto_takes_finer_multiples_where_coarse_ones_are_too_large_for_the_budget(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del clock
+    monkeypatch.setattr(latency, "_seconds", lambda layer, _: 1 - 0.5 * isinstance(layer, TuckerModule))
+    monkeypatch.setattr(Stopwatch, "multiples", lambda _: [32, 16, 8, 4])
+    options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None}
+    smallest = {step: _smallest(_network(), round_to=step, **options) for step in (4, 8, 16, 32)}
+    assert sorted(smallest.values()) == list(smallest.values())
+    for step in (8, 16, 32):
+        plan = batude_fx.plan(_network(), smallest[step // 2], round_to="auto", **options)
+        assert plan.round_to == step // 2
+    with pytest.raises(BudgetError, match="multiples of 4"):
+        batude_fx.plan(_network(), smallest[4] / 2, round_to="auto", **options)
+
+
+def test_auto_replaces_slower_sites_where_the_budget_asks_for_it(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del clock
+    monkeypatch.setattr(latency, "_seconds", lambda layer, _: 1 + isinstance(layer, TuckerModule))
+    plan = batude_fx.plan(_network(), 0.5, example_inputs=INPUT, calibration=None, round_to="auto")
+    assert plan.flops <= 0.5 * plan.dense_flops
+
+
+def _smallest(model: nn.Module, **options: Any) -> float:
+    """The smallest budget that the refusal of an impossible one names."""
+    with pytest.raises(BudgetError) as caught:
+        batude_fx.plan(model, 1e-6, **options)
+    return float(re.findall(r"at least ([\d.]+\d)", str(caught.value))[0])
 
 
 def test_the_model_and_the_random_state_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

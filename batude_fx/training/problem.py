@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batude_fx.allocation import Integers, Options
 from batude_fx.borrowing import borrowed
-from batude_fx.capacity import Account, choices
+from batude_fx.capacity import counted
 from batude_fx.discovery import discover
 from batude_fx.errors import (
     BatudeError,
@@ -96,14 +96,12 @@ class Problem:
         except (DiscoveryError, TrainingError) as error:
             raise recipe.problem("model.name", str(error)) from None
         sites = {site.name: site for site in found if site.skip_reason is None}
-        options = choices(sites, wanted.round_to, {}, adds_bias=False)
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
         try:
-            account = Account.of(options.values(), recipe.budget, dense, wanted.round_to)
-            most = account.capacity(options.values())
+            options, account = counted(sites, recipe.budget, dense, {}, wanted.round_to, adds_bias=False)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
-        return cls(inputs, found, sites, options, dense, classes, most)
+        return cls(inputs, found, sites, options, dense, classes, account.capacity(options.values()))
 
     def constraints(self, model: nn.Module) -> dict[str, Constraint]:
         """Every site with its layer in a model."""
