@@ -47,8 +47,8 @@ def ours(model: nn.Module, photos: Tensor, keep: float, *, calibration: str | No
 
 def ours_latency(model: nn.Module, photos: Tensor, keep: float) -> Call:
     """As fast, measured, as the calibrated row; one thread, one image."""
-    torch.set_num_threads(1)
     flops_row = batude_fx.compress(model, keep, calibration=photos)
+    torch.set_num_threads(1)
     dense, small = alternating([model, flops_row], (IMAGE,), turns=21)
     limit = Budget(latency=small / dense)
     return partial(batude_fx.compress, model, limit, calibration=photos, round_to="auto")
