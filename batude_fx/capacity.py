@@ -1,10 +1,9 @@
 """From a budget on the whole model to what its sites can be, and to what they may cost together."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 
@@ -12,9 +11,6 @@ from batude_fx.allocation import UNITS, Integers, Options, amount, site_options,
 from batude_fx.budget import Budget
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.sites import ConvSite, Ranks
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 _UNLIMITED = 2**60
 
@@ -126,24 +122,11 @@ def counted(
     Raises:
         BudgetError: Out of reach.
         SelectionError: As `choices`.
-    """  # fmt: skip
+    """
     options = choices(sites, round_to, ranks, adds_bias=adds_bias)
     account = Account.of(options.values(), budget, dense, round_to)
     account.capacity(options.values())
     return options, account
-
-
-def first_in_reach(attempt: Callable[[T], R], ways: Sequence[T]) -> R:
-    """What an attempt gives in the first of some ways in which the budget is in reach.
-
-    Raises:
-        BudgetError: It is in none; said of the last way.
-    """
-    *preferred, last = ways
-    for way in preferred:
-        with suppress(BudgetError):
-            return attempt(way)
-    return attempt(last)
 
 
 def _reachable(need: int, full: int) -> float:

@@ -1,18 +1,20 @@
 """From judged sites to ranks under a budget; where time is limited, the network itself is timed until it meets it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as replaced
+from itertools import product
 from operator import itemgetter
-from typing import cast
+from typing import Literal, cast
 
 from torch import nn
 
 from batude_fx import allocation
 from batude_fx.budget import Budget
 from batude_fx.capacity import Account
-from batude_fx.errors import BudgetError, UnsupportedError
+from batude_fx.errors import BudgetError, SelectionError, UnsupportedError
 from batude_fx.handlers import canonical_bias, canonical_weight
 from batude_fx.latency import Stopwatch
 from batude_fx.modules import TuckerModule, tucker_conv
@@ -102,27 +104,48 @@ def choose(candidates: Mapping[str, Candidate], account: Account) -> Choice:
 
 
 def timed(
-    options: Mapping[str, allocation.Options], budget: Budget, account: Account, watch: Stopwatch, *, only_faster: bool
+    count: Callable[[int], tuple[dict[str, allocation.Options], Account]],
+    budget: Budget,
+    watch: Stopwatch,
+    round_to: int | Literal["auto"],
 ) -> tuple[dict[str, allocation.Options], Account]:
-    """The options with their times, and the account of a budget with them, whose limits can be met.
+    """What each site can be, with its times, and the account of a budget that is in reach.
 
-    That they can is known by the times of the sites, or else by the network's.
+    For "auto" ranks are multiples that suit the machine, and no site gets slower; where the budget is out of reach so,
+    finer multiples are tried, then slower sites.
 
     Args:
-        options: What each site can be.
+        count: From a multiple of ranks to what each site can be and to the account of flops and parameters.
         budget: Latency included.
-        account: Of flops and parameters.
-        watch: Times the sites.
-        only_faster: Whether to leave out what is no faster than the dense layer.
+        watch: Times the sites and the network.
+        round_to: Multiple of the ranks.
 
     Raises:
         BudgetError: A limit is out of reach.
+        SelectionError: Ranks that the user fixed are no multiples.
     """
+    multiples = watch.multiples() if round_to == "auto" else [round_to]
+    helps = budget.flops is not None or budget.params is not None  # that sites get slower
+    wishes = [True, False][: 1 + helps] if round_to == "auto" else [False]
+    *preferred, last = product(wishes, multiples)
+    for only_faster, multiple in preferred:
+        with suppress(BudgetError, SelectionError):
+            return _timed(*count(multiple), budget, watch, only_faster=only_faster)
+    only_faster, multiple = last
+    return _timed(*count(multiple), budget, watch, only_faster=only_faster)
+
+
+def _timed(
+    options: dict[str, allocation.Options], account: Account, budget: Budget, watch: Stopwatch, *, only_faster: bool
+) -> tuple[dict[str, allocation.Options], Account]:
     options = watch.priced(options, only_faster=only_faster)
-    account = Account.of(options.values(), budget, (*account.dense, watch.dense_nanoseconds), account.round_to)
+    dense = (*account.dense, watch.dense_nanoseconds)
+    unlimited = Account.of(options.values(), account.budget, dense, account.round_to)
+    unlimited.capacity(options.values())  # of flops and parameters: no other time would change them
+    account = replaced(unlimited, budget=budget)
     try:
         account.capacity(options.values())
-    except BudgetError:
+    except BudgetError:  # by the times of the sites; the network's own may be shorter
         rows = {name: int(one.costs[:, 2].argmin()) for name, one in options.items()}
         fastest = {
             name: Ranks(*options[name].ranks[row].tolist())

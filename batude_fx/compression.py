@@ -23,7 +23,7 @@ from batude_fx.calibration import (
     sees_noise,
     synthetic_batches,
 )
-from batude_fx.capacity import Account, counted, first_in_reach
+from batude_fx.capacity import Account, counted
 from batude_fx.choosing import Candidate, choose, settled, timed
 from batude_fx.discovery import discover
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
@@ -220,14 +220,9 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         watch = Stopwatch(model, eligible, inputs, adds_bias=calibration is not None)
     dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
     within = budget.model_copy(update={"latency": None})
-    multiples = watch.multiples() if watch and round_to == "auto" else [int(round_to)]
-    # A budget out of reach is said before any image is looked at.
     count = partial(counted, eligible, within, dense, ranks or {}, adds_bias=calibration is not None)
-    options, account = first_in_reach(count, multiples)
-    if watch:
-        time = partial(timed, options, budget, account, watch)
-        wishes = [True, False] if round_to == "auto" else [False]
-        options, account = first_in_reach(lambda only_faster: time(only_faster=only_faster), wishes)
+    # A budget out of reach is said before any image is looked at.
+    options, account = timed(count, budget, watch, round_to) if watch else count(int(round_to))
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     choice = choose(candidates, account)

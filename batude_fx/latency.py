@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -93,11 +93,11 @@ class Stopwatch:
 
     def multiples(self) -> Sequence[int]:
         """The smallest rank multiple that is nearly as fast, flop by flop, as multiples of 32; then the finer ones."""
-        taken: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        for name in self._calls:
+        taken: Counter[Hashable] = Counter()
+        examples: dict[Hashable, str] = {}
+        for name, calls in self._calls.items():
             if self._widest(name) >= 3 * _MULTIPLES[-1]:
-                kind = repr(self.model.get_submodule(name))
+                kind = repr(self.model.get_submodule(name)), frozenset(calls.items())
                 taken[kind] += self._nanoseconds(name, None)
                 examples[kind] = name
         probed = [examples[kind] for kind, _ in taken.most_common(_PROBED)]

@@ -260,6 +260,51 @@ def test_auto_replaces_slower_sites_where_the_budget_asks_for_it(
     assert plan.flops <= 0.5 * plan.dense_flops
 
 
+def test_auto_takes_finer_multiples_before_slower_sites(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del clock
+
+    def seconds(layer: nn.Module, _: torch.Tensor) -> float:
+        return 2.0 if isinstance(layer, TuckerModule) and max(layer.ranks.rank_in, layer.ranks.rank_out) > 16 else 1.0
+
+    # Only ranks of 16 and less are faster than the dense layers, which take 1.5 s.
+    monkeypatch.setattr(latency, "_seconds", lambda layer, x: seconds(layer, x) + 0.5 * isinstance(layer, nn.Conv2d))
+    monkeypatch.setattr(Stopwatch, "multiples", lambda _: [32, 16])
+    options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "include": "6"}
+    plan = batude_fx.plan(_network(), 0.7, round_to="auto", **options)
+    assert plan.round_to == 16
+    assert plan.ranks["6"].rank_in <= 16
+
+
+def test_auto_finds_ranks_that_the_user_fixed(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    del clock
+    monkeypatch.setattr(Stopwatch, "multiples", lambda _: [32, 16, 8, 4])
+    fixed = Ranks(24, 40)
+    options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "round_to": "auto"}
+    plan = batude_fx.plan(_network(), 0.9, ranks={"6": fixed}, **options)
+    assert (plan.ranks["6"], plan.round_to) == (fixed, 8)
+    with pytest.raises(SelectionError, match="multiples of 4"):
+        batude_fx.plan(_network(), 0.9, ranks={"6": Ranks(23, 40)}, **options)
+
+
+def test_the_layers_that_take_longest_decide_the_multiple(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del clock
+    monkeypatch.setattr(latency, "_PROBED", 1)
+
+    def seconds(layer: nn.Module, x: torch.Tensor) -> float:
+        slow = 3.0 if x.shape[1] == 128 else 1.0
+        if not isinstance(layer, TuckerModule):
+            return slow
+        staircase = 32 if x.shape[1] == 128 else 4
+        return slow * float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
+
+    monkeypatch.setattr(latency, "_seconds", seconds)
+    assert _watch(_network()).multiples()[0] == 32
+
+
 def _smallest(model: nn.Module, **options: Any) -> float:
     """The smallest budget that the refusal of an impossible one names."""
     with pytest.raises(BudgetError) as caught:
