@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,18 +67,12 @@ def main() -> int:
             if not path.is_file():
                 CONSOLE.print(f"{network}, {row} ...")
                 run(network, row, path)
-        found = [json.loads(path.read_text(encoding="utf-8")) for row in METHODS for path in results(network, row)]
-        shown = table(network, found)
+        paths = [path for row in METHODS if (path := FOLDER / f"{network} {row}.json").is_file()]
+        shown = table(network, [json.loads(path.read_text(encoding="utf-8")) for path in paths])
         CONSOLE.print(shown)
-        publish(f"peers-{network}", shown, where)
+        ends = sorted(f"{datetime.fromtimestamp(path.stat().st_mtime, UTC):%Y-%m-%d %H:%M}" for path in paths)
+        publish(f"peers-{network}", shown, f"{where}; rows ended {ends[0]} to {ends[-1]} UTC")
     return 0
-
-
-def results(network: str, row: str) -> Iterator[Path]:
-    """The row's file, where there is one."""
-    path = FOLDER / f"{network} {row}.json"
-    if path.is_file():
-        yield path
 
 
 def run(network: str, row: str, path: Path) -> None:
@@ -86,10 +81,10 @@ def run(network: str, row: str, path: Path) -> None:
     command = [
         python, "-W", "ignore", "-m", "benchmarks.peers", "--networks", network, "--rows", row, "--worker", str(path)
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10 * LIMIT)  # noqa: S603 - ours
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        reason = f"stopped after {LIMIT} s" if done.returncode == -signal.SIGALRM else said
+        reason = f"stopped after {LIMIT} s" if done.returncode == -signal.SIGALRM else f"does not run: {said[:80]}"
         path.write_text(json.dumps({"row": row, "reason": reason}), encoding="utf-8")
 
 
@@ -186,7 +181,7 @@ def table(network: str, found: list[dict[str, Any]]) -> Table:
     )  # fmt: skip
     for one in found:
         if "reason" in one:
-            shown.add_row(one["row"], METHODS[one["row"]].data, f"does not run: {one['reason'][:80]}")
+            shown.add_row(one["row"], METHODS[one["row"]].data, one["reason"])
             continue
         shown.add_row(
             one["row"], one["data"], f"{one['seconds']:.2f}", f"{one['memory'] / 2**20:.0f}", f"{one['keep']:.3f}",
