@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 _PUBLISHED = re.compile(r"<!-- bench (\S+) -->")
@@ -33,14 +33,15 @@ def published(name: str) -> str:
 
 
 def cifar10(data: Mapping[str, Any]) -> str:
-    """One line per budget and method; several seeds are averaged."""
+    """One line per budget and method; of several seeds, mean and standard deviation."""
     groups: dict[tuple[str, str], list[Mapping[str, float]]] = {}
     for result in data["results"]:
         groups.setdefault((result["budget"], result["row"]), []).append(result)
     lines = ["| budget | method | test accuracy | dense network | seeds | flops |", "|---|---|---|---|---|---|"]
     for (budget, row), found in sorted(groups.items()):
         accuracy, baseline, flops = (mean(run[key] for run in found) for key in ("accuracy", "baseline", "flops"))
-        lines.append(f"| {budget} | {row} | {accuracy:.2%} | {baseline:.2%} | {len(found)} | {flops / 1e6:.2f} M |")
+        spread = f" ± {100 * stdev(run['accuracy'] for run in found):.2f}" if len(found) > 1 else ""
+        lines.append(f"| {budget} | {row} | {accuracy:.2%}{spread} | {baseline:.2%} | {len(found)} | {flops / 1e6:.2f} M |")
     return _with_source(data["about"], lines)
 
 
