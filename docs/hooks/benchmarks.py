@@ -41,7 +41,8 @@ def cifar10(data: Mapping[str, Any]) -> str:
     for (budget, row), found in sorted(groups.items()):
         accuracy, baseline, flops = (mean(run[key] for run in found) for key in ("accuracy", "baseline", "flops"))
         spread = f" ± {100 * stdev(run['accuracy'] for run in found):.2f}" if len(found) > 1 else ""
-        lines.append(f"| {budget} | {row} | {accuracy:.2%}{spread} | {baseline:.2%} | {len(found)} | {flops / 1e6:.2f} M |")
+        cells = [budget, row, f"{accuracy:.2%}{spread}", f"{baseline:.2%}", str(len(found)), f"{flops / 1e6:.2f} M"]
+        lines.append(f"| {' | '.join(cells)} |")
     return _with_source(data["about"], lines)
 
 
