@@ -125,24 +125,28 @@ def timed(
         SelectionError: Ranks that the user fixed are no multiples.
     """
     multiples = watch.multiples() if round_to == "auto" else [round_to]
-    helps = budget.flops is not None or budget.params is not None  # that sites get slower
-    wishes = [True, False][: 1 + helps] if round_to == "auto" else [False]
+    wishes = [round_to == "auto"]  # that only faster sites are replaced
+    if round_to == "auto" and (budget.flops, budget.params) != (None, None):  # slower ones never help a latency
+        wishes.append(False)
     *preferred, last = product(wishes, multiples)
-    for only_faster, multiple in preferred:
+    for way in preferred:
         with suppress(BudgetError, SelectionError):
-            return _timed(*count(multiple), budget, watch, only_faster=only_faster)
-    only_faster, multiple = last
-    return _timed(*count(multiple), budget, watch, only_faster=only_faster)
+            return _timed(way, count, budget, watch)
+    return _timed(last, count, budget, watch)
 
 
 def _timed(
-    options: dict[str, allocation.Options], account: Account, budget: Budget, watch: Stopwatch, *, only_faster: bool
+    way: tuple[bool, int],
+    count: Callable[[int], tuple[dict[str, allocation.Options], Account]],
+    budget: Budget,
+    watch: Stopwatch,
 ) -> tuple[dict[str, allocation.Options], Account]:
+    only_faster, multiple = way
+    options, account = count(multiple)
     options = watch.priced(options, only_faster=only_faster)
-    dense = (*account.dense, watch.dense_nanoseconds)
-    unlimited = Account.of(options.values(), account.budget, dense, account.round_to)
-    unlimited.capacity(options.values())  # of flops and parameters: no other time would change them
-    account = replaced(unlimited, budget=budget)
+    account = Account.of(options.values(), account.budget, (*account.dense, watch.dense_nanoseconds), multiple)
+    account.capacity(options.values())  # where flops or parameters are out of reach, the network is not timed
+    account = replaced(account, budget=budget)
     try:
         account.capacity(options.values())
     except BudgetError:  # by the times of the sites; the network's own may be shorter

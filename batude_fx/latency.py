@@ -101,11 +101,12 @@ class Stopwatch:
                 taken[kind] += self._nanoseconds(name, None)
                 examples[kind] = name
         probed = [examples[kind] for kind, _ in taken.most_common(_PROBED)]
+        if not probed:
+            return _MULTIPLES[1::-1]  # 8, as by default, and finer
         speeds = [[self._speed(name, multiple) for multiple in _MULTIPLES] for name in probed]
         self._table.write()
-        means = np.mean(speeds, axis=0) if probed else [0, 1, 1, 1]  # 8, as by default
-        best = next(multiple for multiple, mean in zip(_MULTIPLES, means, strict=True) if mean >= _WORTH)
-        return [multiple for multiple in reversed(_MULTIPLES) if multiple <= best]
+        best = next(index for index, speed in enumerate(np.mean(speeds, axis=0)) if speed >= _WORTH)
+        return _MULTIPLES[best::-1]
 
     def priced(self, options: Mapping[str, Options], *, only_faster: bool) -> dict[str, Options]:
         """The options with nanoseconds as their third cost.
