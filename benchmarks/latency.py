@@ -161,7 +161,8 @@ def equal() -> Table:
     """Part 3."""
     table = Table(
         "threads", "flops kept", "time of the dense", "agreement", "flops kept, by latency",
-        "time of the dense, by latency", "agreement, by latency", "", title="ResNet-50, a latency limit against a flop limit of equal time",
+        "time of the dense, by latency", "agreement, by latency", "",
+        title="ResNet-50, a latency limit against a flop limit of equal time",
     )  # fmt: skip
     model, x = inputs.resnet50_torchvision(), torch.randn(1, 3, 224, 224)
     photos, others = inputs.shop_photos("train", 256), inputs.shop_photos("test", 661)
