@@ -200,6 +200,9 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
                 adapted(*batch)
     except ValueError:  # a layer that sees one value per channel has no variance to normalize by
         return model
+    for module, before in zip(adapted.modules(), model.modules(), strict=True):
+        if _has_running_statistics(module):
+            cast("nn.BatchNorm2d", module).momentum = cast("nn.BatchNorm2d", before).momentum
     return adapted.eval()
 
 

@@ -48,7 +48,7 @@ class Candidate:
             with_bias: Whether it has a bias even where the layer has none.
 
         Raises:
-            UnsupportedError: The layer has another shape or dtype than in the plan.
+            UnsupportedError: The layer has another shape, dtype or device than in the plan.
         """
         weight, bias = canonical_weight(layer), canonical_bias(layer)
         site = self.site
@@ -58,10 +58,11 @@ class Candidate:
                 f"{site.name} has a weight {tuple(weight.shape)} (groups, out, in, kernel), the plan was made for "
                 f"{planned}; apply the plan to its own model."
             )
-        if weight.dtype != self.spectrum.dtype:
+        here, there = (weight.dtype, weight.device), (self.spectrum.dtype, self.spectrum.device)
+        if here != there:
             raise UnsupportedError(
-                f"{site.name} is {weight.dtype}, the plan was made for {self.spectrum.dtype}; apply it to its own "
-                "model, then convert the result."
+                f"{site.name} is {here[0]} on {here[1]}, the plan was made for {there[0]} on {there[1]}; apply it to "
+                "its own model as it was, then convert or move the result."
             )
         if bias is None and with_bias:
             bias = weight.new_zeros(weight.shape[:2].numel())

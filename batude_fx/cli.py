@@ -232,16 +232,18 @@ def sweep_budgets(
     Example: batude-fx sweep resnet50 --budgets 0.3:0.9:0.1 --calibration photos/ --evaluate more-photos/
     """
     keeps = sweep.fractions(budgets)
+    if output:
+        sweep.prepare(output)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
         network, keeps[0], calibration=_calibration(network, calibration, images),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     points = sweep.sweep(network, decided, keeps, evaluate)
+    show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
     if output:
         sweep.write(points, output)
         page.draw(output)
-    show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
 
 
 @app.command("report")

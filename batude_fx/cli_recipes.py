@@ -117,7 +117,7 @@ def train(
     _needs_accelerate()
     from batude_fx.training import run
 
-    folder = output or Path("runs") / Path(recipe).stem
+    folder = output or Path("runs") / find(recipe).stem
     result = run(read, folder, resume=resume)
     from accelerate import PartialState
 

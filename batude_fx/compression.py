@@ -6,6 +6,7 @@ from dataclasses import replace as replaced
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -93,7 +94,8 @@ class Plan:
 
         Raises:
             SelectionError: When the model lacks a site of the plan.
-            UnsupportedError: When a site has another shape or dtype than in the plan, or the model holds NaN.
+            UnsupportedError: When a site has another shape, dtype or device than in the plan, the model holds NaN, or
+                this is called inside `torch.inference_mode()`.
             BudgetError: When the copy needs more flops than planned and cannot be made small enough.
         """
         _check_values(model)
@@ -202,7 +204,8 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         DiscoveryError: The model has no convolution, or does not run on the example input.
         SelectionError: A pattern or a name in `ranks` matches no site.
         CalibrationError: The calibration images are empty, not finite or of the wrong shape.
-        UnsupportedError: The model is in half precision, on the meta device, or holds NaN.
+        UnsupportedError: The model is in half precision, on the meta device, or holds NaN; or this is called inside
+            `torch.inference_mode()`.
 
     Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
@@ -267,6 +270,11 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
 def _check_values(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"{model!r} is no model; batude_fx.create makes one from a name.")
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedError(
+            "compress measures gradients, and its result could not be trained inside torch.inference_mode(); call it "
+            "outside. torch.no_grad() is no hindrance."
+        )
     # Of those that are not initialized yet, discovery has more to say.
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name in [name for name, one in parameters.items() if not is_lazy(one)]:

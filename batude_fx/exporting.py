@@ -33,7 +33,11 @@ from batude_fx.zoo import arguments
 
 TOLERANCE = 1e-4  # of float outputs, relative to the largest of them
 _BATCHES = (1, 3)
-_NEEDS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".xml": ("onnx", "onnxscript", "openvino"), ".pt2": ()}
+_NEEDS = {
+    ".onnx": ("onnx", "onnxscript", "onnxruntime"),
+    ".xml": ("onnx", "onnxscript", "onnxruntime", "openvino"),
+    ".pt2": (),
+}
 
 Arrays = list[NDArray[Any]]
 Runner = Callable[[Sequence[NDArray[Any]]], Arrays]

@@ -221,6 +221,9 @@ class _Table:
     def of(cls, device: torch.device) -> Self:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
         where = f"{device.type} {processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        if device.type == "cuda":
+            cudnn = torch.backends.cudnn
+            where += f", {torch.get_float32_matmul_precision()}, tf32 {cudnn.allow_tf32}, benchmark {cudnn.benchmark}"
         folder = Path(os.environ.get("BATUDE_FX_CACHE") or "~/.cache/batude_fx").expanduser() / "latency"
         path = folder / f"{hashlib.sha256(where.encode()).hexdigest()[:16]}.json"
         return cls(path, _read(path))

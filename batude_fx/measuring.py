@@ -52,9 +52,12 @@ def statistics(
             try:
                 outputs = model(*inputs)
             except (RuntimeError, ValueError, AssertionError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                full = isinstance(error, torch.OutOfMemoryError)
+                way_out = "Move the model to the CPU" if full else "Resize them to what it takes"
                 raise CalibrationError(
                     f"the model does not run on calibration images of shape {tuple(tree_leaves(batch)[0].shape)}: "
-                    f"{(str(error).splitlines() or [type(error).__name__])[0]}. Resize them to what it takes."
+                    f"{reason}. {way_out}."
                 ) from error
             _backward_random_combinations(outputs, draws, generator)
     if not images:

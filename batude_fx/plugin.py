@@ -17,7 +17,7 @@ import timm
 from pydantic import ValidationError
 from timm.models import PretrainedCfg, load_pretrained, register_model, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
-from timm.models._hub import load_state_dict_from_hf
+from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models._api import WeightsEnum
@@ -120,7 +120,7 @@ def _state(config: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> 
     if config.get("source") == "local-dir":
         return serialization.read_weights(Path(config["file"]) / WEIGHTS)
     if config.get("source") == "hf-hub":
-        return dict(load_state_dict_from_hf(config["hf_hub_id"], WEIGHTS, cache_dir=cast("Any", cache_dir)))
+        return serialization.read_weights(Path(download_from_hf(config["hf_hub_id"], WEIGHTS, cast("Any", cache_dir))))
     raise SavedModelError("no weights are known for this config; use pretrained=False, or batude_fx.load(folder).")
 
 

@@ -32,6 +32,9 @@ from pydantic import (
 from batude_fx.budget import Budget
 from batude_fx.errors import RecipeError
 
+_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "weights", "weights_backbone"}
+_NOT_PLAIN = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
+"""Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers."""
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
 _PACKAGED = Path(__file__).parent / "recipes"
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "recipes"
@@ -98,11 +101,11 @@ def _known(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
 def _optimizers() -> Iterable[str]:
     from timm.optim._optim_factory import list_optimizers
 
-    return map(str, list_optimizers())
+    return (name for name in map(str, list_optimizers()) if not name.startswith(_NOT_PLAIN))
 
 
 def _schedulers() -> Iterable[str]:
-    return ("cosine", "tanh", "step", "poly", "constant")  # functions of the step alone, so that nothing is kept
+    return ("cosine", "tanh", "poly", "constant")  # functions of the step alone, so that nothing is kept
 
 
 class _Section(BaseModel):
@@ -133,6 +136,8 @@ class ModelSection(_Section):
             raise ValueError("pretrained and checkpoint are two sources of the same weights; give one")
         if self.checkpoint and not self.checkpoint.is_file():
             raise ValueError(f"checkpoint {str(self.checkpoint)!r} does not exist")
+        if weights := sorted(self.args.keys() & _WEIGHTS):
+            raise ValueError(f"args name weights by {weights[0]!r}; use model.pretrained or model.checkpoint")
         return self
 
 

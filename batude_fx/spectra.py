@@ -74,7 +74,7 @@ class Modes:
 
     def tail(self) -> Floats:
         """(C + 1,) half of the energy cut off when r directions remain, r = 0 ... C, all groups together."""
-        energy = self.energy.sum(0).double().cpu().numpy()
+        energy = self.energy.sum(0).cpu().double().numpy()
         return np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / 2
 
 
@@ -101,6 +101,11 @@ class Spectrum:
     def dtype(self) -> torch.dtype:
         """Of the weight that it was made from."""
         return cast("Modes", self.out or self.in_).energy.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Likewise."""
+        return cast("Modes", self.out or self.in_).energy.device
 
     def factors(self, weight: Tensor, ranks: Ranks) -> Factors:
         """Factors of the weight at some ranks.

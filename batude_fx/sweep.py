@@ -107,9 +107,21 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], folder: Path) 
     ]
 
 
+def prepare(folder: Path) -> None:
+    """Make the folder that will be written, before hours go into it.
+
+    Raises:
+        SavedModelError: When that cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SavedModelError(f"{folder} cannot be written: {error.strerror}. Choose another place.") from error
+
+
 def write(points: Sequence[Point], folder: Path) -> None:
     """Write `sweep.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder)
     with replacing(folder / FILE) as text:
         text.write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n", encoding="utf-8")
 

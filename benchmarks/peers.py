@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from batude_fx.files import replacing
 from batude_fx.flops import count_flops
 from batude_fx.timing import in_turns
 from benchmarks.compress_time import resident
@@ -81,11 +82,22 @@ def run(network: str, row: str, path: Path) -> None:
     command = [
         python, "-W", "ignore", "-m", "benchmarks.peers", "--networks", network, "--rows", row, "--worker", str(path)
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10 * LIMIT)  # noqa: S603 - ours
-    if done.returncode:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10 * LIMIT)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        reason = f"did not end in {10 * LIMIT} s"
+    else:
+        if not done.returncode:
+            return
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         reason = f"stopped after {LIMIT} s" if done.returncode == -signal.SIGALRM else f"does not run: {said[:80]}"
-        path.write_text(json.dumps({"row": row, "reason": reason}), encoding="utf-8")
+    write_row(path, {"row": row, "reason": reason})
+
+
+def write_row(path: Path, facts: dict[str, Any]) -> None:
+    """A row's file, whole or not at all."""
+    with replacing(path) as text:
+        text.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def interpreter(package: str | None) -> str:
@@ -123,7 +135,7 @@ def measure(network: str, row: str, path: Path) -> None:
     }  # fmt: skip
     if network == "ResNet-50":
         facts["agreement"] = float((classes(small, held_out) == original_classes(model, held_out)).float().mean())
-    path.write_text(json.dumps(facts), encoding="utf-8")
+    write_row(path, facts)
 
 
 @torch.inference_mode()

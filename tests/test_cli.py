@@ -360,6 +360,7 @@ def test_an_output_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     options = ("--budget", 0.7, "--no-pretrained", "--calibration", "none", "--output", tmp_path / "out")
     assert "out is a file" in _error("compress", NAME, *options)
     assert "cannot be saved" in _error("compress", NAME, *options[:-1], tmp_path / "out" / "below")
+    assert "Choose another place" in _error("sweep", NAME, "--evaluate", tmp_path, "--output", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -528,6 +528,12 @@ def test_half_precision_is_refused_with_the_way_out(dtype: torch.dtype) -> None:
         batude_fx.compress(_net().to(dtype), 0.5, example_inputs=EXAMPLE.to(dtype))
 
 
+@torch.inference_mode()
+def test_inference_mode_is_refused_without_gradients_it_would_choose_other_ranks() -> None:
+    with pytest.raises(UnsupportedError, match=r"outside.*torch\.no_grad\(\) is no hindrance"):
+        batude_fx.compress(_net(), 0.5, example_inputs=EXAMPLE)
+
+
 def test_models_without_values_or_convolutions_are_refused() -> None:
     with torch.device("meta"):
         empty = _net()

@@ -1,6 +1,7 @@
 """The zoo plugin: saved folders through timm and torchvision, and models by name."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,36 @@ def test_a_saved_network_through_all_four_doors(library: str, request: pytest.Fi
     ):
         assert type(network) is type(small)
         assert torch.equal(network.eval()(IMAGES), wanted)
+
+
+def _hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub gives the files of a folder."""
+
+    def download(repo_id: str, filename: str, **_: object) -> str:
+        assert repo_id == "user/name"
+        return str(folder / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+
+
+def test_a_saved_network_comes_back_from_a_hub(
+    timm_folder: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, folder = timm_folder
+    _hub(folder, monkeypatch)
+    network = timm.create_model("hf-hub:user/name", pretrained=True)
+    assert torch.equal(network.eval()(IMAGES), small(IMAGES))
+
+
+def test_what_a_hub_pickled_is_not_executed(
+    timm_folder: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, folder = timm_folder
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(small.state_dict(), tmp_path / "model.safetensors")
+    _hub(tmp_path, monkeypatch)
+    with pytest.raises(SavedModelError, match="safetensors"):
+        timm.create_model("hf-hub:user/name", pretrained=True)
 
 
 def test_timm_gives_fresh_weights_of_the_same_shapes(timm_folder: tuple[nn.Module, Path]) -> None:

@@ -96,6 +96,10 @@ BROKEN = {
     "rho falls": ("  epochs: 3", "  epochs: 3\n  rho: [1, 0.1]", 6, "one_shot", "rho falls from 1 to 0.1"),
     "unknown argument": ("resnet10t", "resnet10t\n  args: {foo: 1}", 1, "model", "foo"),
     "missing checkpoint": ("resnet10t", "resnet10t\n  checkpoint: a.bin", 1, "model", "'a.bin' does not exist"),
+    "weights among arguments": (
+        "resnet10t", "resnet10t\n  args: {checkpoint_path: evil.pth}", 1, "model", "weights by 'checkpoint_path'"
+    ),
+    "a scheduler of epochs": ("  epochs: 3", "  epochs: 3\n  scheduler: step", 8, "one_shot.scheduler", "cosine, tanh"),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from safetensors.torch import load_file
+from timm.optim._optim_factory import create_optimizer_v2
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ import batude_fx
 from batude_fx import Recipe, TrainingError
 from batude_fx.cli import app
 from batude_fx.modules import TuckerModule
+from batude_fx.recipe import _optimizers, _schedulers
 from batude_fx.training.checkpoint import read, write
 
 CLASSES, TRAIN, HELD_OUT = 3, 24, 9
@@ -260,14 +262,53 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
     (tmp_path / "mine.txt").touch()
     with pytest.raises(TrainingError, match="holds other files"):
         batude_fx.run(recipe, tmp_path)
+    with pytest.raises(TrainingError, match=r"mine\.txt is a file"):
+        batude_fx.run(recipe, tmp_path / "mine.txt")
     with pytest.raises(TrainingError, match="no split 'train' that can be read"):
         batude_fx.run(_recipe(tmp_path / "nowhere"))
     with pytest.raises(TrainingError, match="24 images to train on, a batch takes 64"):
         batude_fx.run(_recipe(photos, data__batch_size=64))
+    with pytest.raises(TrainingError, match="24 images to train on, a batch takes 32"):
+        batude_fx.run(_recipe(photos, data__batch_size=32, data__accumulate=4))
     with pytest.raises(TrainingError, match="cannot be split into 3 parts"):
         batude_fx.run(_recipe(photos, data__accumulate=3))
+    with pytest.raises(TrainingError, match=r"leaves 1 images in each; use a multiple of 16"):
+        batude_fx.run(_recipe(photos, data__accumulate=8, data__mixup=0.2))
+    with pytest.raises(TrainingError, match=r"has 3 classes, test_resnet tells 2 apart; .*num_classes=3"):
+        batude_fx.run(_recipe(photos, model__args={"num_classes": 2}))
+    with pytest.raises(TrainingError, match=r"data\.auto_augment='randaugment'"):
+        batude_fx.run(_recipe(photos, data__auto_augment="randaugment"))
     with pytest.raises(TrainingError, match=r"lower pretrain\.lr, now 1e"):
         batude_fx.run(_recipe(photos, pretrain={"epochs": 1, "lr": 1e30}))
+
+
+@pytest.mark.parametrize(("phase", "words"), [
+    ("pretrain", r"the loss is (nan|inf) after step 2 of pretrain"),
+    ("one_shot", r"the weights are no longer finite.*Lower one_shot\.lr, now 1e"),
+])  # fmt: skip
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    phase: str, words: str, photos: Path, tmp_path: Path
+) -> None:
+    """Evaluations are far apart; a checkpoint is due after every step, a round after every other one."""
+    sections: dict[str, dict[str, Any]] = {"pretrain": {"epochs": 1}, "one_shot": {"epochs": 2, "interval": "2 steps"}}
+    sections[phase]["lr"] = 1e30
+    due = {"interval": "99 steps", "checkpoint": "1 steps" if phase == "pretrain" else "99 steps"}
+    with pytest.raises(TrainingError, match=words):
+        batude_fx.run(_recipe(photos, **sections, eval=due), tmp_path / "run")
+    if phase == "pretrain":
+        kept = read(tmp_path / "run" / "checkpoint.safetensors")
+        assert kept["step"] == 1
+
+
+@pytest.mark.parametrize("scheduler", _schedulers())
+def test_the_rate_falls_unless_it_is_constant(scheduler: str, photos: Path, tmp_path: Path) -> None:
+    finalize = {"epochs": 1, "lr": 0.01, "scheduler": scheduler}
+    changes = {"pretrain": None, "one_shot__epochs": 0, "finalize": finalize, "eval__interval": "1 steps"}
+    batude_fx.run(_recipe(photos, **changes), tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, second, third = (line["lr"] for line in log if line["phase"] == "finalize")
+    assert first == pytest.approx(0.01, rel=1e-6)
+    assert third == second == first if scheduler == "constant" else 0 < third < second < first
 
 
 def test_train_on_the_command_line(photos: Path, tmp_path: Path) -> None:
@@ -303,6 +344,32 @@ def test_checkpoints_keep_whatever_state_there_is(tmp_path: Path) -> None:
         read(tmp_path / "one")
     with pytest.raises(TrainingError, match="does not exist"):
         read(tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", list(_optimizers()))
+def test_every_optimizer_of_recipes_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    images = torch.randn(4, 3, 8, 8)
+
+    def started() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+        return model, create_optimizer_v2(model, name, lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = started()
+    step(model, optimizer)
+    write(tmp_path / "one", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    step(model, optimizer)
+    other, its = started()
+    back = read(tmp_path / "one")
+    other.load_state_dict(back["model"])
+    its.load_state_dict(back["optimizer"])
+    step(other, its)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
 
 
 def test_the_networks_of_the_cifar_papers_have_their_sizes() -> None:

@@ -179,10 +179,10 @@ class Lagrangian:
         one = self.constraints[name]
         full = one.site.group_out_channels, one.site.group_in_channels
         lengths = [1 + (min(full) if one.site.is_pointwise else channels) for channels in full]
-        losses = torch.zeros(sum(lengths), dtype=torch.float64, device=one.weight.device)
+        losses = torch.zeros(sum(lengths), device=one.weight.device)  # float32: Apple's GPUs have no doubles
         if loss is not None:
             losses.copy_(torch.from_numpy(np.concatenate([loss.out, loss.in_])))
-        out, in_ = torch.split(_from_owner(losses, index).cpu(), lengths)
+        out, in_ = torch.split(_from_owner(losses, index).cpu().double(), lengths)
         return one.options.judged(SiteLoss(one.importance * out.numpy(), one.importance * in_.numpy()))
 
     def _ranks(self, name: str, row: int) -> Ranks | None:

@@ -43,17 +43,19 @@ class Data:
     batches: int
 
 
-def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], accelerator: Accelerator) -> Data:
+def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes: int, accelerator: Accelerator) -> Data:
     """What the recipe's `data` section asks for.
 
     Args:
         recipe: The recipe.
         model: Says how images are normalized.
         size: Of an image, (C, H, W).
+        classes: That the model tells apart.
         accelerator: Deals the batches out.
 
     Raises:
-        TrainingError: When there is no such dataset, or it has too few images for a batch.
+        TrainingError: When there is no such dataset, it has too few images for a batch or more classes than the model,
+            or timm refuses the augmentation.
     """
     section, config = recipe.data, _config(model, size)
     train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
@@ -63,10 +65,20 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], accelera
             f"data.batch_size {section.batch_size} cannot be split into {section.accumulate} parts for "
             f"{accelerator.num_processes} processes; use a multiple of {parts}."
         )
-    if not isinstance(train.dataset, IterableDataset) and len(train) < share:
+    if not isinstance(train.dataset, IterableDataset) and len(train) < section.batch_size:
         raise TrainingError(
-            f"{section.root or section.name} has {len(train)} images to train on, a batch takes {share}; "
+            f"{section.root or section.name} has {len(train)} images to train on, a batch takes {section.batch_size}; "
             "use a smaller data.batch_size."
+        )
+    if (section.mixup or section.cutmix) and section.batch_size // parts % 2:
+        raise TrainingError(
+            f"mixup and cutmix mix pairs, and data.batch_size {section.batch_size} in {parts} parts leaves "
+            f"{section.batch_size // parts} images in each; use a multiple of {2 * parts}."
+        )
+    if (named := _classes(train.dataset)) > classes:
+        raise TrainingError(
+            f"{section.root or section.name} has {named} classes, {recipe.model.name} tells {classes} apart; "
+            f"use --set model.args.num_classes={named}."
         )
     augmentation: dict[str, Any] = {
         "scale": (1.0, 1.0) if section.pad else section.scale, "ratio": (1.0, 1.0) if section.pad else section.ratio,
@@ -79,7 +91,13 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], accelera
         "pin_memory": accelerator.device.type == "cuda",
     }  # fmt: skip
     source = train.dataset if isinstance(train.dataset, IterableDataset) else train
-    loader = create_loader(cast("Any", source), batch_size=share, is_training=True, **augmentation, **common)
+    try:
+        loader = create_loader(cast("Any", source), batch_size=share, is_training=True, **augmentation, **common)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise TrainingError(
+            f"timm does not understand the augmentation, data.auto_augment={section.auto_augment!r}: "
+            f'{type(error).__name__} {error}. Write it as timm does, such as "rand-m9-mstd0.5".'
+        ) from error
     if section.pad:
         train.transform = Compose([RandomCrop(size[1:], padding=section.pad), train.transform])
     held_out = _dataset(recipe, section.val_split, config)
@@ -120,6 +138,12 @@ def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batc
             f"{reason}. Give a folder with {section.train_split!r} and {section.val_split!r} in it, each with a "
             "subfolder per class, or a dataset name of timm's."
         ) from error
+
+
+def _classes(dataset: Dataset[Batch]) -> int:
+    """How many a dataset of timm or torchvision names; 0 where it does not."""
+    reader = getattr(dataset, "reader", dataset)
+    return len(getattr(reader, "class_to_idx", None) or getattr(reader, "classes", None) or ())
 
 
 class _Seeded(Dataset[Batch]):

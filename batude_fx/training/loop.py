@@ -69,13 +69,15 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     problem = Problem.of(model, recipe)  # a budget out of reach is said before anything is trained
     session.classes = problem.classes
     model.to(session.accelerator.device)
-    session.data = data or image_data(recipe, model, problem.inputs[0].shape[1:], session.accelerator)
+    session.data = data or image_data(recipe, model, problem.inputs[0].shape[1:], problem.classes, session.accelerator)
 
     if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)
     session.keep_original(model)
     original_accuracy = session.once("original_accuracy", lambda: accuracy(session, model))
-    teacher = fold(model, session.placed(*problem.inputs)).requires_grad_(requires_grad=False)
+    teacher = None
+    if recipe.one_shot.distillation or recipe.finalize.distillation:
+        teacher = fold(model, session.placed(*problem.inputs)).requires_grad_(requires_grad=False)
 
     if session.begins("one_shot"):
         rounds = Rounds(session, recipe.one_shot, problem, model)

@@ -55,6 +55,7 @@ def run_phase(
                 trainer.evaluate(done, loss)
                 bar.line(training_line(session.log[-1]))
             if session.is_due(session.recipe.eval.checkpoint, done) and done < steps:
+                trainer.check(done, loss)  # the last good checkpoint stays
                 session.write(phase, done, trainer.parts)
         if rounds:
             rounds.end(steps)
@@ -97,8 +98,10 @@ class _Trainer:
             model.to(accelerator.device), settings.optimizer, lr=settings.lr, momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )  # fmt: skip
+        # A "step" that never decays is constant: older versions of timm have no other.
+        shape = "step" if settings.scheduler == "constant" else settings.scheduler
         self.scheduler, _ = create_scheduler_v2(
-            optimizer, settings.scheduler, num_epochs=max(1, steps), min_lr=settings.min_lr,
+            optimizer, shape, num_epochs=max(1, steps), min_lr=settings.min_lr,
             warmup_epochs=settings.warmup.steps(session.per_epoch, steps), warmup_lr=0.0,
             decay_rate=1.0, step_on_epochs=False, updates_per_epoch=1,  # a linear "poly"; an "epoch" is a step
         )  # fmt: skip
@@ -159,13 +162,17 @@ class _Trainer:
         apart = F.kl_div(told, known, reduction="batchmean", log_target=True) * temperature**2
         return (1 - weight) * loss + weight * apart
 
-    def evaluate(self, done: int, loss: Tensor) -> None:
-        """Note the accuracy after some steps."""
+    def check(self, done: int, loss: Tensor) -> None:
+        """Go no further with a loss that is not finite."""
         if not loss.isfinite():
             raise TrainingError(
                 f"the loss is {float(loss)} after step {done} of {self.phase}; lower {self.phase}.lr, "
                 f"now {self.settings.lr:g}."
             )
+
+    def evaluate(self, done: int, loss: Tensor) -> None:
+        """Note the accuracy after some steps."""
+        self.check(done, loss)
         self.session.note({
             "phase": self.phase, "step": done, "epoch": done / self.session.per_epoch, "loss": float(loss),
             "lr": self.optimizer.param_groups[0]["lr"],

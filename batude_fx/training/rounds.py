@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from batude_fx.errors import TrainingError
 from batude_fx.measuring import statistics
 from batude_fx.recipe import OneShot
 from batude_fx.spectra import Metric
@@ -75,7 +76,12 @@ class Rounds:
             one.weight.copy_(self.split.z[name])
 
     def _project(self, share: float) -> None:
-        self.split.project_(self.problem.limit(share), self._metrics())
+        try:
+            self.split.project_(self.problem.limit(share), self._metrics())
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise TrainingError(
+                f"the weights are no longer finite: they have no spectra. Lower one_shot.lr, now {self.settings.lr:g}."
+            ) from error
 
     def _metrics(self) -> dict[str, Metric]:
         """Which errors matter now, on training images; empty where the weights alone are judged."""

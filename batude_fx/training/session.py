@@ -194,10 +194,12 @@ def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
             step_scheduler_with_optimizer=False,
         )
     except ValueError as error:  # no such precision on this machine
-        raise recipe.problem("model.precision", f"{error}; use bf16 or fp32") from None
+        raise recipe.problem("model.precision", f"{error}; use fp32") from None
 
 
 def _check_new(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is a file; give a folder.")
     if (folder / RECIPE).exists():
         raise TrainingError(f"{folder} holds a run already; go on with it by --resume, or give a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
