@@ -156,8 +156,11 @@ class _Sums:
         return Metric(out, ModeMetric(covariances[1], sensitivity))
 
     def _sensitivity(self, gradients: int) -> Tensor:
-        """Where no gradient arrives, every output direction matters alike, and the whole variance counts as 1."""
-        if self.gradients.count:
+        """Where no gradient arrives, every output direction matters alike, and the whole variance counts as 1.
+
+        So it is, too, where all gradients are zero: in a fresh network whose branches end in batch-norms of zero gain.
+        """
+        if self.gradients.count and self.gradients.products.any():
             return self.gradients.products / gradients
         alike = torch.eye(self.gradients.products.shape[-1]).to(self.weight).expand_as(self.gradients.products)
         if self.through is not None:

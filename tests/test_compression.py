@@ -522,6 +522,14 @@ def test_a_plan_is_for_its_own_model() -> None:
 # Models that cannot be compressed
 
 
+def test_branches_that_a_fresh_network_multiplies_by_zero_are_not_cut_to_nothing() -> None:
+    """timm's fresh ResNets end every branch in a batch-norm of zero gain: no error in it reaches the outputs yet."""
+    model = timm.create_model("resnet18").eval()
+    assert not model.layer1[0].bn2.weight.any()
+    plan = batude_fx.plan(model, 0.5, example_inputs=torch.zeros(1, 3, 32, 32))
+    assert 0.99 * 0.5 < plan.flops / plan.dense_flops <= 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_refused_with_the_way_out(dtype: torch.dtype) -> None:
     with pytest.raises(UnsupportedError, match=r"compress model\.float\(\)"):
