@@ -13,6 +13,7 @@ from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.sites import ConvSite, Ranks
 
 _UNLIMITED = 2**60
+_APART, _STEEPEST = 0.01, 4.0  # of two timed networks: how far, of the dense time, to draw a line; bounds of its slope
 
 
 def choices(
@@ -56,12 +57,15 @@ class Account:
         dense: (k,) costs of the whole dense model: flops, parameters and, where they were measured, nanoseconds.
         fixed: (k,) what everything but the sites costs.
         round_to: Multiple of the ranks, for messages.
+        timed: Compressed networks that were timed as a whole, in this order: nanoseconds that the times of the sites
+            foresee, and nanoseconds that the network took.
     """
 
     budget: Budget
     dense: tuple[int, ...]
     fixed: Integers
     round_to: int
+    timed: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, options: Collection[Options], budget: Budget, dense: tuple[int, ...], round_to: int) -> Self:
@@ -69,9 +73,31 @@ class Account:
         sites = sum((option.dense for option in options), start=np.zeros(len(dense), np.int64))
         return cls(budget, dense, np.array(dense, np.int64) - sites, round_to)
 
-    def with_unexplained(self, nanoseconds: int) -> Self:
-        """The account with time that the sites one by one do not explain, counted as fixed."""
-        return replace(self, fixed=self.fixed + np.array([0, 0, nanoseconds]))
+    def with_timed(self, foreseen: int, taken: int) -> Self:
+        """The account that knows one more network's time."""
+        return replace(self, timed=(*self.timed, (foreseen, taken)))
+
+    def taken(self, foreseen: int) -> int:
+        """Nanoseconds of a network for which the times of the sites foresee so many."""
+        slope, offset = self._line()
+        return round(slope * foreseen + offset)
+
+    def foreseen(self, taken: int) -> int:
+        """The inverse of `taken`."""
+        slope, offset = self._line()
+        return math.floor((taken - offset) / slope)
+
+    def _line(self) -> tuple[float, float]:
+        """Slope and offset of the line through the last two networks that were timed, the dense one the first.
+
+        The sites' times may be of another day, when the machine was less busy, and they leave out what layers wait for.
+        """
+        slope, x, y = 1.0, self.dense[2], self.dense[2]
+        for foreseen, taken in self.timed:
+            if abs(foreseen - x) > _APART * self.dense[2]:
+                slope = min(max((taken - y) / (foreseen - x), 1 / _STEEPEST), _STEEPEST)
+            x, y = foreseen, taken
+        return slope, y - slope * x
 
     def capacity(self, options: Collection[Options]) -> Integers:
         """(k,) what is left for all sites together.
@@ -83,8 +109,9 @@ class Account:
             raise BudgetError(f"{self.budget}: no times have been measured; call plan with a latency first.")
         limits = astuple(self.budget.limits(*self.dense))[: len(self.dense)]
         most = np.array([_UNLIMITED if limit is None else limit for limit in limits], np.int64)
-        smallest = self.fixed + smallest_costs(options) if options else self.fixed
-        for unit, need, allowed, full in zip(UNITS, smallest.tolist(), most.tolist(), self.dense, strict=False):
+        smallest = (self.fixed + smallest_costs(options) if options else self.fixed).tolist()
+        smallest[2:] = [self.taken(nanoseconds) for nanoseconds in smallest[2:]]
+        for unit, need, allowed, full in zip(UNITS, smallest, most.tolist(), self.dense, strict=False):
             if need > allowed and not options:
                 raise BudgetError(
                     f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
@@ -97,6 +124,7 @@ class Account:
                     f"{self.round_to}) at all {len(options)} replaceable sites still need {share}. "
                     f"Use at least {_reachable(need, full):.4f}."
                 )
+        most[2:] = [self.foreseen(nanoseconds) for nanoseconds in most[2:].tolist()]
         return most - self.fixed
 
 

@@ -101,7 +101,8 @@ def choose(candidates: Mapping[str, Candidate], account: Account) -> Choice:
             rank_out, rank_in = option.ranks[row].tolist()
             ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
     flops, params, *nanoseconds = total.tolist()
-    return Choice(ranks, losses, flops, params, nanoseconds[0] / 1e9 if nanoseconds else None)
+    seconds = account.taken(nanoseconds[0]) / 1e9 if nanoseconds else None
+    return Choice(ranks, losses, flops, params, seconds)
 
 
 def timed(
@@ -157,8 +158,8 @@ def _timed(
             for name, row in rows.items()
             if (options[name].costs[row] != options[name].dense).any()
         }
-        predicted = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
-        account = account.with_unexplained(watch.compare(fastest) - predicted)
+        foreseen = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
+        account = account.with_timed(foreseen, watch.compare(fastest))
         account.capacity(options.values())
     return options, account
 
@@ -166,7 +167,7 @@ def _timed(
 def settled(
     choice: Choice, watch: Stopwatch, candidates: Mapping[str, Candidate], account: Account
 ) -> tuple[Choice, Account]:
-    """Time the whole network with the chosen ranks, and choose anew with what the sites' own times do not explain.
+    """Time the whole network with the chosen ranks, and choose anew with what that tells, until it meets the limit.
 
     Returns:
         The choice that comes closest to the limit, from below where one does, with its measured time; and the account
@@ -179,8 +180,7 @@ def settled(
     tried: list[tuple[tuple[bool, int], Choice, Account]] = []
     for _ in track(range(_ROUNDS), "timing the network"):
         taken = watch.compare(choice.ranks) if choice.ranks else watch.dense_nanoseconds
-        unexplained = taken - round(1e9 * cast("float", choice.seconds))
-        account = account.with_unexplained(unexplained)
+        account = account.with_timed(account.foreseen(round(1e9 * cast("float", choice.seconds))), taken)
         over = taken - (limit or taken)
         tried.append(((over > 0, abs(over)), replaced(choice, seconds=taken / 1e9), account))
         if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
@@ -201,9 +201,11 @@ def settled(
     _, choice, account = min(tried, key=itemgetter(0))
     taken = round(1e9 * cast("float", choice.seconds))
     if limit is not None and taken > (1 + _ALLOWED) * limit:
+        share = taken / watch.dense_nanoseconds
+        way_out = f"Use at least {share:.4f}" if share < 1 else "No ranks make it faster; limit the flops instead"
         raise BudgetError(
-            f"latency {limit / 1e6:.4g} ms is out of reach: after {len(tried)} rounds the network takes "
-            f"{taken / 1e6:.4g} ms, the dense one {watch.dense_nanoseconds / 1e6:.4g} ms. Use at least "
-            f"{taken / watch.dense_nanoseconds:.4f}, or an idle machine."
+            f"latency {limit / 1e6:.4g} ms is out of reach: of {len(tried)} networks the fastest takes "
+            f"{taken / 1e6:.4g} ms, the dense one {watch.dense_nanoseconds / 1e6:.4g} ms. {way_out}, or try again "
+            "while the machine is idle."
         )
     return choice, account

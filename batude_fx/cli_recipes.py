@@ -70,7 +70,8 @@ def validate(
             Problem.of(dense_network(recipe, weights=False), recipe)
         except BatudeError as error:
             broken += 1
-            say(str(error), "red")
+            for line in str(error).splitlines():
+                say(line, "red")
         else:
             Console().print(f"{name}: valid", markup=False, highlight=False)
     if broken:

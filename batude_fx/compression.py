@@ -45,6 +45,13 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
 SEED = 0  # of procedural images, sampled positions and random output combinations
+_WRAPPERS = {
+    "DataParallel": "its `module`",
+    "DistributedDataParallel": "its `module`",
+    "OptimizedModule": "its `_orig_mod`, then torch.compile the result",
+    "RecursiveScriptModule": "the model that it was scripted from",
+    "TopLevelTracedModule": "the model that it was traced from",
+}
 _STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
 
 
@@ -275,12 +282,18 @@ def _check_values(model: object) -> None:
             "compress measures gradients, and its result could not be trained inside torch.inference_mode(); call it "
             "outside. torch.no_grad() is no hindrance."
         )
+    if better := _WRAPPERS.get(type(model).__name__):
+        raise UnsupportedError(f"{type(model).__name__} hides the layers of a network; compress {better}.")
     # Of those that are not initialized yet, discovery has more to say.
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name in [name for name, one in parameters.items() if not is_lazy(one)]:
         parameter = parameters[name]
         if parameter.is_meta:
             raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights first.")
+        if parameter.is_inference():
+            raise UnsupportedError(
+                f"{name} was made inside torch.inference_mode(), without gradients; make it outside."
+            )
         if parameter.is_floating_point() and parameter.dtype.itemsize < 4:  # noqa: PLR2004 - bytes of float32
             raise UnsupportedError(
                 f"{name} is {parameter.dtype}, too coarse to decompose; compress model.float(), "

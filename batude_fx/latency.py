@@ -6,7 +6,8 @@ ranks. What is measured is kept by layer, input, dtype, device, threads and vers
 `${BATUDE_FX_CACHE:-~/.cache/batude_fx}/latency`, so that a second call on the same machine takes seconds.
 
 What the sites take one by one is not quite what they take in the network, and not everything is a site. So the whole
-network is timed as well, dense and compressed in turns (`Stopwatch.compare`), and the difference is counted as fixed.
+network is timed as well, dense and compressed in turns (`Stopwatch.compare`), and `capacity.Account` draws a line from
+what its sites foresee to what it takes.
 """
 
 import hashlib

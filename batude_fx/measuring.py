@@ -166,7 +166,8 @@ class _Sums:
         if self.through is not None:
             alike = self.through.mT @ self.through
         covariance = next(iter(self.covariances.values())).covariance()
-        return alike / (covariance * alike).sum().clamp_min(torch.finfo(covariance.dtype).tiny)
+        variance = (covariance * alike).sum()
+        return alike / torch.where(variance > torch.finfo(variance.dtype).tiny ** 0.5, variance, 1)
 
 
 def _sample(positions: int, generator: torch.Generator) -> Tensor:

@@ -438,16 +438,14 @@ class _Document:
         self.lines[tuple(keys)] = f"--set {text}"
 
     def error(self, error: ValidationError) -> RecipeError:
-        """One line: where, what was found, what was expected."""
-        first, *more = error.errors(include_url=False)
-        key = tuple(first["loc"])
-        rest = f" ({len(more)} more)" if more else ""
-        return self.problem(key, _explained(first, key), rest)
+        """One line per problem: where, what was found, what was expected."""
+        found = [(tuple(one["loc"]), one) for one in error.errors(include_url=False)]
+        return RecipeError("\n".join(str(self.problem(key, _explained(one, key))) for key, one in found))
 
-    def problem(self, key: Key, text: str, rest: str = "") -> RecipeError:
+    def problem(self, key: Key, text: str) -> RecipeError:
         """A problem at a key, or at the nearest one above it that the file has."""
         near = next(key[:end] for end in range(len(key), -1, -1) if key[:end] in self.lines)
-        return RecipeError(f"{self.lines[near]}: {_dotted(key)}: {text.rstrip('.')}.{rest}")
+        return RecipeError(f"{self.lines[near]}: {_dotted(key)}: {text.rstrip('.')}.")
 
 
 def _explained(problem: Any, key: Key) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, of which newer versions have more

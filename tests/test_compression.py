@@ -5,6 +5,7 @@ import random
 import re
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -540,6 +541,25 @@ def test_half_precision_is_refused_with_the_way_out(dtype: torch.dtype) -> None:
 def test_inference_mode_is_refused_without_gradients_it_would_choose_other_ranks() -> None:
     with pytest.raises(UnsupportedError, match=r"outside.*torch\.no_grad\(\) is no hindrance"):
         batude_fx.compress(_net(), 0.5, example_inputs=EXAMPLE)
+
+
+def test_a_model_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = _net()
+    with pytest.raises(UnsupportedError, match="make it outside"):
+        batude_fx.compress(model, 0.5, example_inputs=EXAMPLE)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning", "ignore:.torch.jit.script.:DeprecationWarning")
+def test_wrappers_are_refused_with_what_to_compress_instead() -> None:
+    wrappers: dict[str, Any] = {
+        "its `_orig_mod`, then torch.compile": torch.compile(_net()),
+        "its `module`": nn.DataParallel(_net()),
+        "scripted from": torch.jit.script(_net()),
+    }
+    for words, wrapper in wrappers.items():
+        with pytest.raises(UnsupportedError, match=words):
+            batude_fx.compress(wrapper, 0.5, example_inputs=EXAMPLE)
 
 
 def test_models_without_values_or_convolutions_are_refused() -> None:

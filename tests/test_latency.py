@@ -126,6 +126,21 @@ def test_the_network_meets_the_limit_though_its_sites_do_not_explain_all_its_tim
     assert "ms a run" in str(plan)
 
 
+@pytest.mark.parametrize("faster", [1.1, 1.3, 1.8])
+@pytest.mark.parametrize("busy", [0.4, 2.0, 3.5])
+def test_layers_that_were_timed_on_a_busier_or_idler_day_are_no_obstacle(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch, busy: float, faster: float
+) -> None:
+    del clock
+    monkeypatch.setattr(
+        Stopwatch, "_seconds", lambda _self, *networks: [busy * _network_seconds(network) for network in networks]
+    )
+    model = _network()
+    plan = batude_fx.plan(model, Budget(latency=f"{faster}x"), example_inputs=INPUT, calibration=None)
+    share = faster * _network_seconds(plan.apply(model)) / _network_seconds(model)
+    assert 0.9 < share <= 1
+
+
 def test_a_latency_and_flops_hold_together(clock: list[nn.Module]) -> None:
     del clock
     model = _network()

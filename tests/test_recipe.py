@@ -116,6 +116,14 @@ def test_a_broken_recipe_is_answered_in_one_line(name: str, tmp_path: Path) -> N
     assert words in result.stderr
 
 
+def test_every_mistake_has_a_line(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path, GOOD.replace("  epochs: 3", "  epochs: three").replace("  interval: 50%", "  intervall: 50%")
+    )
+    result = CliRunner().invoke(app, ["recipes", "validate", str(path)])
+    assert [line.split(": ")[0] for line in sorted(result.stderr.splitlines())] == [f"{path}:7", f"{path}:8"]
+
+
 def test_a_missing_file_names_close_recipes() -> None:
     with pytest.raises(RecipeError, match=r"resnet20-cifar10: no such file.*resnet20-cifar10-2.5x"):
         Recipe.from_yaml("resnet20-cifar10")

@@ -101,6 +101,13 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     if section.pad:
         train.transform = Compose([RandomCrop(size[1:], padding=section.pad), train.transform])
     held_out = _dataset(recipe, section.val_split, config)
+    folders = [getattr(getattr(one, "reader", None), "root", None) for one in (train.dataset, held_out)]
+    if folders[0] and folders[0] == folders[1] and section.train_split != section.val_split:
+        # timm takes the folder itself where it finds no split.
+        raise TrainingError(
+            f"{folders[0]} has no {section.train_split!r} and {section.val_split!r} in it, so the images to train on "
+            "would be those that accuracy is measured on; make these two folders, each with a subfolder per class."
+        )
     evaluation = create_loader(cast("Any", held_out), batch_size=recipe.eval.batch_size, is_training=False, **common)
     prepared: Any = accelerator.prepare_data_loader(loader)
     shown: Any = accelerator.prepare_data_loader(evaluation)
@@ -125,6 +132,11 @@ def _config(model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
 def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batch]:
     section = recipe.data
     training = split == section.train_split
+    if section.root and not section.root.exists() and not section.download:
+        raise TrainingError(
+            f"data.root {str(section.root)!r} does not exist; give a folder with {section.train_split!r} and "
+            f"{section.val_split!r} in it, each with a subfolder per class, or data.download=true for a dataset's name."
+        )
     try:
         return create_dataset(  # type: ignore[no-any-return]
             section.name, root=str(section.root) if section.root else None, split=split, is_training=training,

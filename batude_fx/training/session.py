@@ -25,6 +25,7 @@ from batude_fx.training.data import Data
 CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE, MODEL = (
     "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png", "model",
 )  # fmt: skip
+TRACKED = "tensorboard"  # accelerate's name for its tracker, and for the folder
 PHASES = ("pretrain", "one_shot", "finalize")
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")
 
@@ -72,7 +73,7 @@ class Session:
             with replacing(place / RECIPE) as text:
                 text.write_text(recipe.to_yaml(), encoding="utf-8")
             if self.accelerator.log_with:
-                self.accelerator.init_trackers("tensorboard")
+                self.accelerator.init_trackers(TRACKED)
 
     @property
     def _writes(self) -> bool:
@@ -182,14 +183,14 @@ class Session:
 
 def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
     AcceleratorState._reset_state()  # noqa: SLF001 - it would refuse a second run of another precision
-    tracked = folder is not None and find_spec("tensorboard") is not None
+    tracked = folder is not None and find_spec(TRACKED) is not None
     try:
         return Accelerator(
             mixed_precision="no" if recipe.model.precision == "fp32" else recipe.model.precision,
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed
             ),
-            log_with="tensorboard" if tracked else None,
+            log_with=TRACKED if tracked else None,
             project_dir=folder if tracked else None,
             step_scheduler_with_optimizer=False,
         )
@@ -200,7 +201,8 @@ def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
 def _check_new(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; give a folder.")
-    if (folder / RECIPE).exists():
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if RECIPE in held and held & {ORIGINAL, LOG, CHECKPOINT, RESULT}:
         raise TrainingError(f"{folder} holds a run already; go on with it by --resume, or give a new folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if held - {RECIPE, TRACKED}:  # these alone are of a run that never began
         raise TrainingError(f"{folder} holds other files; give a new folder.")
