@@ -268,8 +268,9 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
         batude_fx.run(_recipe(tmp_path / "nowhere"))
     with pytest.raises(TrainingError, match="the images to train on would be those that accuracy is measured on"):
         batude_fx.run(_recipe(photos / "train"), tmp_path / "failed")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(TrainingError, match="no split 'train' that can be read"):
-        batude_fx.run(_recipe(photos, data__name="torchvision/nothing"))
+        batude_fx.run(_recipe(tmp_path / "empty"))
     with pytest.raises(TrainingError, match="has 24 images"):  # that folder holds a run that never began
         batude_fx.run(_recipe(photos, data__batch_size=64), tmp_path / "failed")
     with pytest.raises(TrainingError, match="24 images to train on, a batch takes 64"):
