@@ -13,7 +13,7 @@ from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.sites import ConvSite, Ranks
 
 _UNLIMITED = 2**60
-_APART, _STEEPEST = 0.01, 4.0  # of two timed networks: how far, of the dense time, to draw a line; bounds of its slope
+_STEEPEST = 4.0  # slope from what sites foresee to what a network takes, and one over the flattest
 
 
 def choices(
@@ -57,15 +57,15 @@ class Account:
         dense: (k,) costs of the whole dense model: flops, parameters and, where they were measured, nanoseconds.
         fixed: (k,) what everything but the sites costs.
         round_to: Multiple of the ranks, for messages.
-        timed: Compressed networks that were timed as a whole, in this order: nanoseconds that the times of the sites
-            foresee, and nanoseconds that the network took.
+        timed: The compressed network that was timed as a whole last: nanoseconds that the times of the sites foresee,
+            and nanoseconds that it took.
     """
 
     budget: Budget
     dense: tuple[int, ...]
     fixed: Integers
     round_to: int
-    timed: tuple[tuple[int, int], ...] = ()
+    timed: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, options: Collection[Options], budget: Budget, dense: tuple[int, ...], round_to: int) -> Self:
@@ -74,8 +74,8 @@ class Account:
         return cls(budget, dense, np.array(dense, np.int64) - sites, round_to)
 
     def with_timed(self, foreseen: int, taken: int) -> Self:
-        """The account that knows one more network's time."""
-        return replace(self, timed=(*self.timed, (foreseen, taken)))
+        """The account that knows a network's time."""
+        return replace(self, timed=(foreseen, taken))
 
     def taken(self, foreseen: int) -> int:
         """Nanoseconds of a network for which the times of the sites foresee so many."""
@@ -88,16 +88,15 @@ class Account:
         return math.floor((taken - offset) / slope)
 
     def _line(self) -> tuple[float, float]:
-        """Slope and offset of the line through the last two networks that were timed, the dense one the first.
+        """Slope and offset of the line through the dense network and the one that was timed last, which it ends at.
 
         The sites' times may be of another day, when the machine was less busy, and they leave out what layers wait for.
         """
-        slope, x, y = 1.0, self.dense[2], self.dense[2]
-        for foreseen, taken in self.timed:
-            if abs(foreseen - x) > _APART * self.dense[2]:
-                slope = min(max((taken - y) / (foreseen - x), 1 / _STEEPEST), _STEEPEST)
-            x, y = foreseen, taken
-        return slope, y - slope * x
+        dense = self.dense[2]
+        foreseen, taken = self.timed or (dense, dense)
+        slope = (dense - taken) / (dense - foreseen) if foreseen < dense else 1.0
+        slope = min(max(slope, 1 / _STEEPEST), _STEEPEST)
+        return slope, taken - slope * foreseen
 
     def capacity(self, options: Collection[Options]) -> Integers:
         """(k,) what is left for all sites together.

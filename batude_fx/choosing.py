@@ -202,7 +202,9 @@ def settled(
     taken = round(1e9 * cast("float", choice.seconds))
     if limit is not None and taken > (1 + _ALLOWED) * limit:
         share = taken / watch.dense_nanoseconds
-        way_out = f"Use at least {share:.4f}" if share < 1 else "No ranks make it faster; limit the flops instead"
+        way_out = (
+            f"Use at least {share:.4f}" if share < 1 else "None is faster than the dense one; limit the flops instead"
+        )
         raise BudgetError(
             f"latency {limit / 1e6:.4g} ms is out of reach: of {len(tried)} networks the fastest takes "
             f"{taken / 1e6:.4g} ms, the dense one {watch.dense_nanoseconds / 1e6:.4g} ms. {way_out}, or try again "

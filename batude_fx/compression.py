@@ -279,8 +279,8 @@ def _check_values(model: object) -> None:
         raise UnsupportedError(f"{model!r} is no model; batude_fx.create makes one from a name.")
     if torch.is_inference_mode_enabled():
         raise UnsupportedError(
-            "compress measures gradients, and its result could not be trained inside torch.inference_mode(); call it "
-            "outside. torch.no_grad() is no hindrance."
+            "inside torch.inference_mode() calibration gets no gradients, and the result could never be trained; call "
+            "compress outside. torch.no_grad() is no hindrance."
         )
     if better := _WRAPPERS.get(type(model).__name__):
         raise UnsupportedError(f"{type(model).__name__} hides the layers of a network; compress {better}.")

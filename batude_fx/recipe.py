@@ -35,6 +35,7 @@ from batude_fx.errors import RecipeError
 _WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "weights", "weights_backbone"}
 _NOT_PLAIN = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
 """Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers."""
+_ALTERNATIVES = {("bool",), ("int",), ("float",), ("str",)}  # pydantic's ends of keys where a value may be any of these
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
 _PACKAGED = Path(__file__).parent / "recipes"
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "recipes"
@@ -439,8 +440,11 @@ class _Document:
 
     def error(self, error: ValidationError) -> RecipeError:
         """One line per problem: where, what was found, what was expected."""
-        found = [(tuple(one["loc"]), one) for one in error.errors(include_url=False)]
-        return RecipeError("\n".join(str(self.problem(key, _explained(one, key))) for key, one in found))
+        problems: dict[Key, Any] = {}
+        for one in error.errors(include_url=False):
+            key = tuple(one["loc"])
+            problems.setdefault(key[:-1] if key[-1:] in _ALTERNATIVES else key, one)
+        return RecipeError("\n".join(str(self.problem(key, _explained(one, key))) for key, one in problems.items()))
 
     def problem(self, key: Key, text: str) -> RecipeError:
         """A problem at a key, or at the nearest one above it that the file has."""

@@ -271,8 +271,7 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(TrainingError, match="no split 'train' that can be read"):
         batude_fx.run(_recipe(tmp_path / "empty"))
-    with pytest.raises(TrainingError, match="has 24 images"):  # that folder holds a run that never began
-        batude_fx.run(_recipe(photos, data__batch_size=64), tmp_path / "failed")
+    assert not (tmp_path / "failed").exists()
     with pytest.raises(TrainingError, match="24 images to train on, a batch takes 64"):
         batude_fx.run(_recipe(photos, data__batch_size=64))
     with pytest.raises(TrainingError, match="24 images to train on, a batch takes 32"):
@@ -291,11 +290,9 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
 
 @pytest.mark.parametrize(("phase", "words"), [
     ("pretrain", r"the loss is (nan|inf) after step 2 of pretrain"),
-    ("one_shot", r"the weights are no longer finite.*Lower one_shot\.lr, now 1e"),
+    ("one_shot", r"no longer finite\. Lower one_shot\.lr, now 1e"),
 ])  # fmt: skip
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
-    phase: str, words: str, photos: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_diverges_says_so_and_writes_no_more(phase: str, words: str, photos: Path, tmp_path: Path) -> None:
     """Evaluations are far apart; a checkpoint is due after every step, a round after every other one."""
     sections: dict[str, dict[str, Any]] = {"pretrain": {"epochs": 1}, "one_shot": {"epochs": 2, "interval": "2 steps"}}
     sections[phase]["lr"] = 1e30

@@ -60,26 +60,8 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     section, config = recipe.data, _config(model, size)
     train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
     share, parts = section.batch_size // section.accumulate, section.accumulate * accelerator.num_processes
-    if section.batch_size % parts:
-        raise TrainingError(
-            f"data.batch_size {section.batch_size} cannot be split into {section.accumulate} parts for "
-            f"{accelerator.num_processes} processes; use a multiple of {parts}."
-        )
-    if not isinstance(train.dataset, IterableDataset) and len(train) < section.batch_size:
-        raise TrainingError(
-            f"{section.root or section.name} has {len(train)} images to train on, a batch takes {section.batch_size}; "
-            "use a smaller data.batch_size."
-        )
-    if (section.mixup or section.cutmix) and section.batch_size // parts % 2:
-        raise TrainingError(
-            f"mixup and cutmix mix pairs, and data.batch_size {section.batch_size} in {parts} parts leaves "
-            f"{section.batch_size // parts} images in each; use a multiple of {2 * parts}."
-        )
-    if (named := _classes(train.dataset)) > classes:
-        raise TrainingError(
-            f"{section.root or section.name} has {named} classes, {recipe.model.name} tells {classes} apart; "
-            f"use --set model.args.num_classes={named}."
-        )
+    held_out = _dataset(recipe, section.val_split, config)
+    _check(recipe, train, held_out, parts, classes)
     augmentation: dict[str, Any] = {
         "scale": (1.0, 1.0) if section.pad else section.scale, "ratio": (1.0, 1.0) if section.pad else section.ratio,
         "hflip": section.hflip, "color_jitter": section.color_jitter, "auto_augment": section.auto_augment,
@@ -94,20 +76,14 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     try:
         loader = create_loader(cast("Any", source), batch_size=share, is_training=True, **augmentation, **common)
     except (AssertionError, ValueError, KeyError) as error:
+        if section.auto_augment is None:
+            raise
         raise TrainingError(
             f"timm does not understand the augmentation, data.auto_augment={section.auto_augment!r}: "
             f'{type(error).__name__} {error}. Write it as timm does, such as "rand-m9-mstd0.5".'
         ) from error
     if section.pad:
         train.transform = Compose([RandomCrop(size[1:], padding=section.pad), train.transform])
-    held_out = _dataset(recipe, section.val_split, config)
-    folders = [getattr(getattr(one, "reader", None), "root", None) for one in (train.dataset, held_out)]
-    if folders[0] and folders[0] == folders[1] and section.train_split != section.val_split:
-        # timm takes the folder itself where it finds no split.
-        raise TrainingError(
-            f"{folders[0]} has no {section.train_split!r} and {section.val_split!r} in it, so the images to train on "
-            "would be those that accuracy is measured on; make these two folders, each with a subfolder per class."
-        )
     evaluation = create_loader(cast("Any", held_out), batch_size=recipe.eval.batch_size, is_training=False, **common)
     prepared: Any = accelerator.prepare_data_loader(loader)
     shown: Any = accelerator.prepare_data_loader(evaluation)
@@ -132,10 +108,10 @@ def _config(model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
 def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batch]:
     section = recipe.data
     training = split == section.train_split
-    if section.root and not section.root.exists() and not section.download:
+    if not section.name and section.root and not section.root.exists():
         raise TrainingError(
             f"data.root {str(section.root)!r} does not exist; give a folder with {section.train_split!r} and "
-            f"{section.val_split!r} in it, each with a subfolder per class, or data.download=true for a dataset's name."
+            f"{section.val_split!r} in it, each with a subfolder per class."
         )
     try:
         return create_dataset(  # type: ignore[no-any-return]
@@ -150,6 +126,38 @@ def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batc
             f"{reason}. Give a folder with {section.train_split!r} and {section.val_split!r} in it, each with a "
             "subfolder per class, or a dataset name of timm's."
         ) from error
+
+
+def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: int, classes: int) -> None:
+    """Say what can be said before anything is trained, of batches that are computed in so many parts."""
+    section = recipe.data
+    if section.batch_size % parts:
+        raise TrainingError(
+            f"data.batch_size {section.batch_size} cannot be split into {section.accumulate} parts for "
+            f"{parts // section.accumulate} processes; use a multiple of {parts}."
+        )
+    if not isinstance(train.dataset, IterableDataset) and len(train) < section.batch_size:
+        raise TrainingError(
+            f"{section.root or section.name} has {len(train)} images to train on, a batch takes {section.batch_size}; "
+            "use a smaller data.batch_size."
+        )
+    if (section.mixup or section.cutmix) and section.batch_size // parts % 2:
+        raise TrainingError(
+            f"mixup and cutmix mix pairs, and data.batch_size {section.batch_size} in {parts} parts leaves "
+            f"{section.batch_size // parts} images in each; use a multiple of {2 * parts}."
+        )
+    if (named := _classes(train.dataset)) > classes:
+        raise TrainingError(
+            f"{section.root or section.name} has {named} classes, {recipe.model.name} tells {classes} apart; "
+            f"use --set model.args.num_classes={named}."
+        )
+    folders = [getattr(getattr(one, "reader", None), "root", None) for one in (train.dataset, held_out)]
+    if not section.name and folders[0] == folders[1] and section.train_split != section.val_split:
+        # timm takes the folder itself where it finds no split.
+        raise TrainingError(
+            f"{folders[0]} has no {section.train_split!r} and {section.val_split!r} in it, so the images to train on "
+            "would be those that accuracy is measured on; make these two folders, each with a subfolder per class."
+        )
 
 
 def _classes(dataset: Dataset[Batch]) -> int:

@@ -69,7 +69,8 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     problem = Problem.of(model, recipe)  # a budget out of reach is said before anything is trained
     session.classes = problem.classes
     model.to(session.accelerator.device)
-    session.data = data or image_data(recipe, model, problem.inputs[0].shape[1:], problem.classes, session.accelerator)
+    size = problem.inputs[0].shape[1:]
+    session.begin(data or image_data(recipe, model, size, problem.classes, session.accelerator))
 
     if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)

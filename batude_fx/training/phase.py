@@ -55,7 +55,7 @@ def run_phase(
                 trainer.evaluate(done, loss)
                 bar.line(training_line(session.log[-1]))
             if session.is_due(session.recipe.eval.checkpoint, done) and done < steps:
-                trainer.check(done, loss)  # the last good checkpoint stays
+                trainer.check(done, loss)  # no state to go on from
                 session.write(phase, done, trainer.parts)
         if rounds:
             rounds.end(steps)

@@ -25,7 +25,6 @@ from batude_fx.training.data import Data
 CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE, MODEL = (
     "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png", "model",
 )  # fmt: skip
-TRACKED = "tensorboard"  # accelerate's name for its tracker, and for the folder
 PHASES = ("pretrain", "one_shot", "finalize")
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")
 
@@ -67,13 +66,17 @@ class Session:
         elif folder is not None:
             _check_new(folder)
         self.accelerator.wait_for_everyone()
+
+    def begin(self, data: Data) -> None:
+        """Make the folder, now that there is something to train on: a run that cannot begin leaves nothing behind."""
+        self.data = data
         if self._writes:
-            place = cast("Path", folder)
+            place = cast("Path", self.folder)
             place.mkdir(parents=True, exist_ok=True)
             with replacing(place / RECIPE) as text:
-                text.write_text(recipe.to_yaml(), encoding="utf-8")
+                text.write_text(self.recipe.to_yaml(), encoding="utf-8")
             if self.accelerator.log_with:
-                self.accelerator.init_trackers(TRACKED)
+                self.accelerator.init_trackers("tensorboard")
 
     @property
     def _writes(self) -> bool:
@@ -183,14 +186,14 @@ class Session:
 
 def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
     AcceleratorState._reset_state()  # noqa: SLF001 - it would refuse a second run of another precision
-    tracked = folder is not None and find_spec(TRACKED) is not None
+    tracked = folder is not None and find_spec("tensorboard") is not None
     try:
         return Accelerator(
             mixed_precision="no" if recipe.model.precision == "fp32" else recipe.model.precision,
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed
             ),
-            log_with=TRACKED if tracked else None,
+            log_with="tensorboard" if tracked else None,
             project_dir=folder if tracked else None,
             step_scheduler_with_optimizer=False,
         )
@@ -201,8 +204,7 @@ def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
 def _check_new(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; give a folder.")
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if RECIPE in held and held & {ORIGINAL, LOG, CHECKPOINT, RESULT}:
+    if (folder / RECIPE).exists():
         raise TrainingError(f"{folder} holds a run already; go on with it by --resume, or give a new folder.")
-    if held - {RECIPE, TRACKED}:  # these alone are of a run that never began
+    if folder.is_dir() and any(folder.iterdir()):
         raise TrainingError(f"{folder} holds other files; give a new folder.")
