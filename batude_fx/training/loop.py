@@ -70,7 +70,7 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     session.classes = problem.classes
     model.to(session.accelerator.device)
     size = problem.inputs[0].shape[1:]
-    session.begin(data or image_data(recipe, model, size, problem.classes, session.accelerator))
+    session.start(data or image_data(recipe, model, size, problem.classes, session.accelerator))
 
     if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)

@@ -42,7 +42,7 @@ class Session:
 
     Attributes:
         accelerator: Devices, precision, processes.
-        data: The images; set once the network is known.
+        data: The images; set by `start`, once the network is known.
         classes: Their number.
         rounds: One record per round of BC-ADL.
         log: All records, evaluations among them.
@@ -67,7 +67,7 @@ class Session:
             _check_new(folder)
         self.accelerator.wait_for_everyone()
 
-    def begin(self, data: Data) -> None:
+    def start(self, data: Data) -> None:
         """Make the folder, now that there is something to train on: a run that cannot begin leaves nothing behind."""
         self.data = data
         if self._writes:
