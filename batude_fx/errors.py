@@ -53,3 +53,8 @@ class ExportError(BatudeError):
 
 class TrainingError(BatudeError):
     """A run that cannot start, cannot go on, or whose loss is not finite."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, to be quoted in one of ours; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

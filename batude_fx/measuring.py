@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batude_fx.borrowing import borrowed
-from batude_fx.errors import CalibrationError
+from batude_fx.errors import CalibrationError, first_line
 from batude_fx.handlers import canonical_weight
 from batude_fx.sites import ConvSite
 from batude_fx.spectra import Metric, ModeMetric
@@ -52,12 +52,11 @@ def statistics(
             try:
                 outputs = model(*inputs)
             except (RuntimeError, ValueError, AssertionError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 full = isinstance(error, torch.OutOfMemoryError)
                 way_out = "Move the model to the CPU" if full else "Resize them to what it takes"
                 raise CalibrationError(
                     f"the model does not run on calibration images of shape {tuple(tree_leaves(batch)[0].shape)}: "
-                    f"{reason}. {way_out}."
+                    f"{first_line(error)}. {way_out}."
                 ) from error
             _backward_random_combinations(outputs, draws, generator)
     if not images:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from batude_fx.errors import SavedModelError
+from batude_fx.errors import SavedModelError, first_line
 
 ENTRYPOINT = "batude_fx"
 Library = Literal["timm", "torchvision"]
@@ -61,7 +61,7 @@ class Origin:
                 return self._call(args)
             except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
                 raise SavedModelError(
-                    f"{self.library} cannot build {self.base!r} with {args}: {_first_line(error)}."
+                    f"{self.library} cannot build {self.base!r} with {args}: {first_line(error)}."
                 ) from error
 
     def _call(self, args: Mapping[str, Any], *, weightless: bool = False) -> nn.Module:
@@ -180,7 +180,3 @@ class _Weightless(TorchFunctionMode):
         if func in self._ALLOCATING:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
 
-from batude_fx.errors import TrainingError
+from batude_fx.errors import TrainingError, first_line
 from batude_fx.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]
@@ -120,7 +120,7 @@ def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batc
             input_img_mode="L" if config["input_size"][0] == 1 else "RGB",
         )  # fmt: skip
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise TrainingError(
             f"data.name {section.name!r} at data.root {str(section.root)!r} has no split {split!r} that can be read: "
             f"{reason}. Give a folder with {section.train_split!r} and {section.val_split!r} in it, each with a "

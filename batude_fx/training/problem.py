@@ -19,6 +19,7 @@ from batude_fx.errors import (
     SavedModelError,
     SelectionError,
     TrainingError,
+    first_line,
 )
 from batude_fx.flops import count_flops
 from batude_fx.plugin import create
@@ -45,7 +46,7 @@ def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
     except BatudeError as error:
         raise recipe.problem("model.name", str(error)) from None
     except (RuntimeError, OSError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise recipe.problem("model", f"{section.name} cannot be built: {reason}") from error
     if section.checkpoint and weights:
         try:
@@ -137,7 +138,7 @@ def _classes(model: nn.Module, inputs: tuple[Tensor]) -> int:
         with borrowed(model):
             outputs = model(*inputs)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise TrainingError(
             f"{type(model).__name__} does not run on images of shape {tuple(inputs[0].shape)}: {reason}"
         ) from error

@@ -80,7 +80,7 @@ class Rounds:
             self.split.project_(self.problem.limit(share), self._metrics())
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise TrainingError(
-                f"the weights have no spectra, most likely as they are no longer finite. Lower one_shot.lr, now "
+                "the weights have no spectra, most likely as they are no longer finite. Lower one_shot.lr, now "
                 f"{self.settings.lr:g}."
             ) from error
 
