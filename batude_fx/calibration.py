@@ -153,11 +153,11 @@ def _is_picture(shape: Sequence[int]) -> bool:
 
 def _synthetic_tensor(model: nn.Module, count: int, shape: Sequence[int], seed: int) -> Tensor:
     if not _is_picture(shape):
-        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), device="cpu")
     channels, *frames, height, width = shape
     config = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (
-        torch.tensor(config.get(key, default)[:channels]).view(-1, 1, 1)
+        torch.tensor(config.get(key, default)[:channels], device="cpu").view(-1, 1, 1)
         for key, default in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD))
     )
     steps = sum(frames)

@@ -1,6 +1,7 @@
 """The command line: arguments to one call, and its result as a table or as JSON. No logic of its own."""
 
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
@@ -16,7 +17,7 @@ import batude_fx
 from batude_fx import cli_recipes, evaluation, exporting, page, report, sweep
 from batude_fx import images as folder_images
 from batude_fx.budget import Budget
-from batude_fx.errors import BatudeError, UnsupportedError
+from batude_fx.errors import BatudeError, UnsupportedError, first_line
 from batude_fx.flops import count_flops
 from batude_fx.saved_config import read_config
 from batude_fx.serialization import check_folder
@@ -101,10 +102,10 @@ def plan(
 
     Example: batude-fx plan resnet50 --budget 2.5x
     """
-    limits = _limits(budget, params, latency)  # before any weights are fetched
+    limits, shown = _limits(budget, params, latency), _shown(calibration, images)  # before any weights are fetched
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
-        network, limits, calibration=_calibration(network, calibration, images),
+        network, limits, calibration=shown(network),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     show(report.plan_table(decided), _plan_facts(decided), as_json)
@@ -122,11 +123,11 @@ def compress(
 
     Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
     """
-    limits = _limits(budget, params, latency)
+    limits, shown = _limits(budget, params, latency), _shown(calibration, images)
     check_folder(output)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
-        network, limits, calibration=_calibration(network, calibration, images),
+        network, limits, calibration=shown(network),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     batude_fx.save(decided.apply(network), output)
@@ -182,14 +183,14 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
 def evaluate(
     model: Model, data: Annotated[Path, typer.Option(help="Folder of images; class subfolders give accuracy.")],
     against: Annotated[str | None, typer.Option(help="Another MODEL, to report agreement with.")] = None,
-    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+    device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Accuracy on a folder of images in class subfolders, or agreement with another network.
 
     Example: batude-fx evaluate small/ --data imagenet/val --against resnet50
     """
-    network = _network(model, device, pretrained=pretrained)
     photos = evaluation.photos(data)
+    network = _network(model, device, pretrained=True)
     outputs = evaluation.logits(network, photos.paths)  # (N, classes)
     facts: dict[str, Any] = {"images": len(photos.paths)}
     try:
@@ -202,7 +203,7 @@ def evaluate(
     if truth is not None:
         facts["top1"], facts["top5"] = evaluation.scores(outputs, truth)
     if against is not None:
-        others = evaluation.logits(_network(against, device, pretrained=pretrained), photos.paths)
+        others = evaluation.logits(_network(against, device, pretrained=True), photos.paths)
         if others.shape != outputs.shape:
             raise UnsupportedError(
                 f"{model} has {outputs.shape[1]} classes, {against} has {others.shape[1]}; they cannot agree."
@@ -231,15 +232,15 @@ def sweep_budgets(
 
     Example: batude-fx sweep resnet50 --budgets 0.3:0.9:0.1 --calibration photos/ --evaluate more-photos/
     """
-    keeps = sweep.fractions(budgets)
+    keeps, photos, shown = sweep.fractions(budgets), evaluation.photos(evaluate), _shown(calibration, images)
     if output:
         sweep.prepare(output)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
-        network, keeps[0], calibration=_calibration(network, calibration, images),
+        network, keeps[0], calibration=shown(network),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
-    points = sweep.sweep(network, decided, keeps, evaluate)
+    points = sweep.sweep(network, decided, keeps, photos)
     show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
     if output:
         sweep.write(points, output)
@@ -268,22 +269,23 @@ def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
         target = torch.device(device)
         torch.empty(1, device=target).cpu()  # "meta" has no values to copy
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UnsupportedError(f"device {device!r} cannot be used here: {reason} Use --device cpu.") from error
+        raise UnsupportedError(
+            f"device {device!r} cannot be used here: {first_line(error)}. Use --device cpu."
+        ) from error
     try:
         with redirect_stdout(sys.stderr):  # torch.hub says there what it fetches, in the way of --json
             return batude_fx.create(name, pretrained=pretrained).to(target).eval()
     except (OSError, RuntimeError) as error:
-        way_out = " Without its weights: --no-pretrained." if pretrained else ""
-        raise BatudeError(f"{name!r} cannot be built: {str(error).splitlines()[0]}{way_out}") from error
+        way_out = " plan, compress and export do without its weights: --no-pretrained." if pretrained else ""
+        raise BatudeError(f"{name!r} cannot be built: {first_line(error)}.{way_out}") from error
 
 
-def _calibration(network: nn.Module, wanted: str, count: int) -> Any:  # noqa: ANN401 - what plan takes
-    if wanted == "none":
-        return None
-    if wanted == "synthetic":
-        return wanted
-    return folder_images.batches(network, folder_images.image_paths(Path(wanted), count))
+def _shown(wanted: str, count: int) -> Callable[[nn.Module], Any]:
+    """From a network to what `plan` calibrates it with; a folder is looked into at once."""
+    if wanted in {"none", "synthetic"}:
+        return lambda _: None if wanted == "none" else wanted
+    paths = folder_images.image_paths(Path(wanted), count)
+    return lambda network: folder_images.batches(network, paths)
 
 
 def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:

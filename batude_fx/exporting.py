@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from batude_fx.calibration import Images, image_batches
-from batude_fx.errors import CalibrationError, ExportError
+from batude_fx.errors import CalibrationError, ExportError, first_line
 from batude_fx.folding import fold
 from batude_fx.progress import track
 from batude_fx.quantizing import equalize_, quantize
@@ -93,9 +93,8 @@ def export(
             gaps = [_difference(original, run, _batch(inputs, size)) for size in _sizes(inputs)]
             difference = float(np.max(gaps))  # NaN if one of them is
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
             raise ExportError(
-                f"{type(model).__name__} cannot be written as {path}: {type(error).__name__}: {reason.rstrip('.')}. "
+                f"{type(model).__name__} cannot be written as {path}: {type(error).__name__}: {first_line(error)}. "
                 "Where its flow depends on values, export the part that does not."
             ) from error
         if int8 is None and not difference <= TOLERANCE:
@@ -171,7 +170,7 @@ def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
     if not _dynamic(inputs):
         return tuple(one.clone() for one in inputs)
     image = inputs[0][:1]
-    noise = torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
+    noise = torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu").to(image)
     return (image + noise,) if image.is_floating_point() else (image.expand(size, *image.shape[1:]),)
 
 
@@ -209,8 +208,8 @@ def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, _: Ar
 
 def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:
     written = torch.onnx.export(
-        _program(network, inputs), input_names=[f"input{index or ''}" for index in range(len(inputs))], dynamo=True,
-        verbose=False,
+        _program(network, inputs), input_names=[f"input{index or ''}" for index in range(len(inputs))],
+        dynamic_shapes=_axes(inputs), dynamo=True, verbose=False,
     )  # fmt: skip
     cast("Any", written).save(path, external_data=False)
     if images is not None:
@@ -242,9 +241,12 @@ _WRITERS: Mapping[str, Callable[[nn.Module, tuple[Tensor, ...], Path, Arrays | N
 
 def _program(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     # An axis of length one counts as fixed.
-    example = _batch(inputs, 2)
-    shapes = ({0: torch.export.Dim("batch")},) if _dynamic(inputs) else None
-    return torch.export.export(network, example, dynamic_shapes=shapes)
+    return torch.export.export(network, _batch(inputs, 2), dynamic_shapes=_axes(inputs))
+
+
+def _axes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any]] | None:
+    """Which axes may have any size, and their names in the file."""
+    return ({0: torch.export.Dim("batch")},) if _dynamic(inputs) else None
 
 
 @contextmanager

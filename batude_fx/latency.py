@@ -61,7 +61,7 @@ class _Input:
         return cls(tuple(x.shape), is_channels_last(x))
 
     def tensor(self, like: Tensor) -> Tensor:
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(like)
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
         return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if self.last else x
 
 

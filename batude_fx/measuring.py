@@ -161,7 +161,11 @@ class _Sums:
         """
         if self.gradients.count and self.gradients.products.any():
             return self.gradients.products / gradients
-        alike = torch.eye(self.gradients.products.shape[-1]).to(self.weight).expand_as(self.gradients.products)
+        alike = (
+            torch.eye(self.gradients.products.shape[-1], device="cpu")
+            .to(self.weight)
+            .expand_as(self.gradients.products)
+        )
         if self.through is not None:
             alike = self.through.mT @ self.through
         covariance = next(iter(self.covariances.values())).covariance()
@@ -171,8 +175,8 @@ class _Sums:
 
 def _sample(positions: int, generator: torch.Generator) -> Tensor:
     if positions <= _POSITIONS:
-        return torch.arange(positions)
-    return torch.randperm(positions, generator=generator)[:_POSITIONS]
+        return torch.arange(positions, device="cpu")
+    return torch.randperm(positions, generator=generator, device="cpu")[:_POSITIONS]
 
 
 @contextmanager
@@ -218,5 +222,5 @@ def _backward_random_combinations(outputs: object, draws: int, generator: torch.
 
 
 def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
-    direction = torch.randn(output.shape, generator=generator).to(output)
+    direction = torch.randn(output.shape, generator=generator, device="cpu").to(output)
     return direction - direction.mean(-1, keepdim=True) if output.ndim == 2 else direction  # noqa: PLR2004 - (N, classes)

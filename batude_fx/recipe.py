@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from batude_fx.budget import Budget
-from batude_fx.errors import RecipeError
+from batude_fx.errors import RecipeError, first_line
 
 _WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "weights", "weights_backbone"}
 _NOT_PLAIN = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
@@ -388,7 +388,7 @@ class _Document:
             mark = error.problem_mark or error.context_mark
             raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: no YAML: {error.problem}.") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}:1: no YAML text: {str(error).splitlines()[0]}.") from None
+            raise RecipeError(f"{path}:1: no YAML text: {first_line(error)}.") from None
         if not isinstance(root, yaml.MappingNode):
             found = "the file is empty" if root is None else "no sections were found"
             raise RecipeError(f"{path}:1: {found}; expected the sections {', '.join(Recipe.model_fields)}.")
@@ -434,7 +434,7 @@ class _Document:
         try:
             target[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise RecipeError(f"--set {text}: {dotted}: the value is no YAML: {str(error).splitlines()[0]}.") from None
+            raise RecipeError(f"--set {text}: {dotted}: the value is no YAML: {first_line(error)}.") from None
         self.lines = {key: line for key, line in self.lines.items() if key[: len(keys)] != tuple(keys)}
         self.lines[tuple(keys)] = f"--set {text}"
 

@@ -69,14 +69,14 @@ def fractions(text: str) -> list[float]:
     return sorted(set(numbers))
 
 
-def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], folder: Path) -> list[Point]:
-    """Compress to every budget from the measurements of one plan, and try the result on a folder of images.
+def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: evaluation.Photos) -> list[Point]:
+    """Compress to every budget from the measurements of one plan, and try the result on images.
 
     Args:
         model: The one that the plan was made for, a classifier of images.
         plan: For any budget.
         budgets: Fractions of the flops that may remain.
-        folder: Images; with a subfolder per class there is accuracy, too.
+        photos: With a subfolder per class there is accuracy, too.
 
     Returns:
         A point for each budget, and last the original network's.
@@ -84,13 +84,12 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], folder: Path) 
     Raises:
         BudgetError: When a budget is out of reach; before any image is looked at.
         UnsupportedError: When the model is no classifier.
-        CalibrationError: When the folder holds no images.
+        CalibrationError: When a file cannot be read.
 
     Warns:
         UserWarning: When there are not as many subfolders as the model has classes, so that there is no accuracy.
     """
     plans = [plan.at(budget) for budget in budgets]
-    photos = evaluation.photos(folder)
     original = evaluation.logits(model, photos.paths)  # (N, classes)
     try:
         truth = photos.labels(original.shape[1])

@@ -104,5 +104,5 @@ def _crop(entry: "WeightsEnum") -> list[int]:
 
 def _noise(model: nn.Module, *shape: int) -> Tensor:
     like = next((p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     return noise.to(like)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 import batude_fx
-from batude_fx import pictures, report, sweep
+from batude_fx import evaluation, pictures, report, sweep
 from tests.real import inputs
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -34,7 +34,7 @@ def main() -> None:
     plan = batude_fx.plan(model, BUDGETS[-1], calibration=inputs.shop_photos("train", 256))
     with TemporaryDirectory() as folder:
         write_photos(inputs.shop_photos("test", 400, (0, 0, 0), (1, 1, 1)), Path(folder))
-        points = sweep.sweep(model, plan, BUDGETS, Path(folder))
+        points = sweep.sweep(model, plan, BUDGETS, evaluation.photos(Path(folder)))
     about = {
         "command": "make bench-resnet50", "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

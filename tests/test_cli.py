@@ -244,10 +244,8 @@ def test_a_bad_budget_ends_in_one_line_and_writes_nothing(budget: str, tmp_path:
         (("discover", NAME, "--include", "nothing*"), "nothing*"),
         (("plan", NAME, "--budget", 0.5, "--no-pretrained", "--device", "nonsense"), "Use --device cpu"),
         (("plan", NAME, "--budget", 0.5, "--no-pretrained", "--device", "meta"), "Use --device cpu"),
-        (("plan", NAME, "--budget", 0.5, "--no-pretrained", "--calibration", "/nowhere"), "is no folder"),
         (("info", "/nowhere"), "has no config.json"),
         (("plan", "/", "--budget", 0.5), "is no saved folder"),
-        (("evaluate", NAME, "--no-pretrained", "--data", "/nowhere"), "is no folder"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments: tuple[object, ...], message: str) -> None:
@@ -323,12 +321,30 @@ def test_models_without_colours_cannot_take_photos(photos: Path, monkeypatch: py
     assert "does not take one colour image" in _error("plan", NAME, "--budget", 0.7, "--calibration", photos)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", NAME, "--budget", 0.5, "--calibration", "/nowhere"),
+        ("compress", NAME, "--budget", 0.5, "--calibration", "/nowhere", "--output", "/nowhere/else"),
+        ("sweep", NAME, "--evaluate", "/nowhere"),
+        ("evaluate", NAME, "--data", "/nowhere"),
+        ("export", NAME, "a.onnx", "--int8", "/nowhere"),
+    ],
+)
+def test_folders_are_looked_for_before_weights_are_fetched(
+    arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batude_fx, "create", lambda *_, **__: pytest.fail("weights were fetched"))
+    assert "/nowhere is no folder" in _error(*arguments)
+
+
 def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network\nmany lines")
 
     monkeypatch.setattr(batude_fx, "create", offline)
-    assert "no network Without its weights: --no-pretrained" in _error("plan", NAME, "--budget", 0.5)
+    message = _error("plan", NAME, "--budget", 0.5)
+    assert "no network. plan, compress and export do without its weights: --no-pretrained" in message
 
 
 def test_what_torch_says_while_it_fetches_is_not_in_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,12 +371,12 @@ def test_an_error_of_many_lines_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     assert _error("discover", NAME) == "error: a :cat: [red] b\n"
 
 
-def test_an_output_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_one_line(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     options = ("--budget", 0.7, "--no-pretrained", "--calibration", "none", "--output", tmp_path / "out")
     assert "out is a file" in _error("compress", NAME, *options)
     assert "cannot be saved" in _error("compress", NAME, *options[:-1], tmp_path / "out" / "below")
-    assert "Choose another place" in _error("sweep", NAME, "--evaluate", tmp_path, "--output", tmp_path / "out")
+    assert "Choose another place" in _error("sweep", NAME, "--evaluate", photos, "--output", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -523,6 +523,15 @@ def test_a_plan_is_for_its_own_model() -> None:
 # Models that cannot be compressed
 
 
+@pytest.mark.parametrize("calibration", ["synthetic", None, _photos(4)], ids=["synthetic", "none", "images"])
+def test_new_tensors_may_lie_on_another_device_by_default(calibration: Tensor | str | None) -> None:
+    model = _net()
+    plan = batude_fx.plan(model, 0.6, example_inputs=EXAMPLE, calibration=calibration)
+    with torch.device("meta"):
+        other = batude_fx.plan(model, 0.6, example_inputs=EXAMPLE, calibration=calibration)
+        assert _same(other.apply(model), plan.apply(model))
+
+
 def test_branches_that_a_fresh_network_multiplies_by_zero_are_not_cut_to_nothing() -> None:
     """timm's fresh ResNets end every branch in a batch-norm of zero gain: no error in it reaches the outputs yet."""
     model = timm.create_model("resnet18").eval()

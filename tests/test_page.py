@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import batude_fx
-from batude_fx import page, pictures, record, sweep
+from batude_fx import evaluation, page, pictures, record, sweep
 from batude_fx.errors import BudgetError, SavedModelError
 from tests import toy
 
@@ -245,7 +245,7 @@ def _network() -> nn.Module:
 
 def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     model = _network()
-    points = sweep.sweep(model, plan, [0.6, 0.8], photos(5))
+    points = sweep.sweep(model, plan, [0.6, 0.8], evaluation.photos(photos(5)))
     assert [point.budget for point in points] == [0.6, 0.8, 1.0]
     assert [point.flops for point in points] == [plan.at(0.6).flops, plan.at(0.8).flops, plan.dense_flops]
     assert points[-1].params == sum(parameter.numel() for parameter in model.parameters())
@@ -255,10 +255,10 @@ def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callabl
 
 def test_folders_that_are_no_classes_give_agreement_alone(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     with pytest.warns(UserWarning, match="has 2 class folders, the network has 5"):
-        points = sweep.sweep(_network(), plan, [0.6], photos(2))
+        points = sweep.sweep(_network(), plan, [0.6], evaluation.photos(photos(2)))
     assert [point.top1 for point in points] == [None, None]
 
 
 def test_a_budget_out_of_reach_stops_a_sweep_before_it_begins(plan: batude_fx.Plan) -> None:
     with pytest.raises(BudgetError, match="out of reach"):
-        sweep.sweep(_network(), plan, [0.01, 0.6], Path("/nowhere"))
+        sweep.sweep(_network(), plan, [0.01, 0.6], evaluation.Photos(Path("/nowhere"), []))
