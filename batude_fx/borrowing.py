@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 def borrowed(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode; at the end its modules have the attributes, hooks and `training` flags of before.
 
-    torch's global random generators, which some models draw from in their forward, are where they were as well.
+    torch's global random generators, which some models draw from in their forward, are where they were as well. What
+    `model.compile()` made is not used meanwhile.
 
     Models keep things for later in attributes: a proxy while they are traced, a cache when they run. These are undone,
     and so are hooks that a failing tool leaves behind. Buffers get back their values; parameters that are written to,
@@ -32,6 +33,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     try:
         with torch.random.fork_rng(devices):
+            for module in model.modules():
+                vars(module).pop("_compiled_call_impl", None)  # of `model.compile()`
             model.eval()
             yield
     finally:

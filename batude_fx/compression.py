@@ -38,20 +38,13 @@ from batude_fx.progress import track
 from batude_fx.record import Record, attach_, site_records, versions
 from batude_fx.sites import ConvSite, Ranks, Sites
 from batude_fx.spectra import Metric, metric_spectrum, weight_spectrum
-from batude_fx.surgery import replace
+from batude_fx.surgery import refuse_wrappers, replace
 from batude_fx.zoo import arguments
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Calibration = Images | Literal["synthetic"] | None
 
 SEED = 0  # of procedural images, sampled positions and random output combinations
-_WRAPPERS = {
-    "DataParallel": "its `module`",
-    "DistributedDataParallel": "its `module`",
-    "OptimizedModule": "its `_orig_mod`, then torch.compile the result",
-    "RecursiveScriptModule": "the model that it was scripted from",
-    "TopLevelTracedModule": "the model that it was traced from",
-}
 _STEPS = (0.8, 0.95)  # bounds of how fast a plan shrinks where a detector chooses too many boxes
 
 
@@ -282,8 +275,11 @@ def _check_values(model: object) -> None:
             "inside torch.inference_mode() calibration gets no gradients, and the result could never be trained; call "
             "compress outside. torch.no_grad() is no hindrance."
         )
-    if better := _WRAPPERS.get(type(model).__name__):
-        raise UnsupportedError(f"{type(model).__name__} hides the layers of a network; compress {better}.")
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise UnsupportedError(
+            "inside torch.autocast() weights would be decomposed in half precision; compress outside."
+        )
+    refuse_wrappers(model, "compress")
     # Of those that are not initialized yet, discovery has more to say.
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name in [name for name, one in parameters.items() if not is_lazy(one)]:

@@ -11,8 +11,10 @@ must not be traced.
 import difflib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, cast
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # type: ignore[attr-defined]
@@ -23,10 +25,11 @@ from torch.nn.parameter import is_lazy
 
 from batude_fx import handlers
 from batude_fx.borrowing import borrowed
-from batude_fx.errors import DiscoveryError, SelectionError
+from batude_fx.errors import BatudeError, DiscoveryError, SelectionError
 from batude_fx.listening import Found, Listener, listen, with_calls
 from batude_fx.modules import TuckerModule
 from batude_fx.sites import ConvSite, FoundBy, Sites
+from batude_fx.surgery import copied
 from batude_fx.zoo import arguments
 
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (_ConvNd,), "conv+linear": (_ConvNd, nn.Linear)}
@@ -132,10 +135,18 @@ def _reached(name: str, called: Mapping[str, str]) -> str | None:
 def _called_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, str]:
     """Trace the model or, where that fails, its children, as deep as needed.
 
+    What is traced is a copy with the same tensors and no hooks: proxies would stay in what the user's hooks and the
+    model's own caches keep.
+
     Returns:
         Qualified name of every module that is a node of a graph, to "fx" or "child".
     """
     called: dict[str, str] = {}
+    with suppress(BatudeError):  # cannot be copied
+        model = copied(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    for part in model.modules():
+        part._forward_hooks.clear()  # noqa: SLF001 - `borrowed` puts back those of a model that is no copy
+        part._forward_pre_hooks.clear()  # noqa: SLF001
     queue: list[tuple[str, nn.Module]] = [("", model)]
     while queue:
         prefix, module = queue.pop()

@@ -1,9 +1,9 @@
 """Files that are there whole or not at all."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
@@ -12,7 +12,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     It gets the permissions of any new file; safetensors would let nobody but the owner read.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode

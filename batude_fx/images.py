@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
+from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
 from batude_fx.errors import CalibrationError
@@ -26,7 +27,8 @@ def image_paths(folder: Path, count: int | None = None) -> list[Path]:
     """
     if not folder.is_dir():
         raise CalibrationError(f"{folder} is no folder. Give a folder of images, of any depth.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not paths:
         raise CalibrationError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}) at any depth.")
     if count is None or count >= len(paths):
@@ -35,12 +37,13 @@ def image_paths(folder: Path, count: int | None = None) -> list[Path]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of its subfolders in sorted order, which is that of the classes."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    """Names of its subfolders in the order of the classes, which is timm's: "2" before "10"."""
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted((name for name in names if not name.startswith(".")), key=natural_key)
 
 
 def class_indices(paths: Sequence[Path], folder: Path) -> list[int] | None:
-    """The class of every image, its first subfolder's place in sorted order; None where images lie outside of any."""
+    """The class of every image, by its first subfolder, as `class_folders` orders them; None where one lies outside."""
     parts = [path.relative_to(folder).parts for path in paths]
     if any(len(part) == 1 for part in parts):
         return None

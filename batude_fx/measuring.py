@@ -10,6 +10,7 @@ Products", Neural Computation 14(7), 2002; statistics of convolutions: Grosse an
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def statistics(
         Site name to statistics. Sites that no batch reaches are missing.
 
     Raises:
-        CalibrationError: When there is no batch at all.
+        CalibrationError: When there is no batch at all, the model does not run on one, or statistics overflow.
     """
     sums = {site.name: _Sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +62,14 @@ def statistics(
             _backward_random_combinations(outputs, draws, generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
-    return {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if site_sums.reached}
+    measured = {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if site_sums.reached}
+    for name, metric in measured.items():
+        if not all(isfinite(mode.total()) for mode in (metric.out, metric.in_) if mode):
+            raise CalibrationError(
+                f"the activations or gradients at {name} are too large for {sums[name].weight.dtype}. Normalize the "
+                "images, load trained weights, or compress model.double()."
+            )
+    return measured
 
 
 def _differentiable(x: Tensor) -> Tensor:

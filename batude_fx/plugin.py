@@ -28,6 +28,7 @@ from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.modules import TuckerModule
 from batude_fx.origin import ENTRYPOINT, Origin
 from batude_fx.saved_config import CONFIG, WEIGHTS, SavedArchitecture, first_problem, read_config
+from batude_fx.zoo import published_images
 
 
 def batude_fx(
@@ -93,9 +94,13 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
     if library in {"", "timm"} and timm.is_model(base.partition(".")[0]) and base != ENTRYPOINT:
         return timm.create_model(base, pretrained=pretrained, **args)
     if library in {"", "torchvision"} and base in models.list_models() and base != ENTRYPOINT:
-        if not pretrained:
-            return Origin("torchvision", base, args).build()
-        return models.get_model(base, weights="DEFAULT", **args)  # type: ignore[no-any-return]
+        if pretrained:
+            model = cast("nn.Module", models.get_model(base, weights="DEFAULT", **args))
+        else:
+            model = Origin("torchvision", base, args).build()
+        if shown := published_images(base):
+            vars(model)["pretrained_cfg"] = shown
+        return model
     known = [*timm.list_models(), *models.list_models(), *timm.list_pretrained()]
     close = list(dict.fromkeys(difflib.get_close_matches(base, known, n=5)))
     raise BatudeError(
@@ -136,6 +141,8 @@ def _initialize_(model: nn.Module) -> None:
 def _load(model: nn.Module, state: dict[str, Tensor], config: dict[str, Any], *, adapted: bool) -> None:
     if not adapted:
         serialization.load_weights_(model, state)
+        if config.get("source") == "local-dir" and read_config(Path(config["file"])).channels_last:
+            serialization.to_channels_last_(model)
         return
     given = {**config, "state_dict": state, "source": None, "file": None, "hf_hub_id": None, "url": None}
     classes: Any = getattr(model, "num_classes", None)

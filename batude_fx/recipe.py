@@ -61,7 +61,7 @@ class Duration:
 
     def __str__(self) -> str:
         """As it is written in a recipe."""
-        return f"{self.amount:g}%" if self.unit == "%" else f"{self.amount:g} {self.unit}"
+        return f"{self.amount:.15g}%" if self.unit == "%" else f"{self.amount:.15g} {self.unit}"
 
 
 def _duration(value: object, *, shares: bool) -> Duration:
@@ -75,6 +75,12 @@ def _duration(value: object, *, shares: bool) -> Duration:
     return Duration(float(match[1]), unit)  # type: ignore[arg-type]
 
 
+def _above_zero(interval: Duration) -> Duration:
+    if not interval.amount:
+        raise ValueError(f"{interval} is no interval; write more than 0")
+    return interval
+
+
 def _budget(value: Any) -> Any:  # noqa: ANN401 - a Budget, its fields, or what it can be read from
     return value if isinstance(value, dict) else Budget.parse(value)
 
@@ -84,6 +90,8 @@ _SCHEMA: dict[str, Any] = {
 }
 Length = Annotated[Any, BeforeValidator(partial(_duration, shares=False)), Field(json_schema_extra=_SCHEMA)]
 LengthOrShare = Annotated[Any, BeforeValidator(partial(_duration, shares=True)), Field(json_schema_extra=_SCHEMA)]
+Interval = Annotated[Length, AfterValidator(_above_zero)]
+IntervalOrShare = Annotated[LengthOrShare, AfterValidator(_above_zero)]
 
 
 def _known(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
@@ -203,7 +211,7 @@ class Training(_Section):
     optimizer: Annotated[str, _known("optimizer of timm", _optimizers)] = "sgd"
     """Name in timm's registry."""
     lr: PositiveFloat = 0.05
-    """Peak learning rate."""
+    """Learning rate that the schedule starts from; a warm-up climbs to where the schedule is by then."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of the optimizers that have it."""
     weight_decay: NonNegativeFloat = 1e-4
@@ -216,8 +224,6 @@ class Training(_Section):
     """Where the learning rate ends."""
     clip_grad: PositiveFloat | None = None
     """Largest norm of the gradient."""
-    distillation: Distillation | None = None
-    """Learn from the original network too."""
 
 
 class Pretrain(Training):
@@ -238,7 +244,7 @@ class OneShot(Training):
     """Globs over site names that stay dense."""
     round_to: PositiveInt = 8
     """Multiple of the ranks."""
-    interval: LengthOrShare = Duration(1, "epochs")
+    interval: IntervalOrShare = Duration(1, "epochs")
     """Length of a round, between two projections."""
     rho: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.9)
     """Weight of the penalty in the first and in the last round, growing geometrically between them."""
@@ -248,6 +254,8 @@ class OneShot(Training):
     """Whether kept singular values stay, or shrink by the first that is cut."""
     calibration_images: NonNegativeInt = 256
     """Training images that show, each round, which errors matter; 0 judges weights alone."""
+    distillation: Distillation | None = None
+    """Learn from the original network too."""
 
     @model_validator(mode="after")
     def _rho_grows(self) -> Self:
@@ -265,14 +273,16 @@ class Finalize(Training):
     """Decay of a moving average of the weights, which is what the phase results in."""
     batch_norm_images: NonNegativeInt = 0
     """Training images that the batch-norm statistics are estimated on again at the end; 0 leaves them."""
+    distillation: Distillation | None = None
+    """Learn from the original network too."""
 
 
 class Eval(_Section):
     """How often to look, and to write down."""
 
-    interval: Length = Duration(1, "epochs")
+    interval: Interval = Duration(1, "epochs")
     """Between two evaluations."""
-    checkpoint: Length = Duration(1, "epochs")
+    checkpoint: Interval = Duration(1, "epochs")
     """Between two checkpoints, from which a killed run goes on."""
     batch_size: PositiveInt = 256
     """Images per batch of an evaluation."""

@@ -140,10 +140,12 @@ def schedule_table(recipe: "Recipe", ahead: "Preview") -> Group:
     for name in ("pretrain", "one_shot", "finalize"):
         one = getattr(recipe, name)
         if one:
-            taught = f"{one.distillation.weight:g}, T = {one.distillation.temperature:g}" if one.distillation else "-"
+            teacher = getattr(one, "distillation", None)
+            taught = f"{teacher.weight:g}, T = {teacher.temperature:g}" if teacher else "-"
             warm = f", warm-up {one.warmup}" if one.warmup.amount else ""
             phases.add_row(name, str(one.epochs), one.optimizer, f"{one.lr:g}", f"{one.scheduler}{warm}", taught)
-    rounds = Table("round", "from epoch", "flops that remain", "rho", title="rounds of one_shot", **_STYLE)
+    unit = recipe.one_shot.epochs.unit.removesuffix("s")
+    rounds = Table("round", f"from {unit}", "flops that remain", "rho", title="rounds of one_shot", **_STYLE)
     for index, (epoch, keep, rho) in enumerate(ahead.rounds):
         rounds.add_row(str(index), f"{epoch:g}", percent(keep, 1), f"{rho:.2g}")
     rounds.caption = (

@@ -30,6 +30,7 @@ from batude_fx.files import replacing
 from batude_fx.modules import CHANNELS_LAST, TuckerModule, is_channels_last
 from batude_fx.origin import ENTRYPOINT, Origin, origins
 from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture, SavedConfig, read_config
+from batude_fx.surgery import refuse_wrappers
 from batude_fx.zoo import example_inputs
 
 _TOGETHER = "Give a folder and a model that belong together, or save the model again."
@@ -141,8 +142,8 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     network = saved.build() if model is None else saved.skeleton(model)
     load_weights_(network, read_weights(folder / WEIGHTS))
     if config.channels_last:
-        _to_channels_last_(network)
-    if saved.library == "timm" and model is None:
+        to_channels_last_(network)
+    if config.metadata and model is None:
         known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
         vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**known, **config.metadata}
     record.attach_(network, record.read(folder))
@@ -193,6 +194,9 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         SavedModelError: When names or shapes differ, with the first that does.
     """
     check_fits(model, state)
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())  # with the buffers that no state holds
     own = model.state_dict(keep_vars=True)
     for name, value in state.items():
         own[name].data = own[name].data.to(value.dtype)
@@ -234,6 +238,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def _check_savable(model: nn.Module) -> None:
+    refuse_wrappers(model, "save")
     if not any(isinstance(module, TuckerModule) for module in model.modules()):
         raise SavedModelError(f"{type(model).__name__} holds no Tucker module; save what compress returned.")
     if meta := [name for name, value in model.state_dict().items() if value.is_meta]:
@@ -244,7 +249,7 @@ def _config(model: nn.Module, weights: Path) -> SavedConfig:
     example, outputs = _example_run(model)
     classes = _classes(outputs)
     found = _rebuilding(model, weights, outputs, origins(model, _channels(example), classes))
-    metadata = getattr(model, "pretrained_cfg", None) or _torchvision_metadata(model, example, classes)
+    metadata = _torchvision_metadata(model, example, classes) | (getattr(model, "pretrained_cfg", None) or {})
     return SavedConfig(
         architecture="batude_fx",
         model_args=found,
@@ -293,9 +298,12 @@ def _gives_back(saved: SavedArchitecture, model: nn.Module, weights: Path, outpu
     except SavedModelError:
         return False
     if _is_channels_last(model):
-        _to_channels_last_(rebuilt)
+        to_channels_last_(rebuilt)
     rebuilt.to(next(model.parameters()).device)
-    again = _outputs(rebuilt, example_inputs(model))
+    try:
+        again = _outputs(rebuilt, example_inputs(model))
+    except (RuntimeError, TypeError):  # it was built in another way
+        return False
     return len(again) == len(outputs) and all(map(_equal, again, outputs))
 
 
@@ -338,7 +346,8 @@ def _classes(outputs: list[object]) -> int | None:
 
 def _torchvision_metadata(model: nn.Module, example: tuple[object, ...], classes: int | None) -> dict[str, Any]:
     """What timm asks of a checkpoint, for a classifier of torchvision."""
-    if not example or not isinstance(example[0], Tensor) or classes is None:
+    of_torchvision = type(model).__module__.startswith("torchvision.")
+    if not of_torchvision or not example or not isinstance(example[0], Tensor) or classes is None:
         return {}
     last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes][-1:]
     return {"input_size": tuple(example[0].shape[1:]), "classifier": last[0] if last else None}
@@ -348,7 +357,8 @@ def _is_channels_last(model: nn.Module) -> bool:
     return any(map(is_channels_last, model.parameters()))
 
 
-def _to_channels_last_(model: nn.Module) -> None:
+def to_channels_last_(model: nn.Module) -> None:
+    """Put the weights into the memory format of images with their channels last."""
     for weight in model.parameters():
         if weight.ndim in CHANNELS_LAST:
             weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])

@@ -11,11 +11,20 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from batude_fx.errors import BatudeError, SelectionError
-from batude_fx.modules import build
+from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
+from batude_fx.modules import TuckerModule, build
 from batude_fx.sites import Ranks
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm.utils.reparameterize_model calls
+_WRAPPERS = {
+    "DataParallel": "its `module`",
+    "DistributedDataParallel": "its `module`",
+    "OptimizedModule": "its `_orig_mod`, then torch.compile the result",
+    "RecursiveScriptModule": "the model that it was scripted from",
+    "TopLevelTracedModule": "the model that it was traced from",
+}
 
 
 def replace(model: ModelT, modules: Mapping[str, nn.Module]) -> ModelT:
@@ -43,6 +52,9 @@ def replace(model: ModelT, modules: Mapping[str, nn.Module]) -> ModelT:
             raise SelectionError(f"{name!r} is another name of a module that is replaced already; give one of them.")
     # deepcopy adds its own entries, of other types, to the memo it is given.
     replaced = copied(model, {**new_of})
+    for name, new in modules.items():
+        new.train(old_modules[name].training)
+    _refuse_fusing_(replaced)
     _check(replaced, {name: new_of[id(old)] for name, old in old_modules.items() if id(old) in new_of})
     return replaced
 
@@ -54,12 +66,26 @@ def copied(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
         BatudeError: When the model holds what cannot be copied.
     """
     try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError) as error:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the model's parts raise
         raise BatudeError(
             f"{type(model).__name__} cannot be copied: {error}. Detach the tensors it holds that are the result of a "
             "computation (`tensor.detach()`), and drop handles to files, locks and processes, then try again."
         ) from error
+    flags = {name: module.training for name, module in model.named_modules()}
+    for name, module in copied.named_modules():  # graph modules come back in training mode
+        module.training = flags.get(name, module.training)
+    return copied
+
+
+def refuse_wrappers(model: nn.Module, verb: str) -> None:
+    """Say what to take instead of a wrapper, whose layers have other names or none.
+
+    Raises:
+        UnsupportedError: When it is one.
+    """
+    if better := _WRAPPERS.get(type(model).__name__):
+        raise UnsupportedError(f"{type(model).__name__} hides the layers of a network; {verb} {better}.")
 
 
 def build_skeleton(model: ModelT, ranks: Mapping[str, Ranks], biased: Collection[str] = ()) -> ModelT:
@@ -85,6 +111,20 @@ def _named_modules(model: nn.Module, wanted: Collection[str]) -> dict[str, nn.Mo
     if missing := [name for name in wanted if name not in modules]:
         raise SelectionError(f"{type(model).__name__} has no submodule {missing[0]!r}; see model.named_modules().")
     return modules
+
+
+def _refuse_fusing_(model: nn.Module) -> None:
+    """Blocks that timm can fuse would compute the dense weights again, and forget the biases of Tucker modules."""
+    for module in model.modules():
+        if any(isinstance(part, TuckerModule) for part in module.modules()):
+            vars(module).update({name: _fuse for name in _FUSING if hasattr(type(module), name)})
+
+
+def _fuse(*_: object, **__: object) -> None:
+    raise UnsupportedError(
+        "a compressed block cannot be fused. Compress timm.utils.reparameterize_model(model) instead, or use "
+        "batude_fx.fold(small), which folds the batch-norms."
+    )
 
 
 def _check(replaced: nn.Module, expected: Mapping[str, nn.Module]) -> None:

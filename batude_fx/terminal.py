@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from batude_fx.errors import BatudeError
+from batude_fx.errors import BatudeError, RecipeError
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -26,7 +26,9 @@ def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, Re
                 warnings.showwarning = _one_line_warning  # type: ignore[assignment]
                 return command(*args, **kwargs)
         except BatudeError as error:
-            say(f"error: {error}", "red")
+            first, *more = str(error).splitlines() if isinstance(error, RecipeError) else [str(error)]
+            for line in (f"error: {first}", *more):  # a recipe may have several
+                say(line, "red")
             raise typer.Exit(1) from None
 
     return run

@@ -55,6 +55,28 @@ def arguments(model: nn.Module, given: Tensor | tuple[object, ...] | None) -> tu
     return copies
 
 
+def published_images(name: str) -> dict[str, Any]:
+    """What images a classifier of torchvision was published for, in timm's words; empty for all other networks.
+
+    Args:
+        name: As torchvision registers it.
+
+    Source: the transforms of its default weights.
+    """
+    from torchvision import models
+    from torchvision.transforms._presets import ImageClassification
+
+    entries = list(models.get_model_weights(name))
+    shown = entries and models.get_model_weights(name).DEFAULT.transforms()
+    if not isinstance(shown, ImageClassification):
+        return {}
+    (side,), (resized,) = shown.crop_size, shown.resize_size
+    return {
+        "input_size": (3, side, side), "crop_pct": side / resized, "interpolation": shown.interpolation.value,
+        "mean": tuple(shown.mean), "std": tuple(shown.std),
+    }  # fmt: skip
+
+
 def _timm_size(model: nn.Module) -> tuple[int, ...]:
     config = cast("dict[str, Any]", getattr(model, "pretrained_cfg", None) or model.default_cfg)
     _, *size = config.get("input_size", (3, _SIDE, _SIDE))

@@ -17,12 +17,12 @@ from batude_fx.tucker import unfold
 UNLIMITED = np.array([2**60, 2**60])
 
 
-def constraint(layer: nn.Conv2d, *, importance: float = 1.0, round_to: int = 1) -> Constraint:
+def constraint(layer: nn.Conv2d, *, round_to: int = 1) -> Constraint:
     site = ConvSite(
         "", "Conv2d", layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups,
         transposed=False, positions_in=49, positions_out=49, calls=1, found_by="fx",
     )  # fmt: skip
-    return Constraint(site, layer, site_options(site, round_to), importance)
+    return Constraint(site, layer, site_options(site, round_to))
 
 
 def pointwise(matrix: Tensor) -> nn.Conv2d:
@@ -126,14 +126,6 @@ def test_duals_and_residuals_by_hand() -> None:
     assert residuals.primal == residuals.dual == pytest.approx((10 / 26) ** 0.5)
     split.rescale_(2.0)
     torch.testing.assert_close(split.u["a"][1, 1, 0, 0], torch.tensor(1.5, dtype=torch.float64))
-
-
-def test_importance_decides_where_the_ranks_go() -> None:
-    one, two = (pointwise(torch.eye(8)) for _ in range(2))
-    split = Lagrangian({"dear": constraint(one, importance=10), "cheap": constraint(two)}, rho=1.0)
-    split.project_(capacity(split, 0.7))
-    assert split.ranks["dear"] is None
-    assert split.ranks["cheap"] is not None
 
 
 def _minimise(target: Tensor, split: Lagrangian, limit: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[float]:

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -299,6 +299,17 @@ def test_images_are_spread_over_the_folder(count: int | None, taken: int, photos
     assert len(set(paths)) == taken
     assert paths == sorted(paths)
     assert taken < 3 or {path.parent.name for path in paths} == {"ant", "bee", "cat"}
+
+
+def test_classes_are_numbered_as_timm_numbers_them(tmp_path: Path) -> None:
+    for label in ("10", "2", "b", "A", ".hidden"):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / label / "0.png")
+    theirs = create_dataset("", root=str(tmp_path)).reader.class_to_idx
+    assert images.class_folders(tmp_path) == ["2", "10", "A", "b"] == [name for name in theirs if name != ".hidden"]
+    paths = images.image_paths(tmp_path)
+    assert [path.parent.name for path in paths] == ["10", "2", "A", "b"]
+    assert images.class_indices(paths, tmp_path) == [1, 0, 2, 3]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])

@@ -560,6 +560,19 @@ def test_a_model_made_in_inference_mode_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning", "ignore:.torch.jit.script.:DeprecationWarning")
+def test_autocast_is_refused() -> None:
+    with torch.autocast("cpu"), pytest.raises(UnsupportedError, match=r"in half precision; compress outside"):
+        batude_fx.compress(_net(), 0.6, example_inputs=EXAMPLE)
+
+
+def test_compiling_in_place_changes_nothing() -> None:
+    model = _net()
+    expected = batude_fx.compress(model, 0.6, example_inputs=EXAMPLE)
+    model.compile(backend="eager")
+    assert _same(batude_fx.compress(model, 0.6, example_inputs=EXAMPLE), expected)
+    assert model._compiled_call_impl is not None
+
+
 def test_wrappers_are_refused_with_what_to_compress_instead() -> None:
     wrappers: dict[str, Any] = {
         "its `_orig_mod`, then torch.compile": torch.compile(_net()),

@@ -1,5 +1,6 @@
 """Discovery: toy networks that carry their expected sites, every reason to stay dense, and models of the zoo."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -443,6 +444,16 @@ def test_the_model_is_given_back_as_it_was() -> None:
     discover(model, Toy.inputs)
     assert everything(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_the_users_hooks_and_caches_see_no_proxies() -> None:
+    model = timm.create_model("pit_ti_224", features_only=True)  # keeps outputs by the device of the input
+    seen: list[object] = []
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_hook(lambda _module, _inputs, output: seen.append(type(output)))
+    discover(model, torch.zeros(1, 3, 224, 224))
+    assert seen == [Tensor]
+    copy.deepcopy(model)
 
 
 def test_a_model_that_does_not_run_is_given_back_too() -> None:

@@ -99,6 +99,11 @@ def test_no_batch_is_an_error() -> None:
         statistics(net, [toy.site("0", net[0])], [])
 
 
+def test_what_overflows_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"gradients at 0 are too large for torch\.float32"):
+        _statistics(toy.net(), 1e30 * torch.randn(2, 3, 8, 8))
+
+
 def test_the_model_is_left_as_it_was() -> None:
     net = toy.net().train()
     net[0].weight.requires_grad_(False)

@@ -9,13 +9,16 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torchvision import models
 
 import batude_fx
 from batude_fx import plugin
 from batude_fx.errors import BatudeError, SavedModelError
-from batude_fx.modules import TuckerModule
+from batude_fx.modules import TuckerModule, is_channels_last
 from batude_fx.sites import Ranks
+from batude_fx.zoo import published_images
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -179,6 +182,13 @@ def test_torchvision_can_list_weights_of_every_model() -> None:
         torchvision.models.get_model_weights(name)
 
 
+def test_the_memory_format_comes_back_through_timm(tmp_path: Path) -> None:
+    small = _save(timm.create_model("resnet10t").to(memory_format=torch.channels_last), tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(IMAGES), small(IMAGES))
+    assert is_channels_last(again.layer1[0].conv1.core.weight)
+
+
 # Models by name
 
 
@@ -193,6 +203,22 @@ def test_torchvision_can_list_weights_of_every_model() -> None:
 )
 def test_names_are_looked_up_in_both_libraries(name: str, library: str) -> None:
     assert type(batude_fx.create(name)).__module__.startswith(f"{library}.")
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_v2_l", "mobilenet_v3_large", "regnet_x_400mf"])
+def test_torchvisions_classifiers_see_images_as_they_were_published_for(name: str) -> None:
+    shown = published_images(name)
+    published = models.get_model_weights(name).DEFAULT.transforms()
+    ours = create_transform(**resolve_data_config(shown), is_training=False)  # type: ignore[no-untyped-call]
+    resize, crop, _, normalize = ours.transforms
+    assert (resize.size, list(crop.size)) == (published.resize_size[0], published.crop_size * 2)
+    assert resize.interpolation == published.interpolation
+    assert [*normalize.mean, *normalize.std] == pytest.approx([*published.mean, *published.std])
+
+
+def test_torchvisions_other_networks_say_nothing_of_images() -> None:
+    assert published_images("raft_small") == published_images("fcn_resnet50") == {}
+    assert batude_fx.create("torchvision:resnet18").pretrained_cfg["crop_pct"] == 224 / 256
 
 
 def test_arguments_reach_the_model() -> None:

@@ -59,6 +59,14 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     assert again.to_yaml() == recipe.to_yaml()
 
 
+@given(st.integers(0, 10**12))
+def test_durations_are_written_in_full(amount: int) -> None:
+    recipe = Recipe.model_validate(yaml.safe_load(GOOD))
+    phase = recipe.finalize.model_copy(update={"epochs": Duration(amount, "steps")})
+    long = recipe.model_copy(update={"finalize": phase})
+    assert Recipe.model_validate(yaml.safe_load(long.to_yaml())) == long
+
+
 @given(st.floats(0, 1000), st.integers(1, 500), st.integers(0, 10**5))
 def test_durations_are_shares_of_something(amount: float, per_epoch: int, phase: int) -> None:
     assert Duration(amount, "epochs").steps(per_epoch) == round(amount * per_epoch)
@@ -100,6 +108,10 @@ BROKEN = {
         "resnet10t", "resnet10t\n  args: {checkpoint_path: evil.pth}", 1, "model", "weights by 'checkpoint_path'"
     ),
     "a scheduler of epochs": ("  epochs: 3", "  epochs: 3\n  scheduler: step", 8, "one_shot.scheduler", "cosine, tanh"),
+    "an interval of nothing": ("interval: 50%", "interval: 0", 8, "one_shot.interval", "0 epochs is no interval"),
+    "a teacher without a network": (
+        "one_shot:", "pretrain: {epochs: 1, distillation: {}}\none_shot:", 6, "pretrain.distillation", "unknown key"
+    ),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip
 
@@ -122,6 +134,14 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
     )
     result = CliRunner().invoke(app, ["recipes", "validate", str(path)])
     assert [line.split(": ")[0] for line in sorted(result.stderr.splitlines())] == [f"{path}:7", f"{path}:8"]
+
+
+def test_train_gives_every_mistake_a_line_too(tmp_path: Path) -> None:
+    path = _file(tmp_path, GOOD.replace("  epochs: 3", "  epochs: three\n  lr: 0"))
+    result = CliRunner().invoke(app, ["train", str(path)])
+    assert result.exit_code == 1
+    lines = sorted(line.removeprefix("error: ") for line in result.stderr.splitlines())
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:7", f"{path}:8"]
 
 
 def test_a_missing_file_names_close_recipes() -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx import serialization
-from batude_fx.errors import SavedModelError
+from batude_fx.errors import SavedModelError, UnsupportedError
+from batude_fx.files import replacing
 from batude_fx.modules import TuckerModule
 from batude_fx.sites import Ranks
 from batude_fx.surgery import build_skeleton
@@ -112,6 +114,36 @@ def test_dtype_and_memory_format_come_back(change: Callable[[nn.Module], nn.Modu
     again = batude_fx.load(tmp_path / "out")
     images = IMAGES.to(next(small.parameters()).dtype)
     assert torch.equal(again(images), small(images))
+
+
+def test_half_precision_comes_back_with_buffers_that_are_not_saved(tmp_path: Path) -> None:
+    model = timm.create_model("coatnet_rmlp_nano_rw_224")
+    small = batude_fx.compress(model, 0.9, calibration=None).bfloat16().eval()
+    batude_fx.save(small, tmp_path)
+    image = torch.randn(1, 3, 224, 224, dtype=torch.bfloat16)
+    assert torch.equal(batude_fx.load(tmp_path)(image), small(image))
+
+
+def test_compiled_networks_are_saved_and_wrapped_ones_refused(tmp_path: Path) -> None:
+    small = _small(_timm())
+    small.compile(backend="eager")
+    batude_fx.save(small, tmp_path)
+    assert torch.equal(batude_fx.load(tmp_path)(IMAGES), small(IMAGES))
+    for wrapped in (torch.compile(small, backend="eager"), nn.DataParallel(small)):
+        with pytest.raises(UnsupportedError, match="hides the layers of a network; save its"):
+            batude_fx.save(wrapped, tmp_path)
+
+
+def test_threads_may_save_into_one_folder(tmp_path: Path) -> None:
+    def write(text: str) -> None:
+        for _ in range(50):
+            with replacing(tmp_path / "file") as place:
+                place.write_text(text)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert (tmp_path / "file").read_text() in "abcd"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_whoever_may_read_new_files_may_read_the_network(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
+import batude_fx
 from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
 from batude_fx.modules import TuckerModule, build
 from batude_fx.sites import Ranks
@@ -154,6 +157,21 @@ def test_a_graph_module_can_be_operated_on() -> None:
     small = replace(traced, {"0": Scale(2.0)})
     x = torch.randn(1, 3, 5, 5)
     assert torch.equal(small(x), (2 * x).relu())
+
+
+def test_a_graph_module_stays_in_eval_mode() -> None:
+    model = create_feature_extractor(torchvision.models.resnet18().eval(), ["layer1"]).eval()
+    replaced = replace(model, {"layer1.0.conv1": nn.Conv2d(64, 64, 3, padding=1)})
+    assert not any(module.training for module in replaced.modules())
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "levit_conv_128s"])
+def test_what_timm_would_fuse_without_its_bias_is_refused(name: str) -> None:
+    small = batude_fx.compress(timm.create_model(name), 0.9, calibration=None)
+    with pytest.raises(UnsupportedError, match=r"cannot be fused\. Compress timm\.utils\.reparameterize_model"):
+        timm.utils.reparameterize_model(small)
+    dense = timm.utils.reparameterize_model(timm.create_model(name))
+    assert batude_fx.plan(dense, 0.9, calibration=None).ranks
 
 
 def test_the_root_itself_can_be_replaced() -> None:

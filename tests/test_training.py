@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import batude_fx
-from batude_fx import Recipe, TrainingError
+from batude_fx import Recipe, RecipeError, TrainingError
 from batude_fx.cli import app
 from batude_fx.modules import TuckerModule
 from batude_fx.recipe import _optimizers, _schedulers
 from batude_fx.training.checkpoint import read, write
+from batude_fx.training.data import Data
 
 CLASSES, TRAIN, HELD_OUT = 3, 24, 9
 SETTINGS = {
@@ -99,6 +101,25 @@ def test_the_folder_tells_the_story(finished: tuple[Path, Any]) -> None:
     image = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(image), result.model(image))
     assert Image.open(folder / "ranks.png").size[0] > 500
+
+
+def test_what_was_trained_is_evaluated_on_the_same_images(finished: tuple[Path, Any], photos: Path) -> None:
+    folder, result = finished
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    said = CliRunner().invoke(app, ["info", str(folder / "model"), "--json"])
+    assert json.loads(said.stdout)["flops"] == result.flops
+    said = CliRunner().invoke(app, ["evaluate", str(folder / "model"), "--data", str(photos / "validation"), "--json"])
+    assert json.loads(said.stdout)["top1"] == pytest.approx(result.accuracy)
+
+
+def test_images_of_the_caller_stay_as_they_are(photos: Path) -> None:
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % CLASSES
+    before = images.clone()
+    halves = [(images[:8], labels[:8]), (images[8:], labels[8:])]
+    data = Data(train=lambda _, skip: iter(halves[skip:]), evaluation=lambda: iter(halves), batches=2)
+    batude_fx.run(_recipe(photos, data__mixup=0.5), data=data)
+    assert torch.equal(images, before)
 
 
 def test_before_factors_are_trained_the_decomposition_is_exact(photos: Path) -> None:
@@ -282,6 +303,16 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
         batude_fx.run(_recipe(photos, data__accumulate=8, data__mixup=0.2))
     with pytest.raises(TrainingError, match=r"has 3 classes, test_resnet tells 2 apart; .*num_classes=3"):
         batude_fx.run(_recipe(photos, model__args={"num_classes": 2}))
+    with pytest.raises(TrainingError, match=r"data\.root is not given"):
+        batude_fx.run(_recipe(photos, data__root=None))
+    shutil.copytree(photos, other := tmp_path / "other")
+    (other / "validation" / "class1").rename(other / "validation" / "class3")
+    with pytest.raises(TrainingError, match=r"has other classes in 'train' than in 'validation'.*'class1' is in one"):
+        batude_fx.run(_recipe(other))
+    with pytest.raises(RecipeError, match=r"budget: the dense network meets it, with 4,149,568 flops"):
+        batude_fx.run(_recipe(photos, budget="1 GFLOPs"))
+    with pytest.raises(TrainingError, match=r"gives GoogLeNetOutputs, not logits alone"):
+        batude_fx.run(_recipe(photos, model={"name": "torchvision:googlenet", "args": {"num_classes": CLASSES}}))
     with pytest.raises(TrainingError, match=r"data\.auto_augment='randaugment'"):
         batude_fx.run(_recipe(photos, data__auto_augment="randaugment"))
     with pytest.raises(TrainingError, match=r"lower pretrain\.lr, now 1e"):
@@ -324,7 +355,9 @@ def test_train_on_the_command_line(photos: Path, tmp_path: Path) -> None:
     assert "Nothing was trained" in dry.stdout
     facts = json.loads(CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--json"]).stdout)
     assert facts["factor"] >= 2
-    assert [round(1000 * epoch) for epoch, _, _ in facts["rounds"]] == list(range(0, 2000, 2))  # of 1000 steps an epoch
+    assert facts["rounds"] == []  # an interval in steps of a phase in epochs
+    halves = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--json", "--set", "one_shot.interval=0.5"])
+    assert [epoch for epoch, _, _ in json.loads(halves.stdout)["rounds"]] == [0, 0.5, 1, 1.5]
     output = tmp_path / "run"
     short = ["--set", "pretrain=null", "--set", "one_shot.epochs=1 steps", "--set", "finalize.epochs=1 steps"]
     done = CliRunner().invoke(app, ["train", str(recipe), "--model", "test_byobnet", "--output", str(output), *short])

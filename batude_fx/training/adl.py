@@ -38,13 +38,11 @@ class Constraint:
         site: The site.
         layer: Its dense layer; `layer.weight` is trained.
         options: The ranks it may get, and what they cost.
-        importance: What losing all of its energy would cost the network, on any scale that all sites share.
     """
 
     site: ConvSite
     layer: nn.Module
     options: Options
-    importance: float = 1.0
 
     @property
     def weight(self) -> nn.Parameter:
@@ -183,7 +181,7 @@ class Lagrangian:
         if loss is not None:
             losses.copy_(torch.from_numpy(np.concatenate([loss.out, loss.in_])))
         out, in_ = torch.split(_from_owner(losses, index).cpu().double(), lengths)
-        return one.options.judged(SiteLoss(one.importance * out.numpy(), one.importance * in_.numpy()))
+        return one.options.judged(SiteLoss(out.numpy(), in_.numpy()))
 
     def _ranks(self, name: str, row: int) -> Ranks | None:
         options = self.constraints[name].options

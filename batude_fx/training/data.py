@@ -54,8 +54,8 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
         accelerator: Deals the batches out.
 
     Raises:
-        TrainingError: When there is no such dataset, it has too few images for a batch or more classes than the model,
-            or timm refuses the augmentation.
+        TrainingError: When there is no such dataset, it has too few images for a batch or other classes than the model,
+            batches cannot be split for the processes, or timm refuses the augmentation.
     """
     section, config = recipe.data, _config(model, size)
     train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
@@ -108,9 +108,10 @@ def _config(model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
 def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batch]:
     section = recipe.data
     training = split == section.train_split
-    if not section.name and section.root and not section.root.exists():
+    if not section.name and not (section.root and section.root.exists()):
+        found = "is not given" if section.root is None else f"{str(section.root)!r} does not exist"
         raise TrainingError(
-            f"data.root {str(section.root)!r} does not exist; give a folder with {section.train_split!r} and "
+            f"data.root {found}; give a folder with {section.train_split!r} and "
             f"{section.val_split!r} in it, each with a subfolder per class."
         )
     try:
@@ -130,11 +131,15 @@ def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batc
 
 def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: int, classes: int) -> None:
     """Say what can be said before anything is trained, of batches that are computed in so many parts."""
-    section = recipe.data
+    section, processes = recipe.data, parts // recipe.data.accumulate
+    if recipe.eval.batch_size % processes:
+        raise TrainingError(
+            f"eval.batch_size {recipe.eval.batch_size} cannot be split for {processes} processes; use a multiple."
+        )
     if section.batch_size % parts:
         raise TrainingError(
             f"data.batch_size {section.batch_size} cannot be split into {section.accumulate} parts for "
-            f"{parts // section.accumulate} processes; use a multiple of {parts}."
+            f"{processes} processes; use a multiple of {parts}."
         )
     if not isinstance(train.dataset, IterableDataset) and len(train) < section.batch_size:
         raise TrainingError(
@@ -146,10 +151,18 @@ def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: in
             f"mixup and cutmix mix pairs, and data.batch_size {section.batch_size} in {parts} parts leaves "
             f"{section.batch_size // parts} images in each; use a multiple of {2 * parts}."
         )
-    if (named := _classes(train.dataset)) > classes:
+    named, others = _classes(train.dataset), _classes(held_out)
+    if named and len(named) != classes:
         raise TrainingError(
-            f"{section.root or section.name} has {named} classes, {recipe.model.name} tells {classes} apart; "
-            f"use --set model.args.num_classes={named}."
+            f"{section.root or section.name} has {len(named)} classes, {recipe.model.name} tells {classes} apart; "
+            f"use --set model.args.num_classes={len(named)}."
+        )
+    if named != others:  # each split is numbered by itself
+        odd = sorted(set(named) ^ set(others), key=str)
+        raise TrainingError(
+            f"{section.root or section.name} has other classes in {section.train_split!r} than in "
+            f"{section.val_split!r}, so their numbers do not match: {odd[0]!r} is in one of them alone. Give both the "
+            "same subfolders, with all images inside them."
         )
     folders = [getattr(getattr(one, "reader", None), "root", None) for one in (train.dataset, held_out)]
     if not section.name and folders[0] == folders[1] and section.train_split != section.val_split:
@@ -160,10 +173,10 @@ def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: in
         )
 
 
-def _classes(dataset: Dataset[Batch]) -> int:
-    """How many a dataset of timm or torchvision names; 0 where it does not."""
+def _classes(dataset: Dataset[Batch]) -> list[str]:
+    """Those that a dataset of timm or torchvision names; empty where it does not."""
     reader = getattr(dataset, "reader", dataset)
-    return len(getattr(reader, "class_to_idx", None) or getattr(reader, "classes", None) or ())
+    return list(getattr(reader, "class_to_idx", None) or getattr(reader, "classes", None) or ())
 
 
 class _Seeded(Dataset[Batch]):

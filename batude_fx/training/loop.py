@@ -4,13 +4,13 @@ The method is behind four calls to `adl.Lagrangian`: `penalty_` in every step (`
 and `rescale_` between rounds (`rounds`).
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from batude_fx.calibration import normalized_by
@@ -70,7 +70,9 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     session.classes = problem.classes
     model.to(session.accelerator.device)
     size = problem.inputs[0].shape[1:]
-    session.start(data or image_data(recipe, model, size, problem.classes, session.accelerator))
+    with session.accelerator.main_process_first():
+        data = data or image_data(recipe, model, size, problem.classes, session.accelerator)
+    session.start(data)
 
     if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)
@@ -93,7 +95,8 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     run_phase(session, "finalize", recipe.finalize, small, teacher)
     if recipe.finalize.batch_norm_images:
         images = first_images(session.data, recipe.finalize.batch_norm_images, session.accelerator)
-        small = normalized_by(small, [(batch,) for batch in torch.split(images, recipe.data.batch_size)])
+        batches = images.tensor_split(math.ceil(len(images) / recipe.data.batch_size))  # of equal weight
+        small = normalized_by(small, [(batch,) for batch in batches])
 
     result = Result(
         model=small.eval(), accuracy=accuracy(session, small), original_accuracy=original_accuracy,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
 from batude_fx.progress import Bar
-from batude_fx.recipe import Training
+from batude_fx.recipe import Distillation, Training
 from batude_fx.report import training_line
 from batude_fx.training.data import Batch, seed_all
 from batude_fx.training.rounds import Rounds
@@ -105,6 +105,7 @@ class _Trainer:
             warmup_epochs=settings.warmup.steps(session.per_epoch, steps), warmup_lr=0.0,
             decay_rate=1.0, step_on_epochs=False, updates_per_epoch=1,  # a linear "poly"; an "epoch" is a step
         )  # fmt: skip
+        self.distillation: Distillation | None = getattr(settings, "distillation", None)
         decay = getattr(settings, "ema", None)
         self.average = ModelEmaV3(model, decay=decay) if decay else None
         self.mixup: Mixup | None = None
@@ -148,16 +149,22 @@ class _Trainer:
         """Of images (n, C, H, W) and classes (n,): cross-entropy, and how far the original network is."""
         smoothing = self.session.recipe.data.smoothing
         if self.mixup:
-            images, labels = self.mixup(images, labels)  # labels (n, classes), smoothed
+            images, labels = self.mixup(images.clone(), labels)  # in place; labels (n, classes), smoothed
             smoothing = 0.0
         with self.session.accelerator.autocast():
-            logits = self.wrapped(images).float()  # (n, classes)
+            outputs = self.wrapped(images)
+        if not isinstance(outputs, Tensor):
+            raise TrainingError(
+                f"in training {type(self.model).__name__} gives {type(outputs).__name__}, not logits alone; switch "
+                "further outputs off, such as by --set model.args.aux_logits=false."
+            )
+        logits = outputs.float()  # (n, classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        if self.settings.distillation is None or self.teacher is None:
+        if self.distillation is None or self.teacher is None:
             return loss
         with torch.no_grad(), self.session.accelerator.autocast():
             opinion = self.teacher(images).float()  # (n, classes)
-        weight, temperature = self.settings.distillation.weight, self.settings.distillation.temperature
+        weight, temperature = self.distillation.weight, self.distillation.temperature
         told, known = (F.log_softmax(one / temperature, 1) for one in (logits, opinion))
         apart = F.kl_div(told, known, reduction="batchmean", log_target=True) * temperature**2
         return (1 - weight) * loss + weight * apart
@@ -185,6 +192,7 @@ def accuracy(session: Session, model: nn.Module) -> float:
     """Share of the evaluation images that get their class; the model is in eval mode afterwards."""
     accelerator = session.accelerator
     model.to(accelerator.device).eval()
+    session.share_buffers_(model)
     hits: list[Tensor] = []
     for images, labels in session.data.evaluation():
         with accelerator.autocast():

@@ -19,7 +19,8 @@ class Preview:
     Attributes:
         plan: Ranks for weights as they are initialized: they show that the budget can be met, training finds others.
         flops: Of the network at these ranks, counted by fvcore.
-        rounds: Epoch, share of the flops that remains, and rho, of every round of BC-ADL.
+        rounds: Where it begins, in the unit of the phase's length, share of the flops that remains, and rho, of every
+            round of BC-ADL; empty where the interval has another unit, as the images say how many steps an epoch has.
     """
 
     plan: Plan = field(repr=False)
@@ -48,5 +49,8 @@ def preview(recipe: Recipe) -> Preview:
     )  # fmt: skip
     flops = count_flops(decided.apply(model), problem.inputs)
     keep = flops / problem.dense[0]
-    rounds = [(first / _STEPS, 1 - share * (1 - keep), rho) for first, share, rho in schedule(wanted, _STEPS)]
+    unit = wanted.epochs.unit
+    ahead = schedule(wanted, _STEPS) if wanted.interval.unit in {unit, "%"} else []
+    scale = _STEPS if unit == "epochs" else 1
+    rounds = [(first / scale, 1 - share * (1 - keep), rho) for first, share, rho in ahead]
     return Preview(decided, flops, rounds)

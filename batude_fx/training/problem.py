@@ -23,7 +23,7 @@ from batude_fx.errors import (
 )
 from batude_fx.flops import count_flops
 from batude_fx.plugin import create
-from batude_fx.recipe import Recipe
+from batude_fx.recipe import DataSection, Recipe
 from batude_fx.serialization import load_weights_, read_weights
 from batude_fx.sites import ConvSite, Sites
 from batude_fx.training.adl import Constraint
@@ -83,13 +83,14 @@ class Problem:
         """The problem of a recipe.
 
         Raises:
-            RecipeError: The network is no image classifier, a pattern matches no site, or the budget is out of reach.
+            RecipeError: The network is no image classifier, a pattern matches no site, or the budget is out of reach or
+                met by the dense network.
         """
         wanted = recipe.one_shot
         if recipe.budget.latency is not None:
             raise recipe.problem("budget.latency", "training keeps to flops and params; measure afterwards")
         try:
-            inputs = _inputs(model, recipe.data.image_size)
+            inputs = _inputs_(model, recipe.data)
             classes = _classes(model, inputs)
             found = discover(model, inputs, layers=wanted.layers, include=wanted.include, exclude=wanted.exclude)
         except SelectionError as error:
@@ -102,7 +103,10 @@ class Problem:
             options, account = counted(sites, recipe.budget, dense, {}, wanted.round_to, adds_bias=False)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
-        return cls(inputs, found, sites, options, dense, classes, account.capacity(options.values()))
+        problem = cls(inputs, found, sites, options, dense, classes, account.capacity(options.values()))
+        if (problem.most >= problem.sites_dense()).all():
+            raise recipe.problem("budget", f"the dense network meets it, with {dense[0]:,} flops; give a smaller one")
+        return problem
 
     def constraints(self, model: nn.Module) -> dict[str, Constraint]:
         """Every site with its layer in a model."""
@@ -112,24 +116,30 @@ class Problem:
 
     def limit(self, share: float) -> Integers:
         """(2,) what all sites may need when a share of the way from dense to the budget is gone."""
-        dense = self._sites_dense()
+        dense = self.sites_dense()
         return np.where(self.most < dense, (dense + share * (self.most - dense)).astype(np.int64), self.most)
 
     def total_flops(self, sites: int) -> int:
         """Of the whole network, when its sites need so many."""
-        return self.dense[0] - int(self._sites_dense()[0]) + sites
+        return self.dense[0] - int(self.sites_dense()[0]) + sites
 
-    def _sites_dense(self) -> Integers:
+    def sites_dense(self) -> Integers:
+        """(2,) flops and parameters of all sites in the dense network."""
         total: Integers = np.sum([one.dense for one in self.options.values()], axis=0)
         return total
 
 
-def _inputs(model: nn.Module, side: int | None) -> tuple[Tensor]:
-    """One image (1, C, H, W)."""
+def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
+    """One image (1, C, H, W); the network is told what its images are like, for whoever loads, shows or exports it."""
     image, *more = example_inputs(model)
     if more or not isinstance(image, Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
         raise TrainingError(f"{type(model).__name__} takes no batch of images; recipes train image classifiers.")
-    return (F.interpolate(image, (side, side)) if side else image,)
+    side = data.image_size
+    image = F.interpolate(image, (side, side)) if side else image
+    if side or data.pad:
+        config = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(image.shape[1:])}
+        vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config | ({"crop_pct": 1.0} if data.pad else {})
+    return (image,)
 
 
 @torch.no_grad()

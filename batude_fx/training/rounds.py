@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from batude_fx.errors import TrainingError
+from batude_fx.errors import CalibrationError, TrainingError
 from batude_fx.measuring import statistics
 from batude_fx.recipe import OneShot
 from batude_fx.spectra import Metric
@@ -78,7 +78,7 @@ class Rounds:
     def _project(self, share: float) -> None:
         try:
             self.split.project_(self.problem.limit(share), self._metrics())
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        except (torch.linalg.LinAlgError, CalibrationError) as error:  # type: ignore[attr-defined]
             raise TrainingError(
                 "the weights have no spectra, most likely as they are no longer finite. Lower one_shot.lr, now "
                 f"{self.settings.lr:g}."

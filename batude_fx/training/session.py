@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
@@ -110,6 +111,11 @@ class Session:
         """Images on the device, in the memory format of the recipe."""
         last = images.ndim == 4 and self.recipe.model.channels_last  # noqa: PLR2004 - (n, C, H, W)
         return images.to(self.accelerator.device, memory_format=torch.channels_last if last else torch.preserve_format)
+
+    def share_buffers_(self, model: nn.Module) -> None:
+        """Give all processes the batch-norm statistics of the first, which are those that are saved."""
+        for buffer in model.buffers():
+            broadcast(buffer)
 
     def begins(self, phase: str) -> bool:
         """Whether a phase is still to be done, or to be gone on with."""
