@@ -95,7 +95,7 @@ class Plan:
         Raises:
             SelectionError: When the model lacks a site of the plan.
             UnsupportedError: When a site has another shape, dtype or device than in the plan, the model holds NaN, or
-                this is called inside `torch.inference_mode()`.
+                this is called inside `torch.inference_mode()` or `torch.autocast()`.
             BudgetError: When the copy needs more flops than planned and cannot be made small enough.
         """
         _check_values(model)
@@ -205,7 +205,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         SelectionError: A pattern or a name in `ranks` matches no site.
         CalibrationError: The calibration images are empty, not finite or of the wrong shape.
         UnsupportedError: The model is in half precision, on the meta device, or holds NaN; or this is called inside
-            `torch.inference_mode()`.
+            `torch.inference_mode()` or `torch.autocast()`.
 
     Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.

@@ -11,7 +11,7 @@ The weights-only loss is the bound of De Lathauwer et al. 2000, property 10.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -126,7 +126,7 @@ class Spectrum:
         if ranks.rank_in < weight.shape[2]:
             core = mode_product(core, self.in_.decode[..., : ranks.rank_in].mT, 1)
             factor_in = self.in_.encode[:, : ranks.rank_in].mT
-        return Factors(factor_in=factor_in, core=core, factor_out=factor_out, bias=None)
+        return _evened(Factors(factor_in, core, factor_out, bias=None))
 
     def _pair(self, weight: Tensor, rank: int) -> Factors:
         if self.out is not None:
@@ -136,11 +136,20 @@ class Spectrum:
             modes = cast("Modes", self.in_)
             factor_out = weight @ modes.decode[..., :rank]
             factor_in = modes.encode[:, :rank].mT
-        # Equal norms: a metric can put all of the scale into one part, which starves the other in training.
-        scale = (factor_out.norm() / factor_in.norm()).sqrt()
-        if not 0 < scale < math.inf:  # a weight of zeros
-            scale = torch.ones_like(scale)
-        return Factors(factor_in=factor_in * scale, core=None, factor_out=factor_out / scale, bias=None)
+        return _evened(Factors(factor_in, None, factor_out, bias=None))
+
+
+def _evened(factors: Factors) -> Factors:
+    """The same product of parts of equal norms: a metric can put all of the scale into one of them.
+
+    In training, gradients of a part are as large as the others are, so that a large one would starve.
+    """
+    parts = {name: part for name, part in vars(factors).items() if part is not None}
+    norms = {name: part.norm() for name, part in parts.items()}
+    mean = torch.stack(list(norms.values())).log().mean().exp()
+    if len(parts) < 2 or not 0 < mean < math.inf:  # noqa: PLR2004 - a weight of zeros has no scale
+        return factors
+    return replace(factors, **{name: part * (mean / norms[name]) for name, part in parts.items()})
 
 
 def weight_spectrum(weight: Tensor, *, pointwise: bool) -> Spectrum:

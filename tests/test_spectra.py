@@ -62,6 +62,19 @@ def test_factors_at_the_largest_ranks_are_exact(
     assert (spectrum.loss().out[:-1] >= spectrum.loss().out[1:]).all()
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_parts_have_equal_norms_whatever_the_metric(kernel: tuple[int, int]) -> None:
+    weight, pointwise = _tensor(2, 6, 10, *kernel), kernel == (1, 1)
+    metric = _metric(weight, pointwise=pointwise)
+    skewed = Metric(metric.out and ModeMetric(metric.out.covariance, 1e6 * metric.out.sensitivity), metric.in_)
+    ranks = Ranks(4, 4)
+    plain, scaled = (metric_spectrum(one).factors(weight, ranks) for one in (metric, skewed))
+    torch.testing.assert_close(_dense(scaled), _dense(plain))
+    parts = [part for part in (scaled.factor_in, scaled.core, scaled.factor_out) if part is not None]
+    for part in parts[1:]:
+        torch.testing.assert_close(part.norm(), parts[0].norm())
+
+
 @pytest.mark.parametrize(("c_out", "c_in"), [(7, 9), (9, 7)])
 def test_the_loss_of_a_linear_site_is_the_expected_squared_change_of_the_output(c_out: int, c_in: int) -> None:
     weight = _tensor(1, c_out, c_in)
