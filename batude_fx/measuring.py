@@ -169,11 +169,8 @@ class _Sums:
         """
         if self.gradients.count and self.gradients.products.any():
             return self.gradients.products / gradients
-        alike = (
-            torch.eye(self.gradients.products.shape[-1], device="cpu")
-            .to(self.weight)
-            .expand_as(self.gradients.products)
-        )
+        like = self.gradients.products
+        alike = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
         if self.through is not None:
             alike = self.through.mT @ self.through
         covariance = next(iter(self.covariances.values())).covariance()

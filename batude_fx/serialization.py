@@ -58,6 +58,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         SavedModelError: When the model has no Tucker module, or the folder cannot be written.
+        UnsupportedError: When it is a wrapper, such as `DistributedDataParallel`, with what to save instead.
 
     Warns:
         UserWarning: When neither timm nor torchvision can rebuild the model by name (layers were changed by hand, say).

@@ -116,8 +116,9 @@ def _named_modules(model: nn.Module, wanted: Collection[str]) -> dict[str, nn.Mo
 def _refuse_fusing_(model: nn.Module) -> None:
     """Blocks that timm can fuse would compute the dense weights again, and forget the biases of Tucker modules."""
     for module in model.modules():
-        if any(isinstance(part, TuckerModule) for part in module.modules()):
-            vars(module).update({name: _fuse for name in _FUSING if hasattr(type(module), name)})
+        fusing = [name for name in _FUSING if hasattr(type(module), name)]
+        if fusing and any(isinstance(part, TuckerModule) for part in module.modules()):
+            vars(module).update(dict.fromkeys(fusing, _fuse))
 
 
 def _fuse(*_: object, **__: object) -> None:
