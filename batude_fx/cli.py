@@ -274,9 +274,10 @@ def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
         ) from error
     try:
         with redirect_stdout(sys.stderr):  # torch.hub says there what it fetches, in the way of --json
+            torch.manual_seed(0)  # fresh weights are the same ones for plan and compress
             return batude_fx.create(name, pretrained=pretrained).to(target).eval()
     except (OSError, RuntimeError) as error:
-        way_out = " plan, compress and export do without its weights: --no-pretrained." if pretrained else ""
+        way_out = " All but evaluate do without its weights: --no-pretrained." if pretrained else ""
         raise BatudeError(f"{name!r} cannot be built: {first_line(error)}.{way_out}") from error
 
 

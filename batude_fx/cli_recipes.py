@@ -130,4 +130,4 @@ def _needs_accelerate() -> None:
     from importlib.util import find_spec
 
     if find_spec("accelerate") is None:
-        raise RecipeError("training needs the extra packages of batude-fx[train]: pip install 'batude-fx[train]'.")
+        raise RecipeError("training needs accelerate: pip install accelerate tensorboard")

@@ -121,7 +121,7 @@ def check(path: Path, *, int8: bool) -> None:
     if ending not in _WRITERS:
         raise ExportError(f"{path}: nothing is written for the ending {path.suffix!r}; use {', '.join(_WRITERS)}.")
     if missing := [name for name in _NEEDS[ending] if find_spec(name) is None]:
-        raise ExportError(f"{path} needs {', '.join(missing)}: pip install 'batude-fx[export]'.")
+        raise ExportError(f"{path} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     if int8 and ending != ".onnx":
         raise ExportError(f"{path}: int8 is written as ONNX only; use the ending .onnx.")
     if path.is_dir():

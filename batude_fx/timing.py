@@ -1,4 +1,4 @@
-"""Wall time of networks and layers, measured so that what slows one slows all: medians over turns."""
+"""Wall time of networks and layers, measured so that what slows one slows all: over turns, medians or the shortest."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,27 +23,38 @@ def now(device: torch.device = _CPU) -> float:
 
 
 def alternating(
-    networks: Sequence[nn.Module], inputs: tuple[object, ...], *, turns: int, seconds: float = 0
+    networks: Sequence[nn.Module],
+    inputs: tuple[object, ...],
+    *,
+    turns: int,
+    seconds: float = 0,
+    among: Callable[[list[float]], float] = median,
 ) -> list[float]:
-    """Median seconds of one run of each network in eval mode, all of them taking turns.
+    """Seconds of one run of each network in eval mode, all of them taking turns.
 
     Args:
         networks: All of them take the inputs.
         inputs: Arguments of a run.
         turns: Timed ones, at least.
         seconds: Go on until so many have passed.
+        among: From the times of the turns to the one that counts: the median, or `min`, which other work on the machine
+            disturbs least.
     """
     with ExitStack() as stack, torch.no_grad():
         for network in networks:
             stack.enter_context(borrowed(network))
         calls = [partial(network, *inputs) for network in networks]
-        return in_turns(calls, turns, seconds, next(networks[0].parameters(), torch.empty(0)).device)
+        return in_turns(calls, turns, seconds, next(networks[0].parameters(), torch.empty(0)).device, among)
 
 
 def in_turns(
-    calls: Sequence[Callable[[], object]], turns: int, seconds: float = 0, device: torch.device = _CPU
+    calls: Sequence[Callable[[], object]],
+    turns: int,
+    seconds: float = 0,
+    device: torch.device = _CPU,
+    among: Callable[[list[float]], float] = median,
 ) -> list[float]:
-    """Median seconds of each call on a device, all of them taking turns, after a warm-up."""
+    """Seconds of each call on a device, all of them taking turns, after a warm-up; arguments as of `alternating`."""
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(_WARM_UP):
         for call in calls:
@@ -54,4 +65,4 @@ def in_turns(
             before = now(device)
             call()
             times.append(now(device) - before)
-    return [median(times) for times in taken]
+    return [among(times) for times in taken]

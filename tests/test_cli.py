@@ -355,7 +355,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(batude_fx, "create", offline)
     message = _error("plan", NAME, "--budget", 0.5)
-    assert "no network. plan, compress and export do without its weights: --no-pretrained" in message
+    assert "no network. All but evaluate do without its weights: --no-pretrained" in message
 
 
 def test_what_torch_says_while_it_fetches_is_not_in_the_json(monkeypatch: pytest.MonkeyPatch) -> None:

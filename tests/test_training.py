@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,7 +27,8 @@ from batude_fx.cli import app
 from batude_fx.modules import TuckerModule
 from batude_fx.recipe import _optimizers, _schedulers
 from batude_fx.training.checkpoint import read, write
-from batude_fx.training.data import Data
+from batude_fx.training.data import Data, image_data
+from batude_fx.training.problem import dense_network
 
 CLASSES, TRAIN, HELD_OUT = 3, 24, 9
 SETTINGS = {
@@ -111,6 +113,14 @@ def test_what_was_trained_is_evaluated_on_the_same_images(finished: tuple[Path, 
     assert json.loads(said.stdout)["flops"] == result.flops
     said = CliRunner().invoke(app, ["evaluate", str(folder / "model"), "--data", str(photos / "validation"), "--json"])
     assert json.loads(said.stdout)["top1"] == pytest.approx(result.accuracy)
+
+
+def test_a_class_without_images_to_evaluate_on_moves_no_other(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, some := tmp_path / "photos")
+    shutil.rmtree(some / "validation" / "class0")
+    recipe = _recipe(some)
+    data = image_data(recipe, dense_network(recipe), (3, 32, 32), CLASSES, Accelerator())
+    assert torch.cat([labels for _, labels in data.evaluation()]).tolist() == [1] * 3 + [2] * 3
 
 
 def test_images_of_the_caller_stay_as_they_are(photos: Path) -> None:
@@ -307,7 +317,7 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
         batude_fx.run(_recipe(photos, data__root=None))
     shutil.copytree(photos, other := tmp_path / "other")
     (other / "validation" / "class1").rename(other / "validation" / "class3")
-    with pytest.raises(TrainingError, match=r"has other classes in 'train' than in 'validation'.*'class1' is in one"):
+    with pytest.raises(TrainingError, match=r"has classes in 'validation' that 'train' lacks: 'class3'\. Images"):
         batude_fx.run(_recipe(other))
     with pytest.raises(RecipeError, match=r"budget: the dense network meets it, with 4,149,568 flops"):
         batude_fx.run(_recipe(photos, budget="1 GFLOPs"))

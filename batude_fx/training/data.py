@@ -62,6 +62,8 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     share, parts = section.batch_size // section.accumulate, section.accumulate * accelerator.num_processes
     held_out = _dataset(recipe, section.val_split, config)
     _check(recipe, train, held_out, parts, classes)
+    if not section.name:  # timm numbers the subfolders of each split by themselves
+        held_out = _dataset(recipe, section.val_split, config, _classes(train.dataset))
     augmentation: dict[str, Any] = {
         "scale": (1.0, 1.0) if section.pad else section.scale, "ratio": (1.0, 1.0) if section.pad else section.ratio,
         "hflip": section.hflip, "color_jitter": section.color_jitter, "auto_augment": section.auto_augment,
@@ -105,7 +107,9 @@ def _config(model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
     return config
 
 
-def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batch]:
+def _dataset(
+    recipe: Recipe, split: str, config: dict[str, Any], class_map: dict[str, int] | None = None
+) -> Dataset[Batch]:
     section = recipe.data
     training = split == section.train_split
     if not section.name and not (section.root and section.root.exists()):
@@ -117,8 +121,8 @@ def _dataset(recipe: Recipe, split: str, config: dict[str, Any]) -> Dataset[Batc
     try:
         return create_dataset(  # type: ignore[no-any-return]
             section.name, root=str(section.root) if section.root else None, split=split, is_training=training,
-            download=section.download, batch_size=section.batch_size, seed=recipe.seed,
-            input_img_mode="L" if config["input_size"][0] == 1 else "RGB",
+            class_map=cast("Any", class_map), download=section.download, batch_size=section.batch_size,
+            seed=recipe.seed, input_img_mode="L" if config["input_size"][0] == 1 else "RGB",
         )  # fmt: skip
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         reason = first_line(error)
@@ -157,12 +161,10 @@ def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: in
             f"{section.root or section.name} has {len(named)} classes, {recipe.model.name} tells {classes} apart; "
             f"use --set model.args.num_classes={len(named)}."
         )
-    if named != others:  # each split is numbered by itself
-        odd = sorted(set(named) ^ set(others), key=str)
+    if unknown := sorted(others.keys() - named.keys()):
         raise TrainingError(
-            f"{section.root or section.name} has other classes in {section.train_split!r} than in "
-            f"{section.val_split!r}, so their numbers do not match: {odd[0]!r} is in one of them alone. Give both the "
-            "same subfolders, with all images inside them."
+            f"{section.root or section.name} has classes in {section.val_split!r} that {section.train_split!r} lacks: "
+            f"{', '.join(map(repr, unknown))}. Images belong into subfolders of the same names in both."
         )
     folders = [getattr(getattr(one, "reader", None), "root", None) for one in (train.dataset, held_out)]
     if not section.name and folders[0] == folders[1] and section.train_split != section.val_split:
@@ -173,10 +175,10 @@ def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: in
         )
 
 
-def _classes(dataset: Dataset[Batch]) -> list[str]:
-    """Those that a dataset of timm or torchvision names; empty where it does not."""
+def _classes(dataset: Dataset[Batch]) -> dict[str, int]:
+    """Those that a dataset of timm or torchvision names, and their numbers; empty where it does not."""
     reader = getattr(dataset, "reader", dataset)
-    return list(getattr(reader, "class_to_idx", None) or getattr(reader, "classes", None) or ())
+    return getattr(reader, "class_to_idx", None) or {}
 
 
 class _Seeded(Dataset[Batch]):
