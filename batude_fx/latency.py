@@ -5,7 +5,7 @@ A dense layer and its Tucker forms are timed with the inputs that they get in th
 ranks. What is measured is kept by layer, input, dtype, device, threads and versions under
 `${BATUDE_FX_CACHE:-~/.cache/batude_fx}/latency`, so that a second call on the same machine takes seconds.
 
-The shortest of several runs counts: other work on the machine only adds to it.
+Of a layer the shortest of several runs counts: other work on the machine only adds to it.
 
 What the sites take one by one is not quite what they take in the network, and not everything is a site. So the whole
 network is timed as well, dense and compressed in turns (`Stopwatch.compare`), and `capacity.Account` draws a line from
@@ -133,7 +133,7 @@ class Stopwatch:
         return round(after / before * self.dense_nanoseconds)
 
     def _seconds(self, *networks: nn.Module) -> list[float]:
-        return alternating(networks, self.inputs, turns=_LEAST_TURNS, seconds=_MODEL_SECONDS, among=min)
+        return alternating(networks, self.inputs, turns=_LEAST_TURNS, seconds=_MODEL_SECONDS)
 
     def _priced(self, name: str, options: Options, *, only_faster: bool) -> Options:
         site = self.sites[name]

@@ -23,28 +23,21 @@ def now(device: torch.device = _CPU) -> float:
 
 
 def alternating(
-    networks: Sequence[nn.Module],
-    inputs: tuple[object, ...],
-    *,
-    turns: int,
-    seconds: float = 0,
-    among: Callable[[list[float]], float] = median,
+    networks: Sequence[nn.Module], inputs: tuple[object, ...], *, turns: int, seconds: float = 0
 ) -> list[float]:
-    """Seconds of one run of each network in eval mode, all of them taking turns.
+    """Median seconds of one run of each network in eval mode, all of them taking turns.
 
     Args:
         networks: All of them take the inputs.
         inputs: Arguments of a run.
         turns: Timed ones, at least.
         seconds: Go on until so many have passed.
-        among: From the times of the turns to the one that counts: the median, or `min`, which other work on the machine
-            disturbs least.
     """
     with ExitStack() as stack, torch.no_grad():
         for network in networks:
             stack.enter_context(borrowed(network))
         calls = [partial(network, *inputs) for network in networks]
-        return in_turns(calls, turns, seconds, next(networks[0].parameters(), torch.empty(0)).device, among)
+        return in_turns(calls, turns, seconds, next(networks[0].parameters(), torch.empty(0)).device)
 
 
 def in_turns(
@@ -54,7 +47,16 @@ def in_turns(
     device: torch.device = _CPU,
     among: Callable[[list[float]], float] = median,
 ) -> list[float]:
-    """Seconds of each call on a device, all of them taking turns, after a warm-up; arguments as of `alternating`."""
+    """Seconds of each call on a device, all of them taking turns, after a warm-up.
+
+    Args:
+        calls: What is timed.
+        turns: As of `alternating`.
+        seconds: Likewise.
+        device: Whose work is waited for.
+        among: From the times of the turns to the one that counts: the median, or `min`, which other work on the machine
+            disturbs least.
+    """
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(_WARM_UP):
         for call in calls:
