@@ -188,6 +188,18 @@ def test_a_clock_that_jumps_is_warned_of(clock: list[nn.Module], monkeypatch: py
         batude_fx.plan(_network(), Budget(latency=0.6), example_inputs=INPUT, calibration=None)
 
 
+def test_one_disturbed_timing_is_no_refusal(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    del clock
+    jumps = iter([4.0])
+
+    def seconds(_: Stopwatch, dense: nn.Module, *small: nn.Module) -> list[float]:
+        return [_network_seconds(dense), *(next(jumps, 1.0) * _network_seconds(one) for one in small)]
+
+    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    plan = batude_fx.plan(_network(), Budget(latency=0.6), example_inputs=INPUT, calibration=None)
+    assert 0.9 * 0.6 < _network_seconds(plan.apply(_network())) / _network_seconds(_network()) <= 0.6
+
+
 def test_a_latency_that_does_not_bind_changes_nothing(clock: list[nn.Module]) -> None:
     del clock
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None}
