@@ -26,8 +26,9 @@ from batude_fx.zoo import example_inputs
 
 app = typer.Typer(
     help="Make timm and torchvision networks smaller, to a budget.\n\n"
-    "MODEL is a timm name (resnet50), a torchvision name (torchvision:resnet50) or a folder that "
-    "`batude-fx compress` wrote. Flops are multiply-adds, as fvcore counts them.",
+    "MODEL is a timm name (resnet50, or for a network of your own local-dir:FOLDER or hf-hub:USER/NAME), a torchvision "
+    "name (torchvision:resnet50) or a folder that `batude-fx compress` wrote. Flops are multiply-adds, as fvcore "
+    "counts them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -74,13 +74,17 @@ def _torchvision_entrypoint(*, folder: str | os.PathLike[str], weights: WeightsE
     return serialization.load(folder)
 
 
+_SOURCES = {"local-dir", "hf-hub"}  # in timm's names, where a config with the name of an architecture is
+
+
 def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  # noqa: ANN401 - the factory's own
     """A model by its name: a saved folder, a timm model, or a torchvision model, looked up in this order.
 
     Args:
-        name: A path to a saved folder, "resnet50", "timm:resnet50" or "torchvision:resnet50".
+        name: A path to a saved folder, "resnet50", "timm:resnet50" or "torchvision:resnet50"; or where timm keeps
+            networks of users, "local-dir:FOLDER" or "hf-hub:USER/NAME".
         pretrained: Fetch trained weights, as timm and torchvision do.
-        **args: Arguments of the model, such as `num_classes=10`; not for folders.
+        **args: Arguments of the model, such as `num_classes=10`; not for saved folders.
 
     Raises:
         BatudeError: When nothing has this name, with close ones.
@@ -91,6 +95,8 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
     library, _, base = name.rpartition(":")
     if (Path(name) / CONFIG).is_file():
         return serialization.load(name)
+    if library in _SOURCES:
+        return timm.create_model(name, pretrained=pretrained, **args)
     if library in {"", "timm"} and timm.is_model(base.partition(".")[0]) and base != ENTRYPOINT:
         return timm.create_model(base, pretrained=pretrained, **args)
     if library in {"", "torchvision"} and base in models.list_models() and base != ENTRYPOINT:

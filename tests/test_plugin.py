@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
 from torch import nn
 from torchvision import models
 
@@ -229,6 +230,15 @@ def test_arguments_reach_the_model() -> None:
 def test_a_folder_is_a_name(timm_folder: tuple[nn.Module, Path]) -> None:
     network = batude_fx.create(str(timm_folder[1]))
     assert any(isinstance(module, TuckerModule) for module in network.modules())
+
+
+def test_a_dense_network_of_the_user_has_a_name_and_what_becomes_of_it_is_saved(tmp_path: Path) -> None:
+    own = timm.create_model("resnet10t", num_classes=3).eval()
+    save_for_hf(own, str(tmp_path / "own"), safe_serialization=True)
+    network = batude_fx.create(f"local-dir:{tmp_path / 'own'}", pretrained=True).eval()
+    assert torch.equal(network(IMAGES), own(IMAGES))
+    small = _save(network, tmp_path / "small")
+    assert torch.equal(batude_fx.load(tmp_path / "small")(IMAGES), small(IMAGES))
 
 
 @pytest.mark.parametrize("name", ["resnet51", "torchvision:resnet51", "keras:resnet50", "batude_fx", ""])
