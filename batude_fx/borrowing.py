@@ -2,10 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
+
+
+def outputs(model: nn.Module, inputs: tuple[object, ...]) -> Any:  # noqa: ANN401 - whatever the model gives
+    """What a model gives for some arguments, which stay as they are: it may work on them in place."""
+    return model(*tree_map_only(Tensor, Tensor.clone, inputs))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from batude_fx.borrowing import borrowed
+from batude_fx.borrowing import borrowed, outputs
 from batude_fx.errors import CalibrationError
 from batude_fx.spectra import Metric, ModeMetric
 from batude_fx.surgery import copied
@@ -96,8 +96,9 @@ def _checked_batch(batch: object, index: int, like: Tensor) -> Tensor:
         raise CalibrationError(
             f"calibration batch {index} has shape {tuple(batch.shape)}, the model takes ({expected}).{hint}"
         )
-    if not batch.is_floating_point():
-        raise CalibrationError(f"calibration batch {index} is {batch.dtype}; normalize the images to floats first.")
+    if batch.is_floating_point() != like.is_floating_point():
+        way_out = "normalize the images to floats first" if like.is_floating_point() else "give them as they come"
+        raise CalibrationError(f"calibration batch {index} is {batch.dtype}, the model takes {like.dtype}; {way_out}.")
     if not batch.isfinite().all():
         raise CalibrationError(f"calibration batch {index} holds NaN or infinite values; check the loader.")
     return batch
@@ -113,10 +114,10 @@ def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> lis
 
     Returns:
         Batches of dead leaves wherever the example has images (1, 1 or 3 channels, H, W) or clips (1, 1 or 3 channels,
-        frames, H, W), which pan over them; Gaussian noise of the example's shape elsewhere.
+        frames, H, W), which pan over them; Gaussian noise of the example's shape elsewhere, and integers as they are.
     """
     like = _only_tensor(inputs)
-    if like is not None:
+    if like is not None and like.is_floating_point():
         count = SYNTHETIC_CLIPS if like.ndim > 4 else SYNTHETIC_IMAGES  # noqa: PLR2004 - (N, C, frames, H, W)
         images = _synthetic_tensor(model, count, like.shape[1:], seed).to(like)
         return [(batch,) for batch in torch.split(images, _BATCH)]
@@ -136,7 +137,7 @@ def sees_noise(inputs: Inputs) -> bool:
     """Whether `synthetic_batches` makes noise of any tensor of the example, as no procedural image fits it."""
     like = _only_tensor(inputs)
     if like is not None:
-        return not _is_picture(like.shape[1:])
+        return not (like.is_floating_point() and _is_picture(like.shape[1:]))
     floats = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return any(not _is_picture(_items(tensor)[1]) for tensor in floats)
 
@@ -187,7 +188,8 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     """
     if not any(_has_running_statistics(module) for module in model.modules()):
         return model
-    adapted = copied(model).eval()
+    adapted = copied(model)
+    adapted.eval()
     for module in adapted.modules():
         if _has_running_statistics(module):
             norm = cast("nn.BatchNorm2d", module)
@@ -197,13 +199,14 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     try:
         with borrowed(model), torch.no_grad():  # for the random generators, which the copy may draw from
             for batch in batches:
-                adapted(*batch)
+                outputs(adapted, batch)
     except ValueError:  # a layer that sees one value per channel has no variance to normalize by
         return model
     for module, before in zip(adapted.modules(), model.modules(), strict=True):
         if _has_running_statistics(module):
             cast("nn.BatchNorm2d", module).momentum = cast("nn.BatchNorm2d", before).momentum
-    return adapted.eval()
+    adapted.eval()
+    return adapted
 
 
 def mixed(own: Mapping[str, Metric], synthetic: Mapping[str, Metric]) -> dict[str, Metric]:

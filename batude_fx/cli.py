@@ -241,6 +241,8 @@ def sweep_budgets(
         network, keeps[0], calibration=shown(network),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
+    if output:
+        page.check_network(output, decided)
     points = sweep.sweep(network, decided, keeps, photos)
     show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
     if output:
@@ -276,7 +278,9 @@ def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
     try:
         with redirect_stdout(sys.stderr):  # torch.hub says there what it fetches, in the way of --json
             torch.manual_seed(0)  # fresh weights are the same ones for plan and compress
-            return batude_fx.create(name, pretrained=pretrained).to(target).eval()
+            network = batude_fx.create(name, pretrained=pretrained).to(target)
+            network.eval()
+            return network
     except (OSError, RuntimeError) as error:
         way_out = " All but evaluate do without its weights: --no-pretrained." if pretrained else ""
         raise BatudeError(f"{name!r} cannot be built: {first_line(error)}.{way_out}") from error

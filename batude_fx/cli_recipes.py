@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -119,7 +120,8 @@ def train(
     from batude_fx.training import run
 
     folder = output or Path("runs") / find(recipe).stem
-    result = run(read, folder, resume=resume)
+    with redirect_stdout(sys.stderr):  # torch.hub says there what it fetches, in the way of --json
+        result = run(read, folder, resume=resume)
     from accelerate import PartialState
 
     if PartialState().is_main_process:

@@ -1,5 +1,6 @@
 """The two verbs: `plan` decides the ranks under a budget, `compress` also builds the network that has them."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
@@ -99,6 +100,12 @@ class Plan:
             BudgetError: When the copy needs more flops than planned and cannot be made small enough.
         """
         _check_values(model)
+        if not self.ranks:
+            warnings.warn(
+                f"nothing is replaced: the dense {self.model_name} meets the budget, {self.budget}. What is returned "
+                "is a copy of it.",
+                stacklevel=2,
+            )
         plan, small = self, self._applied(model)
         limit = self.budget.limits(self.dense_flops, self.dense_params).flops
         while self._recounted and limit is not None and (count := count_flops(small, self._recounted)) > limit:
@@ -145,7 +152,9 @@ class Plan:
         training = {part: part.training for module in modules.values() for part in module.modules()}
         with borrowed(model):
             batches = track(self._kept, "matching moments")
-            match_moments_(model, replace(model, modules).eval(), modules, batches)
+            small = replace(model, modules)
+            small.eval()
+            match_moments_(model, small, modules, batches)
         for part, flag in training.items():
             part.training = flag
 
@@ -321,7 +330,9 @@ def _measure(
         return metrics, tuple(procedural.kept)
     own = Keeper(track(image_batches(calibration, inputs), "calibrating"))
     metrics = statistics(model, sites, own)
-    return mixed(metrics, _synthetic_metrics(model, sites, procedural, draws=1)), tuple(own.kept)
+    if not sees_noise(inputs):  # a few images are not all that there is, but noise tells nothing of the rest
+        metrics = mixed(metrics, _synthetic_metrics(model, sites, procedural, draws=1))
+    return metrics, tuple(own.kept)
 
 
 def _synthetic_metrics(

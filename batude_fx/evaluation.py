@@ -62,10 +62,10 @@ def logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
         UnsupportedError: When the network gives anything else than one row per image.
         CalibrationError: When a file cannot be read, or the network takes no photos.
     """
-    device = next(network.parameters()).device
+    like = next(network.parameters())
     with borrowed(network), torch.no_grad():
         batches = track(images.batches(network, paths), "evaluating", math.ceil(len(paths) / images.BATCH))
-        outputs = [network(batch.to(device)) for batch in batches]
+        outputs = [network(batch.to(like)) for batch in batches]
     if not isinstance(outputs[0], Tensor) or outputs[0].ndim != _NDIM:
         raise UnsupportedError(f"{type(network).__name__} is no classifier; it does not name one class per image.")
     return torch.cat(outputs).cpu()

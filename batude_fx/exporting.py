@@ -39,6 +39,12 @@ _NEEDS = {
     ".pt2": (),
 }
 
+_DTYPES = {
+    ".onnx": {torch.float32},
+    ".xml": {torch.float32},
+    ".pt2": {torch.float16, torch.float32, torch.float64},  # numpy, which the file is checked with, has no bfloat16
+}
+
 Arrays = list[NDArray[Any]]
 Runner = Callable[[Sequence[NDArray[Any]]], Arrays]
 
@@ -81,6 +87,10 @@ def export(
         raise ExportError(
             f"{type(model).__name__} takes other arguments than tensors; export the part that takes them."
         )
+    if odd := {one.dtype for one in model.parameters() if one.is_floating_point()} - _DTYPES[path.suffix.lower()]:
+        raise ExportError(
+            f"{path}: {type(model).__name__} holds {odd.pop()}, which cannot be written; use model.float()."
+        )
     images = None if int8 is None else _arrays(int8, inputs)
     with _beside(path) as folder, _quiet():
         written = folder / path.name
@@ -89,7 +99,8 @@ def export(
             if images is not None:
                 equalize_(network, track(map(torch.from_numpy, images), "equalizing", len(images)))
             run = _WRITERS[path.suffix.lower()](network, inputs, written, images)
-            original = copied(model).cpu().eval()  # not the folded one: folding is held to it, too
+            original = copied(model).cpu()  # not the folded one: folding is held to it, too
+            original.eval()
             gaps = [_difference(original, run, _batch(inputs, size)) for size in _sizes(inputs)]
             difference = float(np.max(gaps))  # NaN if one of them is
         except Exception as error:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+_SUFFIX = ".tmp"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -12,7 +14,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     It gets the permissions of any new file; safetensors would let nobody but the owner read.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}{_SUFFIX}")
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode
@@ -21,3 +23,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def held(folder: Path) -> list[Path]:
+    """What a folder holds, but for what a process that was killed left of `replacing`; nothing where there is none."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if not (path.name.startswith(".") and path.suffix == _SUFFIX)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from batude_fx.borrowing import borrowed
-from batude_fx.errors import DiscoveryError
+from batude_fx.errors import DiscoveryError, first_line
 from batude_fx.sites import ConvSite, Ranks
 
 # The formulas hold for integers and, element by element, for arrays of them.
@@ -80,7 +80,8 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
         except Exception as error:
             raise DiscoveryError(
                 f"fvcore cannot count the flops of {type(model).__name__}, as torch.jit cannot trace it: "
-                f"{type(error).__name__}: {error}. Pass example_inputs= with tensors that its forward takes."
+                f"{type(error).__name__}: {first_line(error)}. Its forward may have to take and give plain tensors; "
+                "example_inputs= says which it takes."
             ) from error
 
 

@@ -52,7 +52,9 @@ def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = Non
         norm = model.get_submodule(norm_name)
         modules[name] = _folded(model.get_submodule(name), norm)
         modules[norm_name] = _remainder(norm)
-    return replace(model, modules).eval()
+    folded = replace(model, modules)
+    folded.eval()
+    return folded
 
 
 def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
@@ -87,11 +89,11 @@ def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
             norm.register_forward_pre_hook(before_norm)
         returned = {id(leaf) for leaf in tree_leaves(model(*inputs))}
     elsewhere = {layer for key, (layer, _) in outputs.items() if uses[key] > 1 or key in returned}
-    elsewhere |= {layer for layer in layers if uses[id(layer._parameters.get("weight"))] > 1}  # noqa: SLF001
+    shared = {module for module in names if any(uses[id(one)] > 1 for one in module.parameters(recurse=False))}
     return {
         names[layer]: names[norm]
         for layer, norm in followed.items()
-        if calls[layer] == calls[norm] == 1 and layer not in elsewhere
+        if calls[layer] == calls[norm] == 1 and layer not in elsewhere | shared and norm not in shared
     }
 
 

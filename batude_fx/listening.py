@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from batude_fx.errors import DiscoveryError
+from batude_fx.errors import DiscoveryError, first_line
 from batude_fx.sites import ConvSite, FoundBy
 
 _TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -215,6 +215,6 @@ def listen(model: nn.Module, found: list[Found], inputs: tuple[object, ...]) -> 
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _tensors(inputs))
         raise DiscoveryError(
             f"{type(model).__name__} does not run on the example input of shape {shapes}: "
-            f"{type(error).__name__}: {error}. Pass example_inputs= with what its forward takes."
+            f"{type(error).__name__}: {first_line(error)}. Pass example_inputs= with what its forward takes."
         ) from error
     return listener

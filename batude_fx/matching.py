@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from batude_fx.borrowing import outputs
 from batude_fx.modules import TuckerModule
 
 LEAST_GAIN, MOST_GAIN = 0.5, 2.0
@@ -42,11 +43,11 @@ def match_moments_(
     given: dict[str, _Match] = {}
 
     def remember(name: str, output: Tensor) -> None:
-        if name not in wanted:
+        if name not in wanted and output.numel():  # a detector may find no box
             wanted[name] = _moments(output)
 
     def correct(name: str, output: Tensor) -> Tensor:
-        if name not in wanted:  # the original did not come this way
+        if name not in wanted or not output.numel():  # the original did not come this way, or this one does not
             return output
         if name not in given:  # further calls of a shared site are corrected as its first
             given[name] = _Match(wanted[name], _moments(output))
@@ -84,11 +85,13 @@ class _Match:
 
     def corrected(self, output: Tensor) -> Tensor:
         """(..., C)."""
-        return (output - self.own.mean) * self.gain() + self.wanted.mean
+        return ((output - self.own.mean) * self.gain() + self.wanted.mean).to(output.dtype)
 
 
 def _moments(output: Tensor) -> _Moments:
     """Of an output (..., C)."""
+    if output.dtype.itemsize < torch.float32.itemsize:  # of autocast inside the model
+        output = output.float()
     variance, mean = torch.var_mean(output, dim=tuple(range(output.ndim - 1)), correction=0)
     return _Moments(mean, variance)
 
@@ -113,10 +116,11 @@ def _fold_(module: TuckerModule, match: _Match) -> None:
 def _on_channels(
     listener: Callable[[str, Tensor], Tensor | None], compressed: nn.Module
 ) -> Callable[[str, Tensor], Tensor | None]:
-    """The listener for outputs (N, C, ...) of convolutions, that hears and returns (..., C)."""
+    """The listener for outputs (N, C, ...) or (C, ...) of convolutions, that hears and returns (..., C)."""
 
     def listen(name: str, output: Tensor) -> Tensor | None:
-        axis = 1 if cast("TuckerModule", compressed.get_submodule(name)).kernel_size else -1
+        spatial = len(cast("TuckerModule", compressed.get_submodule(name)).kernel_size)
+        axis = output.ndim - 1 - spatial
         result = listener(name, output.movedim(axis, -1))
         return None if result is None else result.movedim(-1, axis)
 
@@ -137,7 +141,7 @@ def _run_listening(
         for name in names
     ]
     try:
-        model(*inputs)
+        outputs(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

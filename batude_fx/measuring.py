@@ -34,7 +34,7 @@ def statistics(
     Args:
         model: Evaluated in eval mode; parameters, buffers and flags are the same afterwards.
         sites: The sites to measure.
-        batches: Arguments of the model, on its device; the first tensor among them is (n, ...).
+        batches: Arguments of the model, on its device; the first tensor with axes among them is (n, ...).
         draws: Random combinations of the outputs per image; each costs a backward pass.
 
     Returns:
@@ -49,14 +49,14 @@ def statistics(
     with borrowed(model), _frozen_parameters(model), _listening(model, sums, generator), torch.enable_grad():
         for batch in batches:
             inputs = tree_map_only(Tensor, _differentiable, batch)
-            images += len(tree_leaves(batch)[0])
+            images += _images(batch)
             try:
                 outputs = model(*inputs)
-            except (RuntimeError, ValueError, AssertionError) as error:
+            except (RuntimeError, ValueError, AssertionError, IndexError) as error:
                 full = isinstance(error, torch.OutOfMemoryError)
                 way_out = "Move the model to the CPU" if full else "Resize them to what it takes"
                 raise CalibrationError(
-                    f"the model does not run on calibration images of shape {tuple(tree_leaves(batch)[0].shape)}: "
+                    f"the model does not run on calibration images of shape {', '.join(_shapes(batch))}: "
                     f"{first_line(error)}. {way_out}."
                 ) from error
             _backward_random_combinations(outputs, draws, generator)
@@ -70,6 +70,14 @@ def statistics(
                 "images, load trained weights, or compress model.double()."
             )
     return measured
+
+
+def _images(batch: tuple[object, ...]) -> int:
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
+def _shapes(batch: tuple[object, ...]) -> list[str]:
+    return [str(tuple(leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _differentiable(x: Tensor) -> Tensor:
@@ -118,6 +126,8 @@ class _Sums:
 
     def add(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         """Add one call; the gradient of its output is added when the backward pass reaches it."""
+        if not x.numel() or not y.numel():  # a detector that finds no box
+            return
         inputs, outputs = self._maps(x), self._maps(y)
         positions = _sample(outputs.shape[2], generator)
         if 0 in self.covariances:
@@ -135,8 +145,11 @@ class _Sums:
             y.register_hook(add_gradient)  # type: ignore[no-untyped-call]
 
     def _maps(self, x: Tensor) -> Tensor:
-        """(N, C, positions); a classifier's features have a single one."""
-        maps = x.detach().movedim(1 if self.site.kernel_size else -1, 1)
+        """(N, C, positions); a classifier's features have a single one, and one image may come without its N."""
+        x = x.detach().to(self.weight.dtype)  # a model may compute in half precision inside
+        if x.ndim == len(self.site.kernel_size) + 1:
+            x = x[None]
+        maps = x.movedim(1 if self.site.kernel_size else -1, 1)
         return maps.flatten(2) if maps.ndim > 2 else maps[..., None]  # noqa: PLR2004 - (N, C)
 
     def _vectors(self, maps: Tensor, positions: Tensor) -> Tensor:

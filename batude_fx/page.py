@@ -12,12 +12,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from batude_fx import record as records
 from batude_fx import sweep
+from batude_fx.compression import Plan
 from batude_fx.errors import SavedModelError
 from batude_fx.files import replacing
 from batude_fx.record import Record
 from batude_fx.report import convolution, human, milliseconds, percent, ranks_text
 
 PAGE = "report.html"
+TRAINED = "model"
+"""Where a training run's folder has the network."""
 
 _TITLES = {
     "flops": "Flops of every convolution, before and after",
@@ -39,6 +42,20 @@ def write(record: Record, folder: Path) -> None:
         text.write_text(page, encoding="utf-8")
 
 
+def check_network(folder: Path, plan: Plan) -> None:
+    """Refuse to show a sweep in the report of another network.
+
+    Raises:
+        SavedModelError: When the folder has such a report, or a broken one.
+    """
+    known = records.read(folder)
+    if known and (known.dense_flops, known.dense_params) != (plan.dense_flops, plan.dense_params):
+        raise SavedModelError(
+            f"{folder} holds a report of another network: {known.model}, whose original has {known.dense_flops:,} "
+            f"flops, and this one has {plan.dense_flops:,}. Give another folder."
+        )
+
+
 def remove(folder: Path) -> None:
     """Take away a report with its pictures and figures."""
     for name in (records.FILE, PAGE, sweep.FILE, *(f"{name}.png" for name in _TITLES)):
@@ -56,6 +73,8 @@ def draw(folder: Path) -> list[Path]:
     """
     from batude_fx.pictures import pictures, sweep_picture, write_png
 
+    if (folder / TRAINED / records.FILE).is_file():  # what a training run wrote
+        folder = folder / TRAINED
     record, points = records.read(folder), sweep.read(folder)
     if record:
         write(record, folder)

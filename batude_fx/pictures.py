@@ -163,6 +163,6 @@ def _figure(width: float, height: float, *, columns: int = 1, sharey: bool = Fal
 
 
 def _name_rows(axes: Any, sites: Sequence[SiteRecord]) -> None:  # noqa: ANN401 - matplotlib's, shared or not
-    axes.set_yticks(range(len(sites)), [site.name for site in sites], fontsize=7)
+    axes.set_yticks(range(len(sites)), [site.name for site in sites], fontsize=7, parse_math=False)
     if not axes.yaxis_inverted():
         axes.invert_yaxis()

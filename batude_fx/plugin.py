@@ -10,10 +10,12 @@ Tucker form, and `features_only=True` the features of models that have `forward_
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from pydantic import ValidationError
 from timm.models import PretrainedCfg, load_pretrained, register_model, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
@@ -23,7 +25,7 @@ from torchvision import models
 from torchvision.models._api import WeightsEnum
 from torchvision.models._api import register_model as register_torchvision_model
 
-from batude_fx import cifar, serialization  # noqa: F401 - cifar registers its networks with timm
+from batude_fx import cifar, record, serialization  # noqa: F401 - cifar registers its networks with timm
 from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.modules import TuckerModule
 from batude_fx.origin import ENTRYPOINT, Origin
@@ -94,16 +96,17 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
     """
     library, _, base = name.rpartition(":")
     if (Path(name) / CONFIG).is_file():
+        if args:
+            raise BatudeError(
+                f'{name!r} is a saved folder and takes no {", ".join(args)}; timm\'s "local-dir:{name}" does.'
+            )
         return serialization.load(name)
     if library in _SOURCES:
         return timm.create_model(name, pretrained=pretrained, **args)
     if library in {"", "timm"} and timm.is_model(base.partition(".")[0]) and base != ENTRYPOINT:
         return timm.create_model(base, pretrained=pretrained, **args)
     if library in {"", "torchvision"} and base in models.list_models() and base != ENTRYPOINT:
-        if pretrained:
-            model = cast("nn.Module", models.get_model(base, weights="DEFAULT", **args))
-        else:
-            model = Origin("torchvision", base, args).build()
+        model = _trained(base, args) if pretrained else Origin("torchvision", base, args).build()
         if shown := published_images(base):
             vars(model)["pretrained_cfg"] = shown
         return model
@@ -113,6 +116,22 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
         f"{name!r} is no saved folder, no timm model and no torchvision model. "
         + (f"Close names: {', '.join(close[:3])}." if close else "timm.list_models() lists them.")
     )
+
+
+def _trained(base: str, args: Mapping[str, Any]) -> nn.Module:
+    """A network of torchvision with its weights; a head for other classes is a fresh one, as in timm."""
+    published = {name: value for name, value in args.items() if name != "num_classes"}
+    model = cast("nn.Module", models.get_model(base, weights="DEFAULT", **published))
+    if published.keys() != args.keys():
+        known = dict(model.named_modules())
+        for name, layer in list(Origin("torchvision", base, args).build().named_modules()):
+            if name in known and _shapes(layer) != _shapes(known[name]):
+                model.set_submodule(name, layer)
+    return model
+
+
+def _shapes(layer: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in layer.parameters(recurse=False)]
 
 
 def _saved(own: dict[str, Any], config: dict[str, Any]) -> SavedArchitecture:
@@ -147,8 +166,11 @@ def _initialize_(model: nn.Module) -> None:
 def _load(model: nn.Module, state: dict[str, Tensor], config: dict[str, Any], *, adapted: bool) -> None:
     if not adapted:
         serialization.load_weights_(model, state)
-        if config.get("source") == "local-dir" and read_config(Path(config["file"])).channels_last:
-            serialization.to_channels_last_(model)
+        if config.get("source") == "local-dir":
+            folder = Path(config["file"])
+            record.attach_(model, record.read(folder))
+            if read_config(folder).channels_last:
+                serialization.to_channels_last_(model)
         return
     given = {**config, "state_dict": state, "source": None, "file": None, "hf_hub_id": None, "url": None}
     classes: Any = getattr(model, "num_classes", None)

@@ -26,6 +26,7 @@ from pydantic import (
     PositiveInt,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -36,6 +37,7 @@ _WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "wei
 _NOT_PLAIN = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
 """Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers."""
 _ALTERNATIVES = {("bool",), ("int",), ("float",), ("str",)}  # pydantic's ends of keys where a value may be any of these
+_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
 _PACKAGED = Path(__file__).parent / "recipes"
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "recipes"
@@ -154,7 +156,8 @@ class DataSection(_Section):
     """Which images, as timm's `create_dataset` and `create_loader` take them."""
 
     name: str = ""
-    """Empty for a folder with a subfolder per class, or "torchvision/cifar10", "hfds/...", "wds/..."."""
+    """Empty for a folder with a subfolder per class, or a dataset as timm names it: "torch/cifar10" is torchvision's,
+    "hfds/...", "hfids/...", "tfds/..." and "wds/..." are others'."""
     root: Path | None = None
     """Where they are, or are kept."""
     train_split: str = "train"
@@ -192,6 +195,17 @@ class DataSection(_Section):
     """Alpha of cutmix; 0 is off."""
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing."""
+
+    @field_validator("name")
+    @classmethod
+    def _of_a_kind(cls, name: str) -> str:
+        # timm takes any other name for a folder's, without a word; and torchvision's folders number classes anew.
+        kind, _, rest = name.partition("/")
+        if name and (kind not in _DATASETS or not rest or rest in {"folder", "image_folder"}):
+            raise ValueError(
+                f"{name!r} is no dataset; leave it empty for a folder, or begin with {'/, '.join(_DATASETS)}/"
+            )
+        return name
 
 
 class Distillation(_Section):
@@ -415,7 +429,7 @@ class _Document:
             return [self._plain(item, (*key, index)) for index, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
             plain = isinstance(node, yaml.ScalarNode) and node.style is None
-            return yaml.safe_load(node.value) if plain else node.value
+            return _value(node.value) if plain else node.value
         values: dict[str, Any] = {}
         for name, item in node.value:
             inner = (*key, str(name.value))
@@ -437,12 +451,19 @@ class _Document:
             raise RecipeError(f"--set {text}: expected KEY=VALUE, such as one_shot.epochs=2.")
         target = self.value
         for depth, name in enumerate(parents):
-            if not isinstance(target.get(name), dict):
+            known = target.get(name)
+            if known is not None and not isinstance(known, dict):
+                section = ".".join(keys[: depth + 1])
+                raise RecipeError(
+                    f"--set {text}: {section} is {known!r}, which has no {keys[depth + 1]}; expected the whole of it, "
+                    f"such as --set '{section}={{flops: 0.5, params: 0.9}}'."
+                )
+            if known is None:
                 target[name] = {}
                 self.lines.setdefault(tuple(keys[: depth + 1]), f"--set {text}")
             target = target[name]
         try:
-            target[last] = yaml.safe_load(value)
+            target[last] = _value(value)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {text}: {dotted}: the value is no YAML: {first_line(error)}.") from None
         self.lines = {key: line for key, line in self.lines.items() if key[: len(keys)] != tuple(keys)}
@@ -469,6 +490,8 @@ def _explained(problem: Any, key: Key) -> str:  # noqa: ANN401 - pydantic's Erro
         return f"unknown key; expected {close[0] if close else 'one of ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return "missing; it has no default"
+    if problem["loc"][-1:] in _ALTERNATIVES:
+        return f"found {problem['input']!r}; it should be true, false, a number, text or null"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return str(message)
@@ -482,6 +505,10 @@ def _section(key: Key) -> type[BaseModel]:
         options = (annotation, *getattr(annotation, "__args__", ()))
         section = next(one for one in options if isinstance(one, type) and issubclass(one, BaseModel))
     return section
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - whatever stands there
+    return yaml.load(text, _NoAliases)  # noqa: S506 - a safe loader
 
 
 def _dotted(key: Key) -> str:
@@ -499,7 +526,12 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - whatever YAML can say
 
 
 class _NoAliases(yaml.SafeLoader):
-    """Aliases save a few lines, and let ten of them stand for gigabytes."""
+    """Aliases save a few lines, and let ten of them stand for gigabytes. A date is a name, of a folder say."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as yaml declares it
+        first: [one for one in resolvers if one[0] != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - yaml's own
         if self.check_event(yaml.AliasEvent):

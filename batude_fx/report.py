@@ -127,7 +127,7 @@ def recipes_table(recipes: Mapping[str, "Recipe"]) -> Table:
     for name, one in recipes.items():
         phases = (one.pretrain, one.one_shot, one.finalize)
         epochs = " + ".join(str(phase.epochs).removesuffix(" epochs") for phase in phases if phase)
-        images = one.data.name.removeprefix("torchvision/") or "a folder"
+        images = one.data.name.removeprefix("torch/") or "a folder"
         budget = str(one.budget).removeprefix("flops ")
         table.add_row(*map(escape, (name, one.model.name, budget, images, epochs)))
     table.caption = "batude-fx recipes show NAME prints one, batude-fx train NAME --dry-run says what it would do."

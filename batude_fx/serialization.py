@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from batude_fx import record
 from batude_fx.borrowing import borrowed
-from batude_fx.errors import DiscoveryError, SavedModelError
-from batude_fx.files import replacing
+from batude_fx.errors import SavedModelError
+from batude_fx.files import held, replacing
 from batude_fx.modules import CHANNELS_LAST, TuckerModule, is_channels_last
 from batude_fx.origin import ENTRYPOINT, Origin, origins
 from batude_fx.saved_config import CONFIG, METADATA, WEIGHTS, SavedArchitecture, SavedConfig, read_config
@@ -106,7 +106,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise SavedModelError(f"{folder} is a file; give a folder to write.")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_saved(folder / CONFIG):
+    if held(folder) and not _is_saved(folder / CONFIG):
         raise SavedModelError(f"{folder} holds other files and no saved model; give a new folder, or empty this one.")
 
 
@@ -148,7 +148,8 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
         vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**known, **config.metadata}
     record.attach_(network, record.read(folder))
-    return network.eval()
+    network.eval()
+    return network
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -241,7 +242,10 @@ def _described(tensor: Tensor) -> str:
 def _check_savable(model: nn.Module) -> None:
     refuse_wrappers(model, "save")
     if not any(isinstance(module, TuckerModule) for module in model.modules()):
-        raise SavedModelError(f"{type(model).__name__} holds no Tucker module; save what compress returned.")
+        raise SavedModelError(
+            f"{type(model).__name__} holds no Tucker module: it was not compressed, or its budget was none. A dense "
+            "network is saved by timm.models.save_for_hf or torch.save."
+        )
     if meta := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise SavedModelError(f"{meta[0]!r} is on the meta device and has no values; load the weights first.")
 
@@ -303,7 +307,7 @@ def _gives_back(saved: SavedArchitecture, model: nn.Module, weights: Path, outpu
     rebuilt.to(next(model.parameters()).device)
     try:
         again = _outputs(rebuilt, example_inputs(model))
-    except (RuntimeError, TypeError):  # it was built in another way
+    except Exception:  # noqa: BLE001 - it was built in another way, and fails in a way of its own
         return False
     return len(again) == len(outputs) and all(map(_equal, again, outputs))
 
@@ -311,7 +315,12 @@ def _gives_back(saved: SavedArchitecture, model: nn.Module, weights: Path, outpu
 def _layout(model: nn.Module) -> tuple[dict[str, torch.Size], dict[str, type[nn.Module]]]:
     # Types too: in an untrained branch that ends in a zero, another activation leaves the outputs as they are.
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    return shapes, {name: type(module) for name, module in model.named_modules()}
+    return shapes, {name: _kind_of(module) for name, module in model.named_modules()}
+
+
+def _kind_of(module: nn.Module) -> type[nn.Module]:
+    """Its class; several processes share a batch-norm's statistics in training alone."""
+    return nn.BatchNorm2d if isinstance(module, nn.SyncBatchNorm) else type(module)
 
 
 def _example_run(model: nn.Module) -> tuple[tuple[object, ...], list[object]]:
@@ -319,7 +328,7 @@ def _example_run(model: nn.Module) -> tuple[tuple[object, ...], list[object]]:
     try:
         inputs = example_inputs(model)
         return inputs, _outputs(model, inputs)
-    except (DiscoveryError, RuntimeError, TypeError, ValueError):
+    except Exception:  # noqa: BLE001 - models fail in many ways on what they do not take
         return (), []
 
 

@@ -7,9 +7,12 @@ disappear are never copied.
 
 import copy
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
 from batude_fx.modules import TuckerModule, build
@@ -63,8 +66,9 @@ def copied(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
     """A deep copy.
 
     Raises:
-        BatudeError: When the model holds what cannot be copied.
+        BatudeError: When the model holds what cannot be copied, functions that close over its modules among it.
     """
+    _refuse_closures(model)
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's parts raise
@@ -76,6 +80,36 @@ def copied(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
     for name, module in copied.named_modules():  # graph modules come back in training mode
         module.training = flags.get(name, module.training)
     return copied
+
+
+def _refuse_closures(model: nn.Module) -> None:
+    """A function is copied as itself, so that one which closes over the model's parts would go on to call the old ones.
+
+    Raises:
+        UnsupportedError: When a module has such a function.
+    """
+    own = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, FunctionType) and any(id(one) in own for one in _closed_over(value)):
+                raise UnsupportedError(
+                    f"{'.'.join(filter(None, (name, attribute)))} is a function that closes over modules of "
+                    f"{type(model).__name__}, so a copy would go on to call the original ones. Make it a method, "
+                    "or bind it by types.MethodType."
+                )
+
+
+def _closed_over(function: FunctionType) -> list[object]:
+    """What a function closes over, and what the functions among that do."""
+    found: list[object] = []
+    functions = [function]
+    for one in functions:  # grows meanwhile
+        for cell in one.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                leaves = tree_leaves(cell.cell_contents)
+                found += [getattr(leaf, "__self__", leaf) for leaf in leaves]
+                functions += [leaf for leaf in leaves if isinstance(leaf, FunctionType) and leaf not in functions]
+    return found
 
 
 def refuse_wrappers(model: nn.Module, verb: str) -> None:

@@ -80,8 +80,9 @@ def published_images(name: str) -> dict[str, Any]:
 def _timm_size(model: nn.Module) -> tuple[int, ...]:
     config = cast("dict[str, Any]", getattr(model, "pretrained_cfg", None) or model.default_cfg)
     _, *size = config.get("input_size", (3, _SIDE, _SIDE))
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return (_input_channels(model), *(built_for or size))
+    noted = getattr(model, "_model_args", {}).get("img_size")  # newer versions of timm note it
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None) or noted or size
+    return (_input_channels(model), *((built_for, built_for) if isinstance(built_for, int) else built_for))
 
 
 def _input_channels(model: nn.Module) -> int:

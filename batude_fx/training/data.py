@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -62,6 +63,8 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     share, parts = section.batch_size // section.accumulate, section.accumulate * accelerator.num_processes
     held_out = _dataset(recipe, section.val_split, config)
     _check(recipe, train, held_out, parts, classes)
+    if section.pad:
+        _check_size(train, size)
     if not section.name:  # timm numbers the subfolders of each split by themselves
         held_out = _dataset(recipe, section.val_split, config, _classes(train.dataset))
     augmentation: dict[str, Any] = {
@@ -119,7 +122,7 @@ def _dataset(
             f"{section.val_split!r} in it, each with a subfolder per class."
         )
     try:
-        return create_dataset(  # type: ignore[no-any-return]
+        dataset = create_dataset(
             section.name, root=str(section.root) if section.root else None, split=split, is_training=training,
             class_map=cast("Any", class_map), download=section.download, batch_size=section.batch_size,
             seed=recipe.seed, input_img_mode="L" if config["input_size"][0] == 1 else "RGB",
@@ -131,6 +134,13 @@ def _dataset(
             f"{reason}. Give a folder with {section.train_split!r} and {section.val_split!r} in it, each with a "
             "subfolder per class, or a dataset name of timm's."
         ) from error
+    if not section.name and Path(getattr(getattr(dataset, "reader", None), "root", "")) == section.root:
+        # timm takes the folder itself where it finds no split: all images would be in this one.
+        raise TrainingError(
+            f"{section.root} has no folder {split!r}; give one, with a subfolder per class, or say which it is by "
+            f"data.{'train' if training else 'val'}_split."
+        )
+    return cast("Dataset[Batch]", dataset)
 
 
 def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: int, classes: int) -> None:
@@ -156,23 +166,28 @@ def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: in
             f"{section.batch_size // parts} images in each; use a multiple of {2 * parts}."
         )
     named, others = _classes(train.dataset), _classes(held_out)
-    if named and len(named) != classes:
+    found = len(set(named.values()))  # ImageNet has several names for a class
+    if named and found != classes:
         raise TrainingError(
-            f"{section.root or section.name} has {len(named)} classes, {recipe.model.name} tells {classes} apart; "
-            f"use --set model.args.num_classes={len(named)}."
+            f"{section.root or section.name} has {found} classes, {recipe.model.name} tells {classes} apart; "
+            f"use --set model.args.num_classes={found}."
         )
     if unknown := sorted(others.keys() - named.keys()):
         raise TrainingError(
             f"{section.root or section.name} has classes in {section.val_split!r} that {section.train_split!r} lacks: "
             f"{', '.join(map(repr, unknown))}. Images belong into subfolders of the same names in both."
         )
-    folders = [getattr(getattr(one, "reader", None), "root", None) for one in (train.dataset, held_out)]
-    if not section.name and folders[0] == folders[1] and section.train_split != section.val_split:
-        # timm takes the folder itself where it finds no split.
-        raise TrainingError(
-            f"{folders[0]} has no {section.train_split!r} and {section.val_split!r} in it, so the images to train on "
-            "would be those that accuracy is measured on; make these two folders, each with a subfolder per class."
-        )
+
+
+def _check_size(train: "_Seeded", size: tuple[int, ...]) -> None:
+    """Where images are cropped as they are, look at the first one."""
+    if not isinstance(train.dataset, IterableDataset):
+        width, height = cast("Any", train.dataset[0][0]).size  # no transform turns it into a tensor yet
+        if (height, width) != size[1:]:
+            raise TrainingError(
+                f"data.pad is for images of the network's size, {size[1]} x {size[2]}, the first one has {height} x "
+                f"{width} pixels; leave it out, or give the size by data.image_size."
+            )
 
 
 def _classes(dataset: Dataset[Batch]) -> dict[str, int]:

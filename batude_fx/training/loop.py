@@ -98,8 +98,9 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
         batches = images.tensor_split(math.ceil(len(images) / recipe.data.batch_size))  # of equal weight
         small = normalized_by(small, [(batch,) for batch in batches])
 
+    small.eval()
     result = Result(
-        model=small.eval(), accuracy=accuracy(session, small), original_accuracy=original_accuracy,
+        model=small, accuracy=accuracy(session, small), original_accuracy=original_accuracy,
         flops=count_flops(small.cpu(), problem.inputs), dense_flops=problem.dense[0],
         params=sum(parameter.numel() for parameter in small.parameters()), dense_params=problem.dense[1],
         ranks=ranks, rounds=session.rounds,

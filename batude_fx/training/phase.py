@@ -191,7 +191,8 @@ class _Trainer:
 def accuracy(session: Session, model: nn.Module) -> float:
     """Share of the evaluation images that get their class; the model is in eval mode afterwards."""
     accelerator = session.accelerator
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device)
+    model.eval()
     session.share_buffers_(model)
     hits: list[Tensor] = []
     for images, labels in session.data.evaluation():

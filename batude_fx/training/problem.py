@@ -45,14 +45,16 @@ def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
         model = create(section.name, pretrained=section.pretrained and weights, **section.args)
     except BatudeError as error:
         raise recipe.problem("model.name", str(error)) from None
-    except (RuntimeError, OSError, TypeError, ValueError) as error:
+    except (RuntimeError, OSError, TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
         reason = first_line(error)
         raise recipe.problem("model", f"{section.name} cannot be built: {reason}") from error
     if section.checkpoint and weights:
         try:
             load_weights_(model, read_weights(section.checkpoint))
+            model.float()  # whatever they were kept in
         except SavedModelError as error:
-            raise recipe.problem("model.checkpoint", str(error)) from None
+            way_out = "A file of torch.save becomes one of safetensors by safetensors.torch.save_model"
+            raise recipe.problem("model.checkpoint", f"{error} {way_out}") from None
     return model.to(memory_format=torch.channels_last) if section.channels_last else model
 
 

@@ -1,6 +1,7 @@
 """What all phases of a run share: the machine, the images, the folder, and what is known so far."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -16,15 +17,16 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
-from batude_fx.files import replacing
+from batude_fx.files import held, replacing
+from batude_fx.page import TRAINED
 from batude_fx.recipe import Duration, Recipe
 from batude_fx.record import Record, attach_
 from batude_fx.serialization import load_weights_, read_weights, save
 from batude_fx.training import checkpoint
 from batude_fx.training.data import Data
 
-CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE, MODEL = (
-    "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png", "model",
+CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE = (
+    "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png",
 )  # fmt: skip
 PHASES = ("pretrain", "one_shot", "finalize")
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")
@@ -73,7 +75,10 @@ class Session:
         self.data = data
         if self._writes:
             place = cast("Path", self.folder)
-            place.mkdir(parents=True, exist_ok=True)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(f"{place} cannot be written: {error.strerror}. Choose another place.") from error
             with replacing(place / RECIPE) as text:
                 text.write_text(self.recipe.to_yaml(), encoding="utf-8")
             if self.accelerator.log_with:
@@ -177,7 +182,8 @@ class Session:
 
         folder = cast("Path", self.folder)
         attach_(model, record)
-        save(model, folder / MODEL)
+        shutil.rmtree(folder / TRAINED, ignore_errors=True)  # what a run that was killed here has left
+        save(model, folder / TRAINED)
         write_png(pictures(record)["ranks"], folder / PICTURE)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
@@ -194,7 +200,7 @@ def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
     AcceleratorState._reset_state()  # noqa: SLF001 - it would refuse a second run of another precision
     tracked = folder is not None and find_spec("tensorboard") is not None
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision="no" if recipe.model.precision == "fp32" else recipe.model.precision,
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed
@@ -205,6 +211,8 @@ def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
         )
     except ValueError as error:  # no such precision on this machine
         raise recipe.problem("model.precision", f"{error}; use fp32") from None
+    accelerator.gradient_accumulation_steps = 1  # `data.accumulate` says; the environment may say otherwise
+    return accelerator
 
 
 def _check_new(folder: Path) -> None:
@@ -212,5 +220,5 @@ def _check_new(folder: Path) -> None:
         raise TrainingError(f"{folder} is a file; give a folder.")
     if (folder / RECIPE).exists():
         raise TrainingError(f"{folder} holds a run already; go on with it by --resume, or give a new folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if held(folder):
         raise TrainingError(f"{folder} holds other files; give a new folder.")

@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from batude_fx.budget import Budget
 from batude_fx.recipe import Recipe, shipped
 
 
@@ -35,7 +36,7 @@ def page(name: str, text: str) -> str:
         f"```yaml\n{text}```\n\n## Every field\n\nWhat the recipe says, or the default where it says nothing. "
         "Any of them is changed with `--set KEY=VALUE`.\n\n"
         "<table><thead><tr><th>key</th><th>type</th><th>default</th><th>here</th><th>meaning</th></tr></thead><tbody>\n"
-        + "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in _fields(recipe))
+        + "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in _fields(Recipe, recipe))
         + "\n</tbody></table>\n\n## Limitations\n\nThe figures hold for the schedule, the seeds and the machine that "
         "the line above names, and for nothing else.\n"
     )
@@ -51,16 +52,22 @@ def _measured(header: list[str]) -> Iterator[int]:
             yield index
 
 
-def _fields(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, ...]]:
-    for key, field in type(model).model_fields.items():
-        value = getattr(model, key)
-        if isinstance(value, BaseModel) and type(value).__module__ == Recipe.__module__:
-            yield from _fields(value, f"{prefix}{key}.")
+def _fields(section: type[BaseModel], given: BaseModel | None, prefix: str = "") -> Iterator[tuple[str, ...]]:
+    """Rows of a section; of one that the recipe leaves out, too."""
+    for key, field in section.model_fields.items():
+        value = given and getattr(given, key)
+        inner = [one for one in (field.annotation, *get_args(field.annotation)) if _is_section(one)]
+        if inner:
+            yield from _fields(inner[0], value, f"{prefix}{key}.")
             continue
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = "required" if default is PydanticUndefined else str(default)
-        cells = (f"{prefix}{key}", _kind(field.annotation), shown, str(value))
+        cells = (f"{prefix}{key}", _kind(field.annotation), shown, str(value) if given else "left out")
         yield (*(f"<code>{escape(cell)}</code>" for cell in cells), escape(field.description or ""))
+
+
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not Budget
 
 
 def _kind(annotation: object) -> str:
