@@ -440,6 +440,24 @@ def test_sweep_prints_draws_and_joins_the_report(folder: Path, photos: Path, tmp
     assert "original" in shown
 
 
+def test_a_sweep_is_not_put_into_the_report_of_another_network(folder: Path, photos: Path) -> None:
+    before = (folder / "report.html").read_text()
+    options = ("--budgets", "0.7", "--calibration", "none", "--evaluate", photos / "ant", "--no-pretrained")
+    message = _error("sweep", "test_byobnet", *options, "--output", folder)
+    assert "holds a report of another network: ResNet, whose original has" in message
+    assert (folder / "report.html").read_text() == before
+    assert not (folder / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_networks_are_evaluated_in_their_own_precision(
+    dtype: torch.dtype, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = timm.create_model(NAME, num_classes=3, pretrained_cfg_overlay={"input_size": (3, 64, 64)}).to(dtype)
+    monkeypatch.setattr(batude_fx, "create", lambda *_, **__: network)
+    assert _json("evaluate", "any", "--data", photos, "--against", "any")["agreement"] == 1
+
+
 def test_report_writes_pictures(folder: Path) -> None:
     written = _run("report", folder).stdout.split()
     assert written == [str(folder / name) for name in ("report.html", "flops.png", "spectra.png")]

@@ -83,6 +83,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', _html(tmp_path / "site"))
+    recipe = (tmp_path / "site" / "recipes" / "any-timm-model.html").read_text(encoding="utf-8")
+    for key in ("data.root", "budget", "one_shot.distillation.weight", "pretrain.ema"):  # it leaves `pretrain` out
+        assert f"<td><code>{key}</code></td>" in recipe
 
 
 def _html(site: Path) -> str:

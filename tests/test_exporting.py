@@ -1,5 +1,6 @@
 """Exported files run by their own runtimes, and held against the network that they came from."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,6 +166,16 @@ class _Decides(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.conv(x)
         return y if x.sum() > 0 else -y
+
+
+@pytest.mark.parametrize(("ending", "dtype"), [
+    (".onnx", torch.float16), (".xml", torch.float64), (".pt2", torch.bfloat16),
+])  # fmt: skip
+def test_a_precision_that_is_not_written_is_said(
+    ending: str, dtype: torch.dtype, small: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=rf"holds {dtype}, which is not written; use model\.float\(\)"):
+        batude_fx.export(copy.deepcopy(small).to(dtype), tmp_path / f"small{ending}")
 
 
 def test_a_network_that_decides_by_values_is_refused_with_its_reason(tmp_path: Path) -> None:

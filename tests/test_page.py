@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -108,6 +109,14 @@ def test_spectra_fall_from_one_to_nothing(plan: batude_fx.Plan) -> None:
 def test_names_of_strangers_are_text(plan: batude_fx.Plan) -> None:
     text = page.render(plan.record().model_copy(update={"model": "<script>alert(1)</script>"}))
     assert "<script" not in text
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path: Path) -> None:
+    odd = nn.Sequential(OrderedDict({"a$b": nn.Conv2d(3, 32, 3), "c$": nn.Conv2d(32, 32, 3)}))
+    small = batude_fx.compress(odd, 0.6, example_inputs=torch.zeros(1, 3, 8, 8), calibration=None)
+    with pytest.warns(UserWarning, match="cannot be rebuilt by name"):
+        batude_fx.save(small, tmp_path / "out")
+    assert "a$b" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_loaded_network_keeps_its_report(plan: batude_fx.Plan, folder: Path, tmp_path: Path) -> None:

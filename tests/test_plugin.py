@@ -227,6 +227,30 @@ def test_arguments_reach_the_model() -> None:
     assert batude_fx.create("torchvision:resnet18", num_classes=3)(IMAGES).shape == (2, 3)
 
 
+def test_a_head_of_other_classes_starts_fresh_on_torchvisions_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    published = models.inception_v3(weights=None, init_weights=False).state_dict()
+    entry = models.Inception_V3_Weights
+    monkeypatch.setattr(entry, "get_state_dict", lambda *_, **__: published)
+    model = batude_fx.create("torchvision:inception_v3", pretrained=True, num_classes=3)
+    assert model.fc.out_features == model.AuxLogits.fc.out_features == 3
+    assert model.transform_input  # as torchvision sets it with these weights
+    for name, value in model.state_dict().items():
+        assert ("fc." in name and "conv" not in name) or torch.equal(value, published[name])
+
+
+def test_a_saved_folder_takes_no_arguments(timm_folder: tuple[nn.Module, Path]) -> None:
+    with pytest.raises(BatudeError, match=r'takes no num_classes; timm\'s "local-dir:.*" does'):
+        batude_fx.create(str(timm_folder[1]), num_classes=3)
+    assert batude_fx.create(f"local-dir:{timm_folder[1]}", num_classes=3).num_classes == 3
+
+
+def test_saved_again_it_keeps_its_report(timm_folder: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    shutil.copytree(timm_folder[1], folder := tmp_path / "out")
+    batude_fx.save(timm.create_model(f"local-dir:{folder}", pretrained=True), folder)
+    assert (folder / "report.json").read_text() == (timm_folder[1] / "report.json").read_text()
+
+
 def test_a_folder_is_a_name(timm_folder: tuple[nn.Module, Path]) -> None:
     network = batude_fx.create(str(timm_folder[1]))
     assert any(isinstance(module, TuckerModule) for module in network.modules())

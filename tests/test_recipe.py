@@ -112,6 +112,15 @@ BROKEN = {
     "a teacher without a network": (
         "one_shot:", "pretrain: {epochs: 1, distillation: {}}\none_shot:", 6, "pretrain.distillation", "unknown key"
     ),
+    "a dataset of no kind": (
+        "  root: photos", "  name: torchvision/cifar10", 4, "data.name", "begin with torch/, hfds/"
+    ),
+    "a folder by another name": ("  root: photos", "  name: torch/folder", 4, "data.name", "empty for a folder"),
+    "an argument's value": ("resnet10t", "resnet10t\n  args: {global_pool: foo}", 1, "model", "cannot be built"),
+    "an argument's unknown name": ("resnet10t", "resnet10t\n  args: {act_layer: foo}", 1, "model", "cannot be built"),
+    "an argument that is a list": (
+        "resnet10t", "resnet10t\n  args: {layers: [1]}", 3, "model.args.layers", "true, false, a number, text or null"
+    ),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip
 
@@ -144,6 +153,11 @@ def test_train_gives_every_mistake_a_line_too(tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in lines] == [f"{path}:7", f"{path}:8"]
 
 
+def test_a_date_is_a_name(tmp_path: Path) -> None:
+    for name in ("2024-01-15", "2024-02-30"):
+        assert Recipe.from_yaml(_file(tmp_path, GOOD), [f"data.root={name}"]).data.root == Path(name)
+
+
 def test_a_missing_file_names_close_recipes() -> None:
     with pytest.raises(RecipeError, match=r"resnet20-cifar10: no such file.*resnet20-cifar10-2.5x"):
         Recipe.from_yaml("resnet20-cifar10")
@@ -154,6 +168,7 @@ def test_a_missing_file_names_close_recipes() -> None:
     ("one_shot.epocs=3", "--set one_shot.epocs=3: one_shot.epocs: unknown key; expected epochs"),
     ("budget=[", "the value is no YAML"),
     ("budget=2", r"--set budget=2: budget: .*inside \(0, 1\)"),
+    ("budget.params=0.9", r"--set budget.params=0.9: budget is '2.5x', which has no params; expected the whole of it"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_quoted(setting: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=words):

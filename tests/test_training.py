@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
+from timm.data import dataset_factory
 from timm.optim._optim_factory import create_optimizer_v2
 from torch import nn
 from typer.testing import CliRunner
@@ -25,7 +26,8 @@ import batude_fx
 from batude_fx import Recipe, RecipeError, TrainingError
 from batude_fx.cli import app
 from batude_fx.modules import TuckerModule
-from batude_fx.recipe import _optimizers, _schedulers
+from batude_fx.recipe import _optimizers, _schedulers, shipped
+from batude_fx.training import problem
 from batude_fx.training.checkpoint import read, write
 from batude_fx.training.data import Data, image_data
 from batude_fx.training.problem import dense_network
@@ -272,9 +274,89 @@ def test_bfloat16_channels_last_mixup_and_a_moving_average(photos: Path) -> None
     assert result.flops <= 0.5 * result.dense_flops
 
 
+def test_a_run_below_a_file_is_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(TrainingError, match=r"mine\.txt/run cannot be written: Not a directory\. Choose"):
+        batude_fx.run(_recipe(photos), tmp_path / "mine.txt" / "run")
+
+
+def test_a_split_of_another_name_is_not_all_images(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, folder := tmp_path / "photos")
+    (folder / "validation").rename(folder / "test")
+    with pytest.raises(TrainingError, match=r"has no folder 'validation'; .* by data\.val_split"):
+        batude_fx.run(_recipe(folder))
+    changes = {"data__val_split": "test", "pretrain": None, "one_shot__epochs": 0, "finalize__epochs": 0}
+    assert batude_fx.run(_recipe(folder, **changes)).accuracy <= 1
+
+
+class _Torchvision(torch.utils.data.Dataset[tuple[Image.Image, int]]):
+    """As torchvision's datasets are made and asked, with noise for images and two names for each class."""
+
+    class_to_idx: ClassVar = {f"{name} {index}": index for index in range(10) for name in ("tench", "Tinca")}
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        assert (root, download) == ("data", True)
+        self.count = 128 if train else 20
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        return (self.transform(image) if self.transform else image), index % 10
+
+
+@pytest.mark.parametrize("name", [name for name, path in shipped().items() if "cifar" in path.stem])
+def test_recipes_of_torchvisions_images_find_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dataset_factory._TORCH_BASIC_DS, "cifar10", _Torchvision)
+    short = ["pretrain=null", "one_shot.epochs=1 steps", "finalize.epochs=1 steps", "data.workers=0"]
+    recipe = Recipe.from_yaml(name, [*short, "model.precision=fp32", "model.name=resnet20_cifar", "budget=0.5"])
+    result = batude_fx.run(recipe)
+    assert result.flops <= 0.5 * result.dense_flops
+
+
+def test_the_environment_does_not_divide_gradients(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"pretrain": None, "one_shot__epochs": "2 steps", "finalize__epochs": 0}
+    expected = batude_fx.run(_recipe(photos, **changes)).rounds
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert batude_fx.run(_recipe(photos, **changes)).rounds == expected
+
+
+def test_weights_kept_in_half_precision_train_in_float32(photos: Path, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=CLASSES)
+    save_model(model.bfloat16(), str(tmp_path / "half.safetensors"))
+    torch.save(model.state_dict(), tmp_path / "pickled.pth")
+    changes = {"pretrain": None, "one_shot__epochs": 0, "finalize__epochs": "1 steps"}
+    section = {**SETTINGS["model"], "checkpoint": tmp_path / "half.safetensors"}  # type: ignore[dict-item]
+    result = batude_fx.run(_recipe(photos, **changes, model=section))
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
+    with pytest.raises(RecipeError, match=r"pickled\.pth is broken.* becomes one of safetensors by safetensors"):
+        batude_fx.run(_recipe(photos, model={**section, "checkpoint": tmp_path / "pickled.pth"}))
+
+
+@pytest.mark.parametrize("left", [".config.json.1.tmp", "model.safetensors"])
+def test_killed_while_the_network_is_saved_it_goes_on(left: str, photos: Path, tmp_path: Path) -> None:
+    recipe, folder = _recipe(photos, pretrain=None, one_shot__epochs="2 steps", finalize__epochs="1 steps"), tmp_path
+    batude_fx.run(recipe, folder / "run")
+    (folder / "run" / "result.json").unlink()
+    shutil.rmtree(model := folder / "run" / "model")
+    model.mkdir()
+    (model / left).touch()
+    batude_fx.run(recipe, folder / "run", resume=True)
+    assert not (model / left).exists() or left == "model.safetensors"
+    batude_fx.load(model)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".recipe.yaml.1.tmp").touch()
+    batude_fx.run(recipe, tmp_path / "new")
+
+
 def test_cropped_from_padded_images(photos: Path) -> None:
     changes = {"data__pad": 2, "data__image_size": 40, "one_shot__epochs": 0, "pretrain": None, "finalize__epochs": 0}
     assert batude_fx.run(_recipe(photos, **changes)).rounds[-1]["keep"] <= 0.5
+    with pytest.raises(TrainingError, match="size, 32 x 32, the first one has 40 x 40 pixels"):
+        batude_fx.run(_recipe(photos, **changes | {"data__image_size": 32}))
 
 
 def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tuple[Path, Any]) -> None:
@@ -297,7 +379,7 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
         batude_fx.run(recipe, tmp_path / "mine.txt")
     with pytest.raises(TrainingError, match=r"nowhere' does not exist; give a folder with 'train'"):
         batude_fx.run(_recipe(tmp_path / "nowhere"))
-    with pytest.raises(TrainingError, match="the images to train on would be those that accuracy is measured on"):
+    with pytest.raises(TrainingError, match=r"train has no folder 'train'; give one, .* by data\.train_split"):
         batude_fx.run(_recipe(photos / "train"), tmp_path / "failed")
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(TrainingError, match="no split 'train' that can be read"):
@@ -374,9 +456,26 @@ def test_train_on_the_command_line(photos: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "round   0" in done.stderr
     assert "original" in done.stdout
+    drawn = CliRunner().invoke(app, ["report", str(output)])
+    assert str(output / "model" / "ranks.png") in drawn.stdout.split()
     again = CliRunner().invoke(app, ["train", str(recipe), "--output", str(output)])
     assert again.exit_code == 1
     assert again.stderr.count("\n") == 1
+
+
+def test_what_torch_says_while_it_fetches_is_not_in_the_json(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetching(*_: object, **__: object) -> nn.Module:
+        sys.stdout.write("Downloading")
+        return timm.create_model("test_resnet", num_classes=CLASSES)
+
+    monkeypatch.setattr(problem, "create", fetching)
+    recipe = tmp_path / "my.yaml"
+    short = {"pretrain": None, "one_shot__epochs": 0, "finalize__epochs": 0}
+    recipe.write_text(_recipe(photos, **short).to_yaml(), encoding="utf-8")
+    done = CliRunner().invoke(app, ["train", str(recipe), "--output", str(tmp_path / "run"), "--json"])
+    assert json.loads(done.stdout)["folder"] == str(tmp_path / "run")
 
 
 def test_checkpoints_keep_whatever_state_there_is(tmp_path: Path) -> None:
