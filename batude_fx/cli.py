@@ -242,7 +242,7 @@ def sweep_budgets(
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     if output:
-        page.check_network(output, decided)
+        page.check_network(output, decided.dense_flops, decided.dense_params)
     points = sweep.sweep(network, decided, keeps, photos)
     show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
     if output:

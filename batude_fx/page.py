@@ -12,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from batude_fx import record as records
 from batude_fx import sweep
-from batude_fx.compression import Plan
 from batude_fx.errors import SavedModelError
 from batude_fx.files import replacing
 from batude_fx.record import Record
@@ -42,17 +41,17 @@ def write(record: Record, folder: Path) -> None:
         text.write_text(page, encoding="utf-8")
 
 
-def check_network(folder: Path, plan: Plan) -> None:
-    """Refuse to show a sweep in the report of another network.
+def check_network(folder: Path, dense_flops: int, dense_params: int) -> None:
+    """Refuse to show a sweep of a network in the report of another one.
 
     Raises:
         SavedModelError: When the folder has such a report, or a broken one.
     """
     known = records.read(folder)
-    if known and (known.dense_flops, known.dense_params) != (plan.dense_flops, plan.dense_params):
+    if known and (known.dense_flops, known.dense_params) != (dense_flops, dense_params):
         raise SavedModelError(
             f"{folder} holds a report of another network: {known.model}, whose original has {known.dense_flops:,} "
-            f"flops, and this one has {plan.dense_flops:,}. Give another folder."
+            f"flops, and this one has {dense_flops:,}. Give another folder."
         )
 
 

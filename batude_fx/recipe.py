@@ -508,7 +508,7 @@ def _section(key: Key) -> type[BaseModel]:
 
 
 def _value(text: str) -> Any:  # noqa: ANN401 - whatever stands there
-    return yaml.load(text, _NoAliases)  # noqa: S506 - a safe loader
+    return _NoAliases(text).get_single_data()
 
 
 def _dotted(key: Key) -> str:

@@ -91,7 +91,8 @@ def _refuse_closures(model: nn.Module) -> None:
     own = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if isinstance(value, FunctionType) and any(id(one) in own for one in _closed_over(value)):
+            compiled = attribute == "_compiled_call_impl"  # which torch leaves out of copies
+            if isinstance(value, FunctionType) and not compiled and any(id(one) in own for one in _closed_over(value)):
                 raise UnsupportedError(
                     f"{'.'.join(filter(None, (name, attribute)))} is a function that closes over modules of "
                     f"{type(model).__name__}, so a copy would go on to call the original ones. Make it a method, "
