@@ -174,7 +174,7 @@ class _Decides(nn.Module):
 def test_a_precision_that_is_not_written_is_said(
     ending: str, dtype: torch.dtype, small: nn.Module, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match=rf"holds {dtype}, which is not written; use model\.float\(\)"):
+    with pytest.raises(ExportError, match=rf"holds {dtype}, which cannot be written; use model\.float\(\)"):
         batude_fx.export(copy.deepcopy(small).to(dtype), tmp_path / f"small{ending}")
 
 
