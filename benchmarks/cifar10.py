@@ -2,10 +2,11 @@
 
 Run `make bench-cifar10`, or `python -m benchmarks.cifar10 [--seeds 0 1 2] [--budgets 2.5x 3.6x] [--rows ...]`. Every
 row starts from the same baseline and gets the same number of epochs, optimizer, peak learning rate and distillation,
-those of `recipes/resnet20-cifar10-*.yaml`; one-shot training spends some of its epochs on finding ranks. Flops are
-counted by fvcore. On two CPU cores the baseline takes about half an hour and two rows as long again, so what is done is
-kept under `benchmarks/runs/cifar10`, baseline included, committed, and gone on with on any machine. The table and
-`docs/data/cifar10.json` hold what there is.
+those of `recipes/resnet20-cifar10-*.yaml`, or others by `--set`, such as `finalize.optimizer=nmuon finalize.lr=0.005
+finalize.weight_decay=0.02`; rows of different optimizers are kept apart. One-shot training spends some of its epochs on
+finding ranks. Flops are counted by fvcore. On two CPU cores the baseline takes about half an hour and two rows as long
+again, so what is done is kept under `benchmarks/runs/cifar10`, baseline included, committed, and gone on with on any
+machine. The table and `docs/data/cifar10.json` hold what there is.
 
 Rows:
     one-shot: the recipe, ranks learned during training.
@@ -223,18 +224,21 @@ ROWS: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 
 def measure(row: str, budget: str, seed: int, settings: list[str], threads: int) -> str:
     """One row, kept in a file of its own."""
-    path = FOLDER / f"{budget} {row} {seed}.json"
+    recipe = recipe_of(budget, seed, settings)
+    optimizer = recipe.finalize.optimizer
+    path = FOLDER / f"{budget} {optimizer} {row} {seed}.json"
     if not path.is_file():
         torch.set_num_threads(threads)
         warnings.simplefilter("ignore")
-        started, recipe = time.perf_counter(), recipe_of(budget, seed, settings)
+        started = time.perf_counter()
         facts = {"schedule": schedule(recipe)} | ROWS[row](recipe)
-        facts |= {"row": row, "budget": budget, "seed": seed, "seconds": round(time.perf_counter() - started)}
+        facts |= {"row": row, "budget": budget, "optimizer": optimizer, "seed": seed}
+        facts["seconds"] = round(time.perf_counter() - started)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(facts), encoding="utf-8")
         temporary.replace(path)
     facts = json.loads(path.read_text(encoding="utf-8"))
-    return f"{budget}  {row:<19}  seed {seed}  accuracy {facts['accuracy']:.2%}  {facts['seconds']} s"
+    return f"{budget}  {optimizer}  {row:<19}  seed {seed}  accuracy {facts['accuracy']:.2%}  {facts['seconds']} s"
 
 
 def publish(settings: list[str]) -> list[dict[str, Any]]:
@@ -254,14 +258,16 @@ def show(results: list[dict[str, Any]]) -> None:
     """One table: a line per budget and row, over its seeds; and how ranks moved."""
     lines = defaultdict(list)
     for one in results:
-        lines[one["budget"], one["row"]].append(one)
-    table = Table("budget", "row", "accuracy", "by seed", "untrained", "flops", "of budget", "parameters", "seconds")
-    for (budget, row), group in sorted(lines.items(), key=lambda item: (item[0][0], -_mean(item[1]))):
+        lines[one["budget"], one["optimizer"], one["row"]].append(one)
+    table = Table(
+        "budget", "optimizer", "row", "accuracy", "by seed", "untrained", "flops", "of budget", "parameters", "seconds"
+    )
+    for (budget, optimizer, row), group in sorted(lines.items(), key=lambda item: (*item[0][:2], -_mean(item[1]))):
         factor, untrained = float(budget[:-1]), [one["untrained"] for one in group if "untrained" in one]
         used = mean(one["flops"] for one in group)
         spread = f" ± {100 * stdev(one['accuracy'] for one in group):.2f}" if len(group) > 1 else ""
         table.add_row(
-            budget, row, f"{_mean(group):.2%}{spread}", " ".join(f"{one['accuracy']:.2%}" for one in group),
+            budget, optimizer, row, f"{_mean(group):.2%}{spread}", " ".join(f"{one['accuracy']:.2%}" for one in group),
             f"{mean(untrained):.1%}" if untrained else "", f"{used / 1e6:.2f} M",
             f"{used * factor / 40927872:.1%}", f"{mean(one['params'] for one in group) / 1e3:.0f} k",
             f"{mean(one['seconds'] for one in group):.0f}",
@@ -271,8 +277,9 @@ def show(results: list[dict[str, Any]]) -> None:
     CONSOLE.print(table)
     for one in results:
         if one["row"] == "one-shot" and one["seed"] == 0:
-            CONSOLE.print(f"{one['budget']} first round: {_ranks(one['first_ranks'])}", highlight=False)
-            CONSOLE.print(f"{one['budget']} last round:  {_ranks(one['last_ranks'])}", highlight=False)
+            which = f"{one['budget']}, {one['optimizer']}"
+            CONSOLE.print(f"{which}, first round: {_ranks(one['first_ranks'])}", highlight=False)
+            CONSOLE.print(f"{which}, last round:  {_ranks(one['last_ranks'])}", highlight=False)
 
 
 def _mean(group: list[dict[str, Any]]) -> float:

@@ -34,14 +34,15 @@ def published(name: str) -> str:
 
 def cifar10(data: Mapping[str, Any]) -> str:
     """One line per budget and method; of several seeds, mean and standard deviation."""
-    groups: dict[tuple[str, str], list[Mapping[str, float]]] = {}
+    groups: dict[tuple[str, str, str], list[Mapping[str, float]]] = {}
     for result in data["results"]:
-        groups.setdefault((result["budget"], result["row"]), []).append(result)
-    lines = ["| budget | method | test accuracy | dense network | seeds | flops |", "|---|---|---|---|---|---|"]
-    for (budget, row), found in sorted(groups.items()):
+        groups.setdefault((result["budget"], result["optimizer"], result["row"]), []).append(result)
+    heads = ("budget", "optimizer", "method", "test accuracy", "dense network", "seeds", "flops")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for names, found in sorted(groups.items()):
         accuracy, baseline, flops = (mean(run[key] for run in found) for key in ("accuracy", "baseline", "flops"))
         spread = f" ± {100 * stdev(run['accuracy'] for run in found):.2f}" if len(found) > 1 else ""
-        cells = [budget, row, f"{accuracy:.2%}{spread}", f"{baseline:.2%}", str(len(found)), f"{flops / 1e6:.2f} M"]
+        cells = [*names, f"{accuracy:.2%}{spread}", f"{baseline:.2%}", str(len(found)), f"{flops / 1e6:.2f} M"]
         lines.append(f"| {' | '.join(cells)} |")
     return _with_source(data["about"], lines)
 
