@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, replace
+from operator import itemgetter
 from typing import Self
 
 import numpy as np
@@ -57,15 +58,15 @@ class Account:
         dense: (k,) costs of the whole dense model: flops, parameters and, where they were measured, nanoseconds.
         fixed: (k,) what everything but the sites costs.
         round_to: Multiple of the ranks, for messages.
-        timed: The compressed network that was timed as a whole last: nanoseconds that the times of the sites foresee,
-            and nanoseconds that it took.
+        timed: The compressed networks that were timed as a whole, the last one last: nanoseconds that the times of the
+            sites foresee, and nanoseconds that it took.
     """
 
     budget: Budget
     dense: tuple[int, ...]
     fixed: Integers
     round_to: int
-    timed: tuple[int, int] | None = None
+    timed: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, options: Collection[Options], budget: Budget, dense: tuple[int, ...], round_to: int) -> Self:
@@ -75,7 +76,7 @@ class Account:
 
     def with_timed(self, foreseen: int, taken: int) -> Self:
         """The account that knows a network's time."""
-        return replace(self, timed=(foreseen, taken))
+        return replace(self, timed=(*self.timed, (foreseen, taken)))
 
     def taken(self, foreseen: int) -> int:
         """Nanoseconds of a network for which the times of the sites foresee so many."""
@@ -88,15 +89,21 @@ class Account:
         return math.floor((taken - offset) / slope)
 
     def _line(self) -> tuple[float, float]:
-        """Slope and offset of the line through the dense network and the one that was timed last, which it ends at.
+        """Slope and offset of the line through two networks: the nearest ones above and below the limit.
 
-        The sites' times may be of another day, when the machine was less busy, and they leave out what layers wait for.
+        While there is none below, it is the line through the dense one and the one that was timed last, which it ends
+        at. The sites' times may be of another day, when the machine was less busy, and they leave out what layers wait
+        for.
         """
-        dense = self.dense[2]
-        foreseen, taken = self.timed or (dense, dense)
-        slope = (dense - taken) / (dense - foreseen) if foreseen < dense else 1.0
+        dense = self.dense[2], self.dense[2]
+        limit = self.budget.limits(*self.dense).nanoseconds or 0
+        below = [one for one in self.timed if one[1] <= limit]
+        low = max(below, key=itemgetter(1)) if below else (self.timed or (dense,))[-1]
+        above = (one for one in self.timed if one[1] > limit and below)
+        high = min(above, key=itemgetter(1), default=dense)
+        slope = (high[1] - low[1]) / (high[0] - low[0]) if low[0] < high[0] else 1.0
         slope = min(max(slope, 1 / _STEEPEST), _STEEPEST)
-        return slope, taken - slope * foreseen
+        return slope, low[1] - slope * low[0]
 
     def capacity(self, options: Collection[Options]) -> Integers:
         """(k,) what is left for all sites together.

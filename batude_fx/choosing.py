@@ -187,11 +187,12 @@ def settled(
             break
         with suppress(BudgetError):
             other = choose(candidates, account)
-            if other.ranks != choice.ranks:
+            if all(other.ranks != one.ranks for _, one, _ in tried):
                 choice = other
                 continue
-        # Another limit binds; or this network is the fastest, and the machine may have been busy while it was timed.
-        if over <= 0 or [one.ranks for _, one, _ in tried].count(choice.ranks) > 1:
+        # Nothing lies between the networks above and below the limit, or another limit binds; or this network is the
+        # fastest, and the machine may have been busy while it was timed.
+        if any(not missed for (missed, _), _, _ in tried) or [one.ranks for _, one, _ in tried].count(choice.ranks) > 1:
             break
     else:
         warnings.warn(

@@ -4,8 +4,13 @@ One forward pass and a few backward passes per image, no weight gradients. Each 
 covariance of its input and output channels, and the second moment of the gradient that random combinations of the
 network's outputs send to its output. Positions are sampled; activations are never kept.
 
+Where there are few vectors, a classifier's one for each image say, the directions that none of them uses are not free:
+all sums are shrunk towards their mean eigenvalue, by as much as their number calls for.
+
 Source: random output combinations estimate the Gauss-Newton matrix: N. Schraudolph, "Fast Curvature Matrix-Vector
-Products", Neural Computation 14(7), 2002; statistics of convolutions: Grosse and Martens 2016 (see `spectra`).
+Products", Neural Computation 14(7), 2002; statistics of convolutions: Grosse and Martens 2016 (see `spectra`);
+shrinkage: Y. Chen et al., "Shrinkage Algorithms for MMSE Covariance Estimation", IEEE Transactions on Signal Processing
+58(10), 2010, in the form of scikit-learn's `oas`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -165,7 +170,7 @@ class _Sums:
 
     def metric(self, gradients: int) -> Metric:
         """What the sums amount to over so many gradients of images."""
-        covariances = {mode: moments.covariance() for mode, moments in self.covariances.items()}
+        covariances = {mode: shrunk(one.covariance(), one.count) for mode, one in self.covariances.items()}
         sensitivity = self._sensitivity(gradients)
         out = ModeMetric(covariances[0], sensitivity) if 0 in covariances else None
         if 1 not in covariances:
@@ -181,7 +186,7 @@ class _Sums:
         So it is, too, where all gradients are zero: in a fresh network whose branches end in batch-norms of zero gain.
         """
         if self.gradients.count and self.gradients.products.any():
-            return self.gradients.products / gradients
+            return shrunk(self.gradients.products / gradients, self.gradients.count)
         like = self.gradients.products
         alike = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
         if self.through is not None:
@@ -189,6 +194,23 @@ class _Sums:
         covariance = next(iter(self.covariances.values())).covariance()
         variance = (covariance * alike).sum()
         return alike / torch.where(variance > torch.finfo(variance.dtype).tiny ** 0.5, variance, 1)
+
+
+def shrunk(moment: Tensor, count: int) -> Tensor:
+    """Oracle approximating shrinkage of second moments.
+
+    Args:
+        moment: (groups, C, C).
+        count: Vectors that it is the mean of.
+
+    Returns:
+        (groups, C, C), nearer to a multiple of the identity the fewer vectors there were.
+    """
+    channels, tiny = moment.shape[-1], torch.finfo(moment.dtype).tiny
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    squares = (moment / mean.clamp_min(tiny)).square().sum((-2, -1), keepdim=True)  # C where all eigenvalues are alike
+    share = ((squares + channels**2) / ((count + 1) * (squares - channels).clamp_min(tiny))).clamp_max(1)
+    return moment.lerp(mean * torch.eye(channels, dtype=moment.dtype, device=moment.device), share)
 
 
 def _sample(positions: int, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,6 @@ Source: the metric is the Kronecker-factored approximation of the output's Gauss
 The weights-only loss is the bound of De Lathauwer et al. 2000, property 10.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -25,6 +24,7 @@ from batude_fx.tucker import Factors, leading_modes, mode_product, mode_spectrum
 # Relative to the mean eigenvalue. Directions that the calibration images do not use must not count as free: users have
 # other images. On held-out photos 1e-3 to 1e-1 did alike.
 DAMPING = 1e-2
+_DEAD = 1e-6  # of the group that is most alive: what one counts that no image wakes
 
 
 @dataclass(frozen=True)
@@ -140,16 +140,20 @@ class Spectrum:
 
 
 def _evened(factors: Factors) -> Factors:
-    """The same product of parts of equal norms: a metric can put all of the scale into one of them.
+    """The same product of parts of equal norms, in each group: a metric can put all of the scale into one of them.
 
     In training, gradients of a part are as large as the others are, so that a large one would starve.
     """
     parts = {name: part for name, part in vars(factors).items() if part is not None}
-    norms = {name: part.norm() for name, part in parts.items()}
-    mean = torch.stack(list(norms.values())).log().mean().exp()
-    if len(parts) < 2 or not 0 < mean < math.inf:  # noqa: PLR2004 - a weight of zeros has no scale
+    if len(parts) < 2:  # noqa: PLR2004
         return factors
-    return replace(factors, **{name: part * (mean / norms[name]) for name, part in parts.items()})
+    norms = {name: part.flatten(1).norm(dim=1) for name, part in parts.items()}  # (groups,)
+    mean = torch.stack(list(norms.values())).log().mean(0).exp()
+    scaled = (mean > 0) & mean.isfinite()  # weights of zeros have no scale
+    gains = {name: torch.where(scaled, mean / norm, 1) for name, norm in norms.items()}
+    return replace(
+        factors, **{name: part * gains[name].view(-1, *[1] * (part.ndim - 1)) for name, part in parts.items()}
+    )
 
 
 def weight_spectrum(weight: Tensor, *, pointwise: bool) -> Spectrum:
@@ -193,6 +197,7 @@ def _modes(gram: Tensor, moment: Tensor, *, encode_weighed: bool) -> Modes:
 
 def _damped(moment: Tensor) -> Tensor:
     """(groups, n, n), positive definite."""
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny ** 0.5)  # (groups,)
-    damping = (DAMPING * mean)[:, None, None]
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)  # (groups,)
+    most = mean.max()
+    damping = DAMPING * mean.maximum(torch.where(most > 0, _DEAD * most, 1))[:, None, None]
     return moment + damping * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)

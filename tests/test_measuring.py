@@ -4,11 +4,15 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.covariance import oas
 from torch import Tensor, nn
 
 from batude_fx.errors import CalibrationError
-from batude_fx.measuring import statistics
-from batude_fx.sites import ConvSite
+from batude_fx.measuring import shrunk, statistics
+from batude_fx.sites import ConvSite, Ranks
+from batude_fx.spectra import metric_spectrum
 from tests import toy
 
 
@@ -17,18 +21,59 @@ def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
     return dict(statistics(net, sites, [(batch,) for batch in torch.split(images, 4)]))
 
 
+def _oas(vectors: Tensor) -> Tensor:
+    """scikit-learn's shrunk covariance of (n, C)."""
+    return torch.from_numpy(oas(vectors.detach().double().numpy())[0])
+
+
+@given(st.integers(2, 40), st.integers(1, 20), st.integers(0, 2**31))
+def test_shrinkage_is_that_of_scikit_learn(count: int, channels: int, seed: int) -> None:
+    samples = torch.randn(2, count, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    samples = samples * torch.logspace(0, -3, channels, dtype=torch.float64)
+    centred = samples - samples.mean(1, keepdim=True)
+    found = shrunk(centred.mT @ centred / count, count)
+    torch.testing.assert_close(found, torch.stack([_oas(group) for group in samples]))
+
+
+def test_shrinkage_knows_zeros_and_keeps_scale() -> None:
+    assert not shrunk(torch.zeros(1, 3, 3), 10).any()
+    moment = torch.diag(torch.tensor([1.0, 2.0, 3.0]))[None]
+    torch.testing.assert_close(shrunk(1e20 * moment, 10), 1e20 * shrunk(moment, 10))
+
+
+def test_what_few_images_do_not_show_is_not_free() -> None:
+    """A classifier's layer sees one vector an image, here fewer than channels: its losses must hold for other images."""
+    torch.manual_seed(0)
+    mixing = torch.randn(64, 64) * torch.logspace(0, -1, 64)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)).eval()
+    site = ConvSite(
+        "0", "Linear", 64, 64, (), 1,
+        transposed=False, positions_in=1, positions_out=1, calls=1, found_by="fx",
+    )  # fmt: skip
+    images, others = (torch.randn(count, 64) @ mixing.T for count in (32, 2000))
+    spectrum = metric_spectrum(statistics(net, [site], [(images,)], draws=8)["0"])
+    weight = net[0].weight.detach()
+    for rank in (32, 40, 48):
+        factors = spectrum.factors(weight[None], Ranks(rank, rank))
+        change = (factors.factor_out @ factors.factor_in.mT)[0] - weight
+        hidden = net[0](others)
+        moved = net[2](torch.tanh(hidden + (others - others.mean(0)) @ change.T)) - net[2](torch.tanh(hidden))
+        measured = (moved - moved.mean(1, keepdim=True)).square().sum(1).mean().item() / 2
+        assert 0.2 < spectrum.loss().out[rank] / measured < 5
+
+
 def test_statistics_are_the_covariances_of_all_positions() -> None:
     net = toy.net().double().eval()
     images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
     measured = statistics(net, [toy.site("0", net[0]), toy.site("3", net[3])], [(b,) for b in torch.split(images, 4)])
     first = images.movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(measured["0"].in_.covariance[0], first.T.cov(correction=0))
+    torch.testing.assert_close(measured["0"].in_.covariance[0], _oas(first))
     hidden = net[:3](images)
     for group in (0, 1):
         grouped = hidden[:, 3 * group : 3 * group + 3].movedim(1, -1).flatten(0, 2)
-        torch.testing.assert_close(measured["3"].in_.covariance[group], grouped.T.cov(correction=0))
+        torch.testing.assert_close(measured["3"].in_.covariance[group], _oas(grouped))
     out = net[:4](images).movedim(1, -1).flatten(0, 2)[:, 4:]
-    torch.testing.assert_close(measured["3"].out.covariance[1], out.T.cov(correction=0))
+    torch.testing.assert_close(measured["3"].out.covariance[1], _oas(out))
 
 
 def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
@@ -36,7 +81,7 @@ def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
     images = 1e3 + torch.randn(8, 3, 7, 7)
     measured = statistics(net, [toy.site("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
     vectors = images.movedim(1, -1).flatten(0, 2).double()
-    torch.testing.assert_close(measured.in_.covariance[0].double(), vectors.T.cov(correction=0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(measured.in_.covariance[0].double(), _oas(vectors), rtol=1e-3, atol=1e-3)
 
 
 def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
@@ -77,7 +122,7 @@ def test_a_pointwise_site_is_measured_where_it_has_fewer_channels(c_in: int, c_o
         assert metric.out is None
         head = head @ weight
     measured = metric.out or metric.in_
-    torch.testing.assert_close(measured.covariance[0], vectors.T.cov(correction=0))
+    torch.testing.assert_close(measured.covariance[0], _oas(vectors))
     expected = head.T @ head
     torch.testing.assert_close(measured.sensitivity[0], expected, atol=0.15 * expected.max().item(), rtol=0)
 

@@ -75,6 +75,29 @@ def test_parts_have_equal_norms_whatever_the_metric(kernel: tuple[int, int]) -> 
         torch.testing.assert_close(part.norm(), parts[0].norm())
 
 
+def test_a_group_that_no_image_wakes_leaves_the_others_their_scale() -> None:
+    weight = _tensor(2, 6, 10, 3, 3)
+    metric = _metric(weight, pointwise=False)
+    asleep = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None]
+    modes = [ModeMetric(one.covariance, one.sensitivity * asleep) for one in (metric.out, metric.in_) if one]
+    factors = metric_spectrum(Metric(*modes)).factors(weight, Ranks(4, 6))
+    norms = [part.flatten(1).norm(dim=1) for part in vars(factors).values() if part is not None]
+    for norm in norms[1:]:
+        torch.testing.assert_close(norm, norms[0])
+    alone = metric_spectrum(Metric(*(ModeMetric(one.covariance[1:], one.sensitivity[1:]) for one in modes)))
+    torch.testing.assert_close(_dense(factors)[1:], _dense(alone.factors(weight[1:], Ranks(4, 6))))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
+def test_directions_do_not_depend_on_the_scale_of_the_outputs(scale: float) -> None:
+    weight = _tensor(1, 6, 10, 3, 3).float()
+    metric = _metric(weight.double(), pointwise=False)
+    modes = [ModeMetric(one.covariance.float(), one.sensitivity.float()) for one in (metric.out, metric.in_) if one]
+    scaled = [ModeMetric(one.covariance, one.sensitivity * scale) for one in modes]
+    plain, other = (metric_spectrum(Metric(*one)).factors(weight, Ranks(4, 6)) for one in (modes, scaled))
+    torch.testing.assert_close(_dense(other), _dense(plain), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("c_out", "c_in"), [(7, 9), (9, 7)])
 def test_the_loss_of_a_linear_site_is_the_expected_squared_change_of_the_output(c_out: int, c_in: int) -> None:
     weight = _tensor(1, c_out, c_in)
