@@ -178,26 +178,35 @@ def settled(
     """
     limit = account.budget.limits(*account.dense).nanoseconds
     tried: list[tuple[tuple[bool, int], Choice, Account]] = []
+    far, foreseen = False, account.foreseen(round(1e9 * cast("float", choice.seconds)))
     for _ in track(range(_ROUNDS), "timing the network"):
         taken = watch.compare(choice.ranks) if choice.ranks else watch.dense_nanoseconds
-        account = account.with_timed(account.foreseen(round(1e9 * cast("float", choice.seconds))), taken)
+        account = account.with_timed(foreseen, taken)
         over = taken - (limit or taken)
         tried.append(((over > 0, abs(over)), replaced(choice, seconds=taken / 1e9), account))
+        known = [one.ranks for _, one, _ in tried]
         if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
             break
         with suppress(BudgetError):
             other = choose(candidates, account)
-            if all(other.ranks != one.ranks for _, one, _ in tried):
-                choice = other
+            if other.ranks not in known:
+                choice, foreseen = other, account.foreseen(round(1e9 * cast("float", other.seconds)))
                 continue
-        # Nothing lies between the networks above and below the limit, or another limit binds; or this network is the
-        # fastest, and the machine may have been busy while it was timed.
-        if any(not missed for (missed, _), _, _ in tried) or [one.ranks for _, one, _ in tried].count(choice.ranks) > 1:
+            if over <= 0 and other.ranks == choice.ranks:  # another limit binds
+                break
+        # No ranks lie between those above and below the limit; or this network is the fastest, and the machine may
+        # have been busy while it was timed.
+        met = any(not missed for (missed, _), _, _ in tried)
+        if met or known.count(choice.ranks) > 1:
+            far = met
             break
     else:
+        far = True
+    if far:
         warnings.warn(
-            f"after {_ROUNDS} rounds the network is not within {_CLOSE:.0%} of latency {account.budget.latency}; the "
-            "machine may be busy. The plan says what was measured.",
+            f"in {len(tried)} timings the network did not come within {_CLOSE:.0%} of latency "
+            f"{account.budget.latency}: no ranks lie between, or the machine may be busy. The plan says what was "
+            "measured.",
             stacklevel=4,
         )
     _, choice, account = min(tried, key=itemgetter(0))

@@ -178,14 +178,34 @@ def test_a_limit_that_the_network_misses_is_no_plan(clock: list[nn.Module], monk
 
 def test_a_clock_that_jumps_is_warned_of(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     del clock
-    jumps = iter([1.2, 0.8] * 20)
+    jumps = iter([0.65, 0.55] * 20)
 
     def seconds(_: Stopwatch, dense: nn.Module, *small: nn.Module) -> list[float]:
-        return [_network_seconds(dense), *(next(jumps) * _network_seconds(one) for one in small)]
+        return [_network_seconds(dense), *(next(jumps) * _network_seconds(dense) for _ in small)]
 
     monkeypatch.setattr(Stopwatch, "_seconds", seconds)
     with pytest.warns(UserWarning, match="the machine may be busy"):
         batude_fx.plan(_network(), Budget(latency=0.6), example_inputs=INPUT, calibration=None)
+
+
+@pytest.mark.parametrize("latency", [0.179, 0.182, 0.185, 0.191, 0.194, 0.36, 0.66, 0.96])
+@pytest.mark.filterwarnings("ignore:.*no ranks lie between")
+def test_what_layers_cost_in_the_network_alone_is_found_without_a_circle(
+    latency: float, clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del clock
+    timed: list[float] = []
+
+    def seconds(_: Stopwatch, *networks: nn.Module) -> list[float]:
+        layers = [sum(isinstance(part, TuckerModule) for part in one.modules()) for one in networks]
+        found = [_network_seconds(one) + 1e-3 * count for one, count in zip(networks, layers, strict=True)]
+        timed.append(found[-1])
+        return found
+
+    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    plan = batude_fx.plan(_network(), Budget(latency=latency), example_inputs=INPUT, calibration=None)
+    assert 0.9 * latency * timed[0] <= plan.seconds <= 1.001 * latency * timed[0]
+    assert len(timed) == len(set(timed))  # none is timed twice
 
 
 def test_one_disturbed_timing_is_no_refusal(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_shrinkage_knows_zeros_and_keeps_scale() -> None:
 
 
 def test_what_few_images_do_not_show_is_not_free() -> None:
-    """A classifier's layer sees one vector an image, here fewer than channels: its losses must hold for other images."""
+    """A classifier's layer sees one vector an image, here fewer than channels: losses must hold for other images."""
     torch.manual_seed(0)
     mixing = torch.randn(64, 64) * torch.logspace(0, -1, 64)
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)).eval()
