@@ -192,10 +192,9 @@ def settled(
             if other.ranks not in known:
                 choice, foreseen = other, account.foreseen(round(1e9 * cast("float", other.seconds)))
                 continue
-            if over <= 0 and other.ranks == choice.ranks:  # another limit binds
+            if over <= 0 and other.ranks == choice.ranks:  # another limit binds, or no ranks lie between
                 break
-        # No ranks lie between those above and below the limit; or this network is the fastest, and the machine may
-        # have been busy while it was timed.
+        # It goes round in a circle; or this network is the fastest, and the machine may have been busy meanwhile.
         met = any(not missed for (missed, _), _, _ in tried)
         if met or known.count(choice.ranks) > 1:
             far = met
