@@ -127,8 +127,8 @@ class Account:
                 share = f"{amount(need, unit, alone=False)} of {amount(full, unit)}"
                 raise BudgetError(
                     f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
-                    f"{self.round_to}) at all {len(options)} replaceable sites still need {share}. "
-                    f"Use at least {_reachable(need, full):.4f}."
+                    f"{self.round_to}) at every replaceable site, {len(options)} in all, still need {share}. "
+                    f'Use at least {_reachable(need, full):.4f}, or more layers, as by layers="conv+linear".'
                 )
         most[2:] = [self.foreseen(nanoseconds) for nanoseconds in most[2:].tolist()]
         return most - self.fixed

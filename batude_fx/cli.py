@@ -49,7 +49,7 @@ def _multiple(text: str) -> Any:  # noqa: ANN401 - what plan takes
     return int(text)
 
 
-Model = Annotated[str, typer.Argument(help="timm name, torchvision:NAME, or a saved folder.")]
+Model = Annotated[str, typer.Argument(help="timm name, local-dir:FOLDER, torchvision:NAME, or a saved folder.")]
 BudgetOption = Annotated[
     str | None, typer.Option("--budget", help='What remains of the flops: 0.5, "2.5x", "40%", or "0.9GFLOPs".')
 ]
@@ -238,7 +238,7 @@ def sweep_budgets(
         sweep.prepare(output)
     network = _network(model, device, pretrained=pretrained)
     decided = batude_fx.plan(
-        network, keeps[0], calibration=shown(network),
+        network, keeps[-1], calibration=shown(network),
         layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
     )  # fmt: skip
     if output:

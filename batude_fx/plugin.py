@@ -110,6 +110,8 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
         if shown := published_images(base):
             vars(model)["pretrained_cfg"] = shown
         return model
+    if (Path(name) / "model" / CONFIG).is_file():
+        raise BatudeError(f"{name!r} is the folder of a training run; its network is {str(Path(name) / 'model')!r}.")
     known = [*timm.list_models(), *models.list_models(), *timm.list_pretrained()]
     close = list(dict.fromkeys(difflib.get_close_matches(base, known, n=5)))
     raise BatudeError(

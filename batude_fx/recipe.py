@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,6 +27,7 @@ from pydantic import (
     PositiveInt,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -102,7 +104,7 @@ def _known(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
     def check(name: str) -> str:
         known = list(names())
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
+            close = difflib.get_close_matches(name.lower(), known, n=3)
             raise ValueError(f"{name!r} is no {kind}. Close names: {', '.join(close or known[:3])}")
         return name
 
@@ -196,6 +198,14 @@ class DataSection(_Section):
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing."""
 
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _grows(cls, ends: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        most = 1.0 if info.field_name == "scale" else inf
+        if not ends[0] <= ends[1] <= most:
+            raise ValueError(f"{list(ends)} is no range; write the smaller end first" + ", up to 1" * (most == 1))
+        return ends
+
     @field_validator("name")
     @classmethod
     def _of_a_kind(cls, name: str) -> str:
@@ -286,7 +296,9 @@ class Finalize(Training):
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of a moving average of the weights, which is what the phase results in."""
     batch_norm_images: NonNegativeInt = 0
-    """Training images that the batch-norm statistics are estimated on again at the end; 0 leaves them."""
+    """Training images that the batch-norm statistics are estimated on again, of the dense network after `pretrain` and
+    of the compressed one at the end; 0 leaves them. Short training needs it where their momentum is small, as in
+    torchvision's MobileNets."""
     distillation: Distillation | None = None
     """Learn from the original network too."""
 

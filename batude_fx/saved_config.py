@@ -130,7 +130,9 @@ def read_config(folder: Path) -> SavedConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise SavedModelError(f"{folder} is no saved model: it has no {CONFIG}. Give the folder that save wrote.")
+        inside = folder / "model"
+        way_out = f"It is a training run; give {inside}" if (inside / CONFIG).is_file() else "Give what save wrote"
+        raise SavedModelError(f"{folder} is no saved model: it has no {CONFIG}. {way_out}.")
     try:
         if (size := path.stat().st_size) > _LARGEST:
             raise SavedModelError(f"{path} has {size} bytes, more than {_LARGEST}; it is no config.")
@@ -145,7 +147,7 @@ def _validated(content: object, path: Path) -> SavedConfig:
         other = content.get("architecture") if isinstance(content, dict) else type(content).__name__
         raise SavedModelError(
             f"{path} is not a config of batude_fx: its architecture is {other!r}, not 'batude_fx'. "
-            'timm.create_model("local-dir:FOLDER", pretrained=True) reads folders of timm itself.'
+            f'"local-dir:{path.parent}" is the name of a folder of timm itself.'
         )
     if content.get("format") != FORMAT:
         raise SavedModelError(

@@ -79,17 +79,18 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: evalua
         photos: With a subfolder per class there is accuracy, too.
 
     Returns:
-        A point for each budget, and last the original network's.
+        A point for each budget in reach, and last the original network's.
 
     Raises:
-        BudgetError: When a budget is out of reach; before any image is looked at.
+        BudgetError: When none is in reach; before any image is looked at.
         UnsupportedError: When the model is no classifier.
         CalibrationError: When a file cannot be read.
 
     Warns:
-        UserWarning: When there are not as many subfolders as the model has classes, so that there is no accuracy.
+        UserWarning: When a budget is out of reach, or there are not as many subfolders as the model has classes, so
+            that there is no accuracy.
     """
-    plans = [plan.at(budget) for budget in budgets]
+    plans, budgets = _in_reach(plan, budgets)
     original = evaluation.logits(model, photos.paths)  # (N, classes)
     try:
         truth = photos.labels(original.shape[1])
@@ -104,6 +105,21 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: evalua
         Point(budget, *cost, milliseconds, evaluation.agreement(one, original), *_accuracy(one, truth))
         for budget, cost, milliseconds, one in zip([*budgets, 1.0], costs, taken, outputs, strict=True)
     ]
+
+
+def _in_reach(plan: Plan, budgets: Sequence[float]) -> tuple[list[Plan], list[float]]:
+    plans, errors = {}, {}
+    for budget in budgets:
+        try:
+            plans[budget] = plan.at(budget)
+        except BudgetError as error:
+            errors[budget] = error
+    if not plans:
+        raise next(reversed(errors.values()))
+    if errors:
+        left_out = ", ".join(f"{budget:g}" for budget in errors)
+        warnings.warn(f"left out: {left_out}, as the {next(reversed(errors.values()))}", stacklevel=3)
+    return list(plans.values()), list(plans)
 
 
 def prepare(folder: Path) -> None:

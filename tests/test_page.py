@@ -270,4 +270,10 @@ def test_folders_that_are_no_classes_give_agreement_alone(plan: batude_fx.Plan, 
 
 def test_a_budget_out_of_reach_stops_a_sweep_before_it_begins(plan: batude_fx.Plan) -> None:
     with pytest.raises(BudgetError, match="out of reach"):
-        sweep.sweep(_network(), plan, [0.01, 0.6], evaluation.Photos(Path("/nowhere"), []))
+        sweep.sweep(_network(), plan, [0.01, 0.02], evaluation.Photos(Path("/nowhere"), []))
+
+
+def test_budgets_out_of_reach_are_left_out(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
+    with pytest.warns(UserWarning, match=r"left out: 0\.01, 0\.02, as the budget of 0\.0200 of the flops is out of"):
+        points = sweep.sweep(_network(), plan, [0.01, 0.02, 0.6], evaluation.photos(photos(5)))
+    assert [point.budget for point in points] == [0.6, 1.0]

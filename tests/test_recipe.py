@@ -121,6 +121,9 @@ BROKEN = {
     "an argument that is a list": (
         "resnet10t", "resnet10t\n  args: {layers: [1]}", 3, "model.args.layers", "true, false, a number, text or null"
     ),
+    "a range in percent": ("  root: photos", "  root: photos\n  scale: [35, 100]", 5, "data.scale", "first, up to 1"),
+    "a range that falls": ("  root: photos", "  root: photos\n  ratio: [2, 1]", 5, "data.ratio", "smaller end first"),
+    "another case": ("  epochs: 3", "  epochs: 3\n  optimizer: AdamW", 8, "one_shot.optimizer", "Close names: adamw"),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip
 

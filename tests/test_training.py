@@ -23,7 +23,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import batude_fx
-from batude_fx import Recipe, RecipeError, TrainingError
+from batude_fx import BatudeError, Recipe, RecipeError, SavedModelError, TrainingError
 from batude_fx.cli import app
 from batude_fx.modules import TuckerModule
 from batude_fx.recipe import _optimizers, _schedulers, shipped
@@ -274,6 +274,13 @@ def test_bfloat16_channels_last_mixup_and_a_moving_average(photos: Path) -> None
     assert result.flops <= 0.5 * result.dense_flops
 
 
+def test_the_folder_of_a_run_is_told_from_its_networks(finished: tuple[Path, Any]) -> None:
+    with pytest.raises(BatudeError, match=r"is the folder of a training run; its network is '.*/model'"):
+        batude_fx.create(str(finished[0]))
+    with pytest.raises(SavedModelError, match=r"It is a training run; give .*/model"):
+        batude_fx.load(finished[0])
+
+
 def test_a_run_below_a_file_is_refused(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(TrainingError, match=r"mine\.txt/run cannot be written: Not a directory\. Choose"):
@@ -336,6 +343,17 @@ def test_weights_kept_in_half_precision_train_in_float32(photos: Path, tmp_path:
         batude_fx.run(_recipe(photos, model={**section, "checkpoint": tmp_path / "pickled.pth"}))
 
 
+def test_a_slow_batch_norm_knows_its_images_before_it_teaches(photos: Path) -> None:
+    """torchvision's MobileNets move their statistics by a hundredth a step."""
+    changes: dict[str, Any] = {"one_shot__epochs": 0, "finalize__epochs": 0, "budget": 0.9}
+    changes |= {"pretrain": {"epochs": 4, "optimizer": "adamw", "lr": 0.003}, "data__scale": [0.9, 1.0]}
+    section = {"name": "torchvision:mobilenet_v3_small", "args": {"num_classes": CLASSES}}
+    known, stale = (
+        batude_fx.run(_recipe(photos, **changes, model=section, finalize__batch_norm_images=count)) for count in (24, 0)
+    )
+    assert known.original_accuracy > stale.original_accuracy
+
+
 @pytest.mark.parametrize("left", [".config.json.1.tmp", "model.safetensors"])
 def test_killed_while_the_network_is_saved_it_goes_on(left: str, photos: Path, tmp_path: Path) -> None:
     recipe, folder = _recipe(photos, pretrain=None, one_shot__epochs="2 steps", finalize__epochs="1 steps"), tmp_path
@@ -362,11 +380,13 @@ def test_cropped_from_padded_images(photos: Path) -> None:
 def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tuple[Path, Any]) -> None:
     folder, _ = finished
     recipe = _recipe(photos)
-    with pytest.raises(TrainingError, match="holds a run already"):
+    with pytest.raises(TrainingError, match="holds a run already, which is finished"):
         batude_fx.run(recipe, folder)
     with pytest.raises(TrainingError, match="is finished"):
         batude_fx.run(recipe, folder, resume=True)
-    with pytest.raises(TrainingError, match="another recipe"):
+    with pytest.raises(
+        TrainingError, match="another recipe than the one to go on with: there 'seed: 0', here 'seed: 1'"
+    ):
         batude_fx.run(_recipe(photos, seed=1), folder, resume=True)
     with pytest.raises(TrainingError, match="holds no run"):
         batude_fx.run(recipe, tmp_path, resume=True)

@@ -76,6 +76,7 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
 
     if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)
+        model.load_state_dict(_normalized(session, model).state_dict())
     session.keep_original(model)
     original_accuracy = session.once("original_accuracy", lambda: accuracy(session, model))
     teacher = None
@@ -93,10 +94,7 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     else:
         small = factored(model, ranks, hooi_sweeps=recipe.finalize.hooi_sweeps)
     run_phase(session, "finalize", recipe.finalize, small, teacher)
-    if recipe.finalize.batch_norm_images:
-        images = first_images(session.data, recipe.finalize.batch_norm_images, session.accelerator)
-        batches = images.tensor_split(math.ceil(len(images) / recipe.data.batch_size))  # of equal weight
-        small = normalized_by(small, [(batch,) for batch in batches])
+    small = _normalized(session, small)
 
     small.eval()
     result = Result(
@@ -107,6 +105,15 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     )  # fmt: skip
     session.finish(small, result.facts(), _record(recipe, problem, result))
     return result
+
+
+def _normalized(session: Session, model: nn.Module) -> nn.Module:
+    """The network with batch-norm statistics of as many training images as the recipe asks for."""
+    count, size = session.recipe.finalize.batch_norm_images, session.recipe.data.batch_size
+    if not count:
+        return model
+    images = first_images(session.data, count, session.accelerator)
+    return normalized_by(model, [(batch,) for batch in images.tensor_split(math.ceil(len(images) / size))])
 
 
 def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:

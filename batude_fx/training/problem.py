@@ -47,7 +47,10 @@ def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
         raise recipe.problem("model.name", str(error)) from None
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
         reason = first_line(error)
-        raise recipe.problem("model", f"{section.name} cannot be built: {reason}") from error
+        way_out = ". Weights of your own are named by model.checkpoint, none by model.pretrained=false"
+        raise recipe.problem(
+            "model", f"{section.name} cannot be built: {reason}{way_out * section.pretrained}"
+        ) from error
     if section.checkpoint and weights:
         try:
             load_weights_(model, read_weights(section.checkpoint))

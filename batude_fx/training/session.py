@@ -95,13 +95,21 @@ class Session:
         if not path.is_file():
             raise TrainingError(f"{self.folder} holds no run to go on with; start without --resume.")
         if path.read_text(encoding="utf-8") != self.recipe.to_yaml():
-            raise TrainingError(f"{path} is another recipe than the one to go on with; give the same, or a new folder.")
+            raise TrainingError(
+                f"{path} is another recipe than the one to go on with: {self._first_difference(path)}. Give the same "
+                "settings, or a new folder."
+            )
         if (self.folder / RESULT).is_file():
             raise TrainingError(f"the run in {self.folder} is finished; see {RESULT} there, or give a new folder.")
         if not (self.folder / CHECKPOINT).is_file():
             return  # killed before the first one
         self.resumed = checkpoint.read(self.folder / CHECKPOINT)
         self.kept, self.rounds, self.log = (self.resumed[name] for name in ("kept", "rounds", "log"))
+
+    def _first_difference(self, path: Path) -> str:
+        lines = zip(path.read_text(encoding="utf-8").splitlines(), self.recipe.to_yaml().splitlines(), strict=False)
+        there, here = next((pair for pair in lines if pair[0] != pair[1]), ("more lines", "fewer"))
+        return f"there {there.strip()!r}, here {here.strip()!r}"
 
     @property
     def per_epoch(self) -> int:
@@ -219,6 +227,7 @@ def _check_new(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; give a folder.")
     if (folder / RECIPE).exists():
-        raise TrainingError(f"{folder} holds a run already; go on with it by --resume, or give a new folder.")
+        ended = "is finished" if (folder / RESULT).exists() else "can be gone on with by --resume"
+        raise TrainingError(f"{folder} holds a run already, which {ended}; give a new folder for another.")
     if held(folder):
         raise TrainingError(f"{folder} holds other files; give a new folder.")
