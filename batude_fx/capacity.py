@@ -128,7 +128,7 @@ class Account:
                 raise BudgetError(
                     f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
                     f"{self.round_to}) at every replaceable site, {len(options)} in all, still need {share}. "
-                    f'Use at least {_reachable(need, full):.4f}, or more layers, as by layers="conv+linear".'
+                    f"Use at least {_reachable(need, full):.4f}."
                 )
         most[2:] = [self.foreseen(nanoseconds) for nanoseconds in most[2:].tolist()]
         return most - self.fixed
