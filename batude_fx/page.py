@@ -16,10 +16,9 @@ from batude_fx.errors import SavedModelError
 from batude_fx.files import replacing
 from batude_fx.record import Record
 from batude_fx.report import convolution, human, milliseconds, percent, ranks_text
+from batude_fx.saved_config import TRAINED
 
 PAGE = "report.html"
-TRAINED = "model"
-"""Where a training run's folder has the network."""
 
 _TITLES = {
     "flops": "Flops of every convolution, before and after",

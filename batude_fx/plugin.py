@@ -29,7 +29,7 @@ from batude_fx import cifar, record, serialization  # noqa: F401 - cifar registe
 from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.modules import TuckerModule
 from batude_fx.origin import ENTRYPOINT, Origin
-from batude_fx.saved_config import CONFIG, WEIGHTS, SavedArchitecture, first_problem, read_config
+from batude_fx.saved_config import CONFIG, TRAINED, WEIGHTS, SavedArchitecture, first_problem, read_config
 from batude_fx.zoo import published_images
 
 
@@ -110,8 +110,8 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
         if shown := published_images(base):
             vars(model)["pretrained_cfg"] = shown
         return model
-    if (Path(name) / "model" / CONFIG).is_file():
-        raise BatudeError(f"{name!r} is the folder of a training run; its network is {str(Path(name) / 'model')!r}.")
+    if (inside := Path(name) / TRAINED / CONFIG).is_file():
+        raise BatudeError(f"{name!r} is the folder of a training run; its network is {str(inside.parent)!r}.")
     known = [*timm.list_models(), *models.list_models(), *timm.list_pretrained()]
     close = list(dict.fromkeys(difflib.get_close_matches(base, known, n=5)))
     raise BatudeError(

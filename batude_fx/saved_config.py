@@ -19,6 +19,8 @@ from batude_fx.sites import Ranks
 from batude_fx.surgery import build_skeleton
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TRAINED = "model"
+"""Where the folder of a training run has its network."""
 FORMAT = 1
 _LARGEST = 2**24  # bytes
 # Not among them: where timm would fetch weights from.
@@ -130,7 +132,7 @@ def read_config(folder: Path) -> SavedConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        inside = folder / "model"
+        inside = folder / TRAINED
         way_out = f"It is a training run; give {inside}" if (inside / CONFIG).is_file() else "Give what save wrote"
         raise SavedModelError(f"{folder} is no saved model: it has no {CONFIG}. {way_out}.")
     try:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
 from batude_fx.files import held, replacing
-from batude_fx.page import TRAINED
 from batude_fx.recipe import Duration, Recipe
 from batude_fx.record import Record, attach_
+from batude_fx.saved_config import TRAINED
 from batude_fx.serialization import load_weights_, read_weights, save
 from batude_fx.training import checkpoint
 from batude_fx.training.data import Data
