@@ -97,10 +97,11 @@ class Account:
         """
         dense = self.dense[2], self.dense[2]
         limit = self.budget.limits(*self.dense).nanoseconds or 0
-        below = [one for one in self.timed if one[1] <= limit]
-        low = max(below, key=itemgetter(1)) if below else (self.timed or (dense,))[-1]
-        above = (one for one in (dense, *self.timed) if one[1] > limit and below)
-        high = min(above, key=itemgetter(1), default=dense)
+        low, high = (self.timed or (dense,))[-1], dense
+        if below := [one for one in self.timed if one[1] <= limit]:
+            low = max(below, key=itemgetter(1))
+            above = (one for one in (dense, *self.timed) if one[1] > limit)
+            high = min(above, key=itemgetter(1), default=dense)
         slope = (high[1] - low[1]) / (high[0] - low[0]) if low[0] < high[0] else 1.0
         slope = min(max(slope, 1 / _STEEPEST), _STEEPEST)
         return slope, low[1] - slope * low[0]

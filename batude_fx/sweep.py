@@ -113,12 +113,12 @@ def _in_reach(plan: Plan, budgets: Sequence[float]) -> tuple[list[Plan], list[fl
         try:
             plans[budget] = plan.at(budget)
         except BudgetError as error:
-            errors[budget] = error
-    if not plans:
-        raise next(reversed(errors.values()))
+            errors[f"{budget:g}"] = error
     if errors:
-        left_out = ", ".join(f"{budget:g}" for budget in errors)
-        warnings.warn(f"left out: {left_out}, as the {next(reversed(errors.values()))}", stacklevel=3)
+        *_, largest = errors.values()
+        if not plans:
+            raise largest
+        warnings.warn(f"left out: {', '.join(errors)}, as the {largest}", stacklevel=3)
     return list(plans.values()), list(plans)
 
 
