@@ -68,8 +68,10 @@ class Options:
     def only(self, rank_out: int, rank_in: int) -> "Options | None":
         """The same site with these ranks and no other choice; None where they are not among the options."""
         rows = np.flatnonzero((self.ranks == (rank_out, rank_in)).all(axis=1))
-        if not len(rows):
-            return None
+        return self.at(rows) if len(rows) else None
+
+    def at(self, rows: Integers) -> "Options":
+        """The same site with these rows (m,) for its choices."""
         return replace(self, ranks=self.ranks[rows], costs=self.costs[rows], losses=self.losses[rows])
 
 
@@ -122,8 +124,12 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
     """
     if not options:
         return []
+    directions = _price_directions(options, capacity)
+    # What is dominated at all prices is never picked, and nearly every row is where ranks are fine.
+    rows = [np.unique(np.concatenate([_pareto_front(one, weights) for weights in directions])) for one in options]
+    options = [one.at(kept) for one, kept in zip(options, rows, strict=True)]
     best: list[int] | None = None
-    for weights in _price_directions(options, capacity):
+    for weights in directions:
         fronts = [_pareto_front(option, weights) for option in options]
         picked = _lagrangian(options, fronts, capacity, weights)
         if picked is None:
@@ -137,7 +143,7 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
             f"no choice of ranks keeps the replaceable sites within {limits}, though each limit can be met alone; "
             "raise one of them."
         )
-    return best
+    return [int(kept[row]) for kept, row in zip(rows, best, strict=True)]
 
 
 def amount(cost: int, unit: str, *, alone: bool = True) -> str:
