@@ -233,8 +233,12 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
     within = budget.model_copy(update={"latency": None})
     count = partial(counted, eligible, within, dense, ranks or {}, adds_bias=calibration is not None)
-    # A budget out of reach is said before any image is looked at.
-    options, account = timed(count, budget, watch, round_to) if watch else count(int(round_to))
+    try:  # a budget out of reach is said before any image is looked at
+        options, account = timed(count, budget, watch, round_to) if watch else count(int(round_to))
+    except BudgetError as error:
+        if layers == "conv" and (hint := _linear_hint(model)):
+            raise BudgetError(f"{error} {hint}") from None
+        raise
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     choice = choose(candidates, account)
@@ -306,6 +310,15 @@ def _check_values(model: object) -> None:
             )
         if not parameter.isfinite().all():
             raise UnsupportedError(f"{name} holds NaN or infinite values; load other weights.")
+
+
+def _linear_hint(model: nn.Module) -> str:
+    """What a budget may have been meant for, where most of the weights are in linear layers."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    held, whole = (sum(one.numel() for part in parts for one in part.parameters()) for parts in (linear, [model]))
+    if 2 * held < whole:
+        return ""
+    return f'Or give layers="conv+linear": {len(linear)} linear layers hold {held / whole:.0%} of the parameters.'
 
 
 def _label(calibration: Calibration, inputs: Inputs) -> str:

@@ -188,6 +188,16 @@ def test_an_unreachable_budget_names_the_smallest_one_and_that_works(limits: dic
         batude_fx.plan(model, Budget(**{unit: smallest - 2e-4}), example_inputs=EXAMPLE, calibration=None)
 
 
+def test_a_budget_that_only_linear_layers_can_meet_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(2), nn.Linear(64, 256), nn.Linear(256, 64))
+    options = {"example_inputs": torch.zeros(1, 3, 32, 32), "calibration": None}
+    with pytest.raises(BudgetError, match=r'Or give layers="conv\+linear": 2 linear layers hold 98% of'):
+        batude_fx.compress(model, 0.5, **options)
+    assert batude_fx.plan(model, 0.5, layers="conv+linear", **options).ranks
+    with pytest.raises(BudgetError, match=r"Use at least [0-9.]+\.$"):  # they are among the sites already
+        batude_fx.compress(model, 0.01, layers="conv+linear", **options)
+
+
 def test_a_smallest_budget_of_few_digits_works() -> None:
     model = nn.Sequential(nn.Conv2d(4, 25, 1, bias=False))  # 100 flops a position, 29 at rank 1
     options = {"example_inputs": torch.zeros(1, 4, 1, 1), "calibration": None, "round_to": 1}
