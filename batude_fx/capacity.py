@@ -126,10 +126,12 @@ class Account:
                 )
             if need > allowed:
                 share = f"{amount(need, unit, alone=False)} of {amount(full, unit)}"
+                least = _reachable(need, full)
+                way_out = f"Use at least {least:.4f}" if least < 1 else "Use a smaller round_to, or more sites"
                 raise BudgetError(
                     f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
                     f"{self.round_to}) at every replaceable site, {len(options)} in all, still need {share}. "
-                    f"Use at least {_reachable(need, full):.4f}."
+                    f"{way_out}."
                 )
         most[2:] = [self.foreseen(nanoseconds) for nanoseconds in most[2:].tolist()]
         return most - self.fixed
@@ -137,10 +139,10 @@ class Account:
 
 def counted(
     sites: Mapping[str, ConvSite],
+    round_to: int,
     budget: Budget,
     dense: tuple[int, ...],
     ranks: Mapping[str, Ranks | None],
-    round_to: int,
     *,
     adds_bias: bool,
 ) -> tuple[dict[str, Options], Account]:
@@ -148,10 +150,10 @@ def counted(
 
     Args:
         sites: As for `choices`.
+        round_to: As for `choices`.
         budget: On the whole model, without latency.
         dense: (2,) flops and parameters of the whole dense model.
         ranks: As for `choices`.
-        round_to: As for `choices`.
         adds_bias: As for `choices`.
 
     Raises:

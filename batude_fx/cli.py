@@ -105,10 +105,7 @@ def plan(
     """
     limits, shown = _limits(budget, params, latency), _shown(calibration, images)  # before any weights are fetched
     network = _network(model, device, pretrained=pretrained)
-    decided = batude_fx.plan(
-        network, limits, calibration=shown(network),
-        layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
-    )  # fmt: skip
+    decided = _planned(network, limits, shown, layers, include, exclude, round_to)
     show(report.plan_table(decided), _plan_facts(decided), as_json)
 
 
@@ -127,10 +124,7 @@ def compress(
     limits, shown = _limits(budget, params, latency), _shown(calibration, images)
     check_folder(output)
     network = _network(model, device, pretrained=pretrained)
-    decided = batude_fx.plan(
-        network, limits, calibration=shown(network),
-        layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
-    )  # fmt: skip
+    decided = _planned(network, limits, shown, layers, include, exclude, round_to)
     batude_fx.save(decided.apply(network), output)
     show(report.plan_table(decided), {**_plan_facts(decided), "output": str(output)}, as_json)
     if not as_json:
@@ -235,19 +229,19 @@ def sweep_budgets(
     """
     keeps, photos, shown = sweep.fractions(budgets), evaluation.photos(evaluate), _shown(calibration, images)
     if output:
+        output = page.network_folder(output)
         sweep.prepare(output)
     network = _network(model, device, pretrained=pretrained)
-    decided = batude_fx.plan(
-        network, keeps[-1], calibration=shown(network),
-        layers=layers.value, include=include or (), exclude=exclude or (), round_to=round_to,
-    )  # fmt: skip
+    decided = sweep.tightest(
+        lambda keep: _planned(network, Budget(flops=keep), shown, layers, include, exclude, round_to), keeps
+    )
     if output:
         page.check_network(output, decided.dense_flops, decided.dense_params)
     points = sweep.sweep(network, decided, keeps, photos)
-    show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
     if output:
         sweep.write(points, output)
         page.draw(output)
+    show(report.sweep_table(model, points), [asdict(point) for point in points], as_json)
 
 
 @app.command("report")
@@ -257,7 +251,7 @@ def write_report(folder: Annotated[Path, typer.Argument(help="What `compress`, `
 
     Example: batude-fx report small/
     """
-    for path in page.draw(folder):
+    for path in page.draw(page.network_folder(folder)):
         Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -281,9 +275,11 @@ def _network(name: str, device: str, *, pretrained: bool) -> nn.Module:
             network = batude_fx.create(name, pretrained=pretrained).to(target)
             network.eval()
             return network
-    except (OSError, RuntimeError) as error:
+    except BatudeError:
+        raise
+    except Exception as error:  # timm's readers of foreign configs and names raise all kinds
         way_out = " All but evaluate do without its weights: --no-pretrained." if pretrained else ""
-        raise BatudeError(f"{name!r} cannot be built: {first_line(error)}.{way_out}") from error
+        raise BatudeError(f"{name!r} cannot be built: {type(error).__name__}: {first_line(error)}.{way_out}") from error
 
 
 def _shown(wanted: str, count: int) -> Callable[[nn.Module], Any]:
@@ -292,6 +288,16 @@ def _shown(wanted: str, count: int) -> Callable[[nn.Module], Any]:
         return lambda _: None if wanted == "none" else wanted
     paths = folder_images.image_paths(Path(wanted), count)
     return lambda network: folder_images.batches(network, paths)
+
+
+def _planned(
+    network: nn.Module, budget: Budget, shown: Callable[[nn.Module], Any], layers: Layers, include: list[str] | None,
+    exclude: list[str] | None, round_to: Any,  # noqa: ANN401 - what plan takes
+) -> batude_fx.Plan:  # fmt: skip
+    return batude_fx.plan(
+        network, budget, calibration=shown(network), layers=layers.value, include=include or (), exclude=exclude or (),
+        round_to=round_to,
+    )  # fmt: skip
 
 
 def _plan_facts(plan: batude_fx.Plan) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The two verbs: `plan` decides the ranks under a budget, `compress` also builds the network that has them."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from functools import partial
@@ -64,7 +64,7 @@ class Plan:
         dense_params: Parameters of the model.
         params: Parameters of the compressed model.
         dense_seconds: Wall time of one run of the example input, where the budget limits it or ranks suit the machine.
-        seconds: That of the compressed model: measured by `plan`, predicted by `at`.
+        seconds: That of the compressed model: measured by `plan`; foreseen by `at` where the budget limits it.
         calibration: `"weights only"`, `"synthetic"`, `"synthetic noise"` (no images fit its input) or `"images"`.
         round_to: Multiple of the ranks.
     """
@@ -166,6 +166,8 @@ class Plan:
         """
         budget = Budget.parse(budget)
         choice = choose(self._candidates, replaced(self._account, budget=budget))
+        if budget.latency is None:  # the line through what was timed goes by the limit
+            choice = replaced(choice, seconds=None)
         return replaced(self, budget=budget, **vars(choice))
 
     def __str__(self) -> str:
@@ -225,20 +227,24 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     _check_values(model)
     inputs = arguments(model, example_inputs)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
-    eligible = {site.name: site for site in sites if site.skip_reason is None}
+    eligible = _replaceable(sites)
     watch = None
     if round_to == "auto" or budget.latency is not None:
         _check_times(sites, model)
         watch = Stopwatch(model, eligible, inputs, adds_bias=calibration is not None)
     dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
     within = budget.model_copy(update={"latency": None})
-    count = partial(counted, eligible, within, dense, ranks or {}, adds_bias=calibration is not None)
+    count = partial(counted, budget=within, dense=dense, ranks=ranks or {}, adds_bias=calibration is not None)
     try:  # a budget out of reach is said before any image is looked at
-        options, account = timed(count, budget, watch, round_to) if watch else count(int(round_to))
+        if watch:
+            options, account = timed(partial(count, eligible), budget, watch, round_to)
+        else:
+            options, account = count(eligible, int(round_to))
     except BudgetError as error:
-        if layers == "conv" and (hint := _linear_hint(model)):
-            raise BudgetError(f"{error} {hint}") from None
-        raise
+        if layers != "conv" or watch:
+            raise
+        wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude)
+        raise _naming_linear(error, lambda: count(_replaceable(wider), int(round_to))) from None
     measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     choice = choose(candidates, account)
@@ -312,13 +318,17 @@ def _check_values(model: object) -> None:
             raise UnsupportedError(f"{name} holds NaN or infinite values; load other weights.")
 
 
-def _linear_hint(model: nn.Module) -> str:
-    """What a budget may have been meant for, where most of the weights are in linear layers."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    held, whole = (sum(one.numel() for part in parts for one in part.parameters()) for parts in (linear, [model]))
-    if 2 * held < whole:
-        return ""
-    return f'Or give layers="conv+linear": {len(linear)} linear layers hold {held / whole:.0%} of the parameters.'
+def _replaceable(sites: Sites) -> dict[str, ConvSite]:
+    return {site.name: site for site in sites if site.skip_reason is None}
+
+
+def _naming_linear(error: BudgetError, count: Callable[[], object]) -> BudgetError:
+    """The error, and the other way out where the budget is in reach with linear layers."""
+    try:
+        count()
+    except BudgetError:
+        return error
+    return BudgetError(f'{error} Or give layers="conv+linear", which can meet it.')
 
 
 def _label(calibration: Calibration, inputs: Inputs) -> str:

@@ -117,14 +117,17 @@ def _batched(layer: nn.Module) -> int:
 def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
     folded = copy.deepcopy(layer)
     last = cast("nn.Conv2d", folded.last if isinstance(folded, TuckerModule) else folded)
+    fine = torch.promote_types(last.weight.dtype, torch.float32)  # half precision is rounded once, at the end
     mean, variance, gain, offset = (
-        cast("Tensor | None", getattr(norm, name)) for name in ("running_mean", "running_var", "weight", "bias")
+        None if (one := getattr(norm, name)) is None else one.to(fine)
+        for name in ("running_mean", "running_var", "weight", "bias")
     )
     scale = (cast("Tensor", variance) + cast("float", norm.eps)).rsqrt() * (1 if gain is None else gain)  # (C_out,)
     shift = (0 if offset is None else offset) - cast("Tensor", mean) * scale
-    weight = to_canonical(last.weight, last)  # (groups, C_out / groups, ...)
+    weight = to_canonical(last.weight.to(fine), last)  # (groups, C_out / groups, ...)
     gains = scale.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
-    last.bias = nn.Parameter(shift if last.bias is None else last.bias * scale + shift)
+    bias = shift if last.bias is None else last.bias.to(fine) * scale + shift
+    last.bias = nn.Parameter(bias.to(last.weight.dtype))
     last.weight.copy_(from_canonical(weight * gains, last))
     return folded
 

@@ -1,5 +1,6 @@
 """Folders of images for the command line: found, spread, and prepared as timm prepares them for the model."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def image_paths(folder: Path, count: int | None = None) -> list[Path]:
     """
     if not folder.is_dir():
         raise CalibrationError(f"{folder} is no folder. Give a folder of images, of any depth.")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = (path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file())
     paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not paths:
         raise CalibrationError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}) at any depth.")

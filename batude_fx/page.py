@@ -47,17 +47,35 @@ def check_network(folder: Path, dense_flops: int, dense_params: int) -> None:
         SavedModelError: When the folder has such a report, or a broken one.
     """
     known = records.read(folder)
-    if known and (known.dense_flops, known.dense_params) != (dense_flops, dense_params):
+    if known and _original(known) != (dense_flops, dense_params):
         raise SavedModelError(
             f"{folder} holds a report of another network: {known.model}, whose original has {known.dense_flops:,} "
             f"flops, and this one has {dense_flops:,}. Give another folder."
         )
 
 
-def remove(folder: Path) -> None:
-    """Take away a report with its pictures and figures."""
-    for name in (records.FILE, PAGE, sweep.FILE, *(f"{name}.png" for name in _TITLES)):
+def renew(record: Record | None, folder: Path) -> None:
+    """Take away what a folder tells of the network before, and tell of this one; a sweep of the same original stays."""
+    try:
+        known = records.read(folder)
+    except SavedModelError:
+        known = None
+    if not (record and known and _original(record) == _original(known)):
+        (folder / sweep.FILE).unlink(missing_ok=True)
+    for name in (records.FILE, PAGE, *(f"{name}.png" for name in _TITLES)):
         (folder / name).unlink(missing_ok=True)
+    if record:
+        records.write(record, folder)
+        write(record, folder)
+
+
+def _original(record: Record) -> tuple[int, int]:
+    return record.dense_flops, record.dense_params
+
+
+def network_folder(folder: Path) -> Path:
+    """Where the network of a folder lies: a training run's in a folder of its own."""
+    return folder / TRAINED if (folder / TRAINED / records.FILE).is_file() else folder
 
 
 def draw(folder: Path) -> list[Path]:
@@ -71,8 +89,6 @@ def draw(folder: Path) -> list[Path]:
     """
     from batude_fx.pictures import pictures, sweep_picture, write_png
 
-    if (folder / TRAINED / records.FILE).is_file():  # what a training run wrote
-        folder = folder / TRAINED
     record, points = records.read(folder), sweep.read(folder)
     if record:
         write(record, folder)

@@ -81,7 +81,7 @@ def _times(plan: "Plan") -> str:
         return ""
     return (
         f"{milliseconds(plan.dense_seconds)} to {milliseconds(plan.seconds)} ms a run "
-        f"({plan.dense_seconds / plan.seconds:.2f}x faster); "
+        f"(speed-up {plan.dense_seconds / plan.seconds:.2f}x); "
     )
 
 

@@ -66,6 +66,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Source: timm's `save_for_hf`, for the layout; the safetensors library.
     """
+    from batude_fx import page
+
     check_folder(folder)
     _check_savable(model)
     folder = Path(folder)
@@ -76,7 +78,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             save_model(model, str(weights), {"format": "pt"})
             config = _config(model, weights)
             text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _write_report(model, folder)  # when the weights that it tells of are there
+        page.renew(record.attached(model), folder)  # when the weights that it tells of are there
     except (OSError, SafetensorError, RuntimeError) as error:
         raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {_last_line(error)}") from error
     if config.model_args.library is None:
@@ -86,15 +88,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "save a network before it is folded.",
             stacklevel=2,
         )
-
-
-def _write_report(model: nn.Module, folder: Path) -> None:
-    from batude_fx import page
-
-    page.remove(folder)  # what lies here is of another network
-    if known := record.attached(model):
-        record.write(known, folder)
-        page.write(known, folder)
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:

@@ -3,9 +3,11 @@
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -69,6 +71,19 @@ def fractions(text: str) -> list[float]:
     return sorted(set(numbers))
 
 
+def tightest(decide: Callable[[float], Plan], budgets: Sequence[float]) -> Plan:
+    """The plan for the smallest budget in reach: where ranks suit the machine, its sites have choices for all others.
+
+    Raises:
+        BudgetError: When none is in reach.
+    """
+    *tight, loosest = budgets
+    for budget in tight:
+        with suppress(BudgetError):
+            return decide(budget)
+    return decide(loosest)
+
+
 def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: evaluation.Photos) -> list[Point]:
     """Compress to every budget from the measurements of one plan, and try the result on images.
 
@@ -130,6 +145,7 @@ def prepare(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise SavedModelError(f"{folder} cannot be written: {error.strerror}. Choose another place.") from error
 

@@ -30,6 +30,11 @@ def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, Re
             for line in (f"error: {first}", *more):  # a recipe may have several
                 say(line, "red")
             raise typer.Exit(1) from None
+        except BrokenPipeError:  # who reads the output has seen enough
+            raise
+        except OSError as error:
+            say(f"error: {error.filename or 'the output'} cannot be written or read: {error.strerror}.", "red")
+            raise typer.Exit(1) from None
 
     return run
 

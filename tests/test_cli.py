@@ -1,5 +1,6 @@
 """The command line: its numbers are the library's, its errors are one line, and JSON is all that `--json` prints."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -358,6 +359,22 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyP
     assert "no network. All but evaluate do without its weights: --no-pretrained" in message
 
 
+@pytest.mark.parametrize("config", ["{", "{}", '{"architecture": "resnet10t", "model_args": {"nonsense": 1}}', None])
+def test_a_folder_that_timm_cannot_read_is_one_line(config: str | None, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    options = ("--budget", 0.5, "--calibration", "none", "--no-pretrained")
+    assert "cannot be built" in _error("plan", f"local-dir:{tmp_path}", *options)
+
+
+def test_linked_folders_are_looked_into(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "ant").symlink_to(photos / "ant")
+    shutil.copytree(photos / "bee", tmp_path / "bee")
+    paths = images.image_paths(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in paths] == ["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"]
+    assert images.class_indices(paths, tmp_path) == [0, 0, 1, 1]
+
+
 def test_what_torch_says_while_it_fetches_is_not_in_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetching(*_: object, **__: object) -> nn.Module:
         sys.stdout.write("Downloading")
@@ -425,7 +442,13 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert result.stdout == ""
 
 
-def test_sweep_prints_draws_and_joins_the_report(folder: Path, photos: Path, tmp_path: Path) -> None:
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_sweep_prints_draws_and_joins_the_report(
+    folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "small"
     shutil.copytree(folder, output)
     options = ("--budgets", "0.5,0.7", "--calibration", "none", "--evaluate", photos / "ant", "--no-pretrained")
@@ -435,6 +458,11 @@ def test_sweep_prints_draws_and_joins_the_report(folder: Path, photos: Path, tmp
     assert points == json.loads((output / "sweep.json").read_text())
     assert (output / "sweep.png").exists()
     assert 'id="sweep"' in (output / "report.html").read_text()
+    monkeypatch.setattr(cli, "show", _full)
+    (output / "sweep.json").unlink()
+    assert "the output cannot be written or read: No space left" in _error("sweep", NAME, *options, "--output", output)
+    assert points[0]["flops"] == json.loads((output / "sweep.json").read_text())[0]["flops"]
+    monkeypatch.undo()
     shown = _run("sweep", NAME, *options).stdout
     assert "agreement" in shown
     assert "original" in shown
@@ -447,6 +475,18 @@ def test_a_sweep_is_not_put_into_the_report_of_another_network(folder: Path, pho
     assert "holds a report of another network: ResNet, whose original has" in message
     assert (folder / "report.html").read_text() == before
     assert not (folder / "sweep.json").exists()
+
+
+def test_a_sweep_goes_where_a_run_has_its_network(folder: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    options = ("--budgets", "0.7", "--calibration", "none", "--evaluate", photos / "ant", "--no-pretrained")
+    assert _json("sweep", NAME, *options, "--output", tmp_path)
+    assert 'id="sweep"' in (tmp_path / "model" / "report.html").read_text()
+    assert (tmp_path / "model" / "sweep.png").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    again = ("--budget", 0.6, "--calibration", "none", "--no-pretrained", "--output", tmp_path / "model")
+    assert _run("compress", NAME, *again).exit_code == 0
+    assert 'id="sweep"' in (tmp_path / "model" / "report.html").read_text()  # its budgets are the same network's
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

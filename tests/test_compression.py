@@ -188,14 +188,21 @@ def test_an_unreachable_budget_names_the_smallest_one_and_that_works(limits: dic
         batude_fx.plan(model, Budget(**{unit: smallest - 2e-4}), example_inputs=EXAMPLE, calibration=None)
 
 
+def test_sites_that_cannot_shrink_are_told_the_way_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))  # no multiple of 8 is below 8
+    with pytest.raises(BudgetError, match=r"still need .* Use a smaller round_to, or more sites"):
+        batude_fx.compress(model, 0.5, example_inputs=EXAMPLE, calibration=None)
+
+
 def test_a_budget_that_only_linear_layers_can_meet_says_so() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(2), nn.Linear(64, 256), nn.Linear(256, 64))
     options = {"example_inputs": torch.zeros(1, 3, 32, 32), "calibration": None}
-    with pytest.raises(BudgetError, match=r'Or give layers="conv\+linear": 2 linear layers hold 98% of'):
+    with pytest.raises(BudgetError, match=r'Or give layers="conv\+linear", which can meet it\.$'):
         batude_fx.compress(model, 0.5, **options)
     assert batude_fx.plan(model, 0.5, layers="conv+linear", **options).ranks
-    with pytest.raises(BudgetError, match=r"Use at least [0-9.]+\.$"):  # they are among the sites already
-        batude_fx.compress(model, 0.01, layers="conv+linear", **options)
+    for further in ({"layers": "conv+linear"}, {"include": "0"}, {}):
+        with pytest.raises(BudgetError, match=r"Use at least [0-9.]+\.$"):
+            batude_fx.compress(model, 0.01, **options, **further)
 
 
 def test_a_smallest_budget_of_few_digits_works() -> None:

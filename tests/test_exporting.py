@@ -169,7 +169,7 @@ class _Decides(nn.Module):
 
 
 @pytest.mark.parametrize(("ending", "dtype"), [
-    (".onnx", torch.float16), (".xml", torch.float64), (".pt2", torch.bfloat16),
+    (".onnx", torch.float16), (".xml", torch.float64), (".pt2", torch.bfloat16), (".pt2", torch.float16),
 ])  # fmt: skip
 def test_a_precision_that_is_not_written_is_said(
     ending: str, dtype: torch.dtype, small: nn.Module, tmp_path: Path

@@ -105,7 +105,7 @@ class Problem:
         sites = {site.name: site for site in found if site.skip_reason is None}
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
         try:
-            options, account = counted(sites, recipe.budget, dense, {}, wanted.round_to, adds_bias=False)
+            options, account = counted(sites, wanted.round_to, recipe.budget, dense, {}, adds_bias=False)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
         problem = cls(inputs, found, sites, options, dense, classes, account.capacity(options.values()))
