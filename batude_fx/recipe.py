@@ -40,6 +40,8 @@ _NOT_PLAIN = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron
 """Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers."""
 _ALTERNATIVES = {("bool",), ("int",), ("float",), ("str",)}  # pydantic's ends of keys where a value may be any of these
 _DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
+_HALVES = {"cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"}  # of torchvision: train and test
+_WORDS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")  # for these
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
 _PACKAGED = Path(__file__).parent / "recipes"
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "recipes"
@@ -186,7 +188,7 @@ class DataSection(_Section):
     hflip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a mirrored image."""
     color_jitter: NonNegativeFloat = 0.0
-    """Strength of timm's colour jitter."""
+    """Strength of timm's colour jitter; a policy of `auto_augment` takes its place."""
     auto_augment: str | None = None
     """timm's policy, such as "rand-m9-mstd0.5"."""
     erase: float = Field(default=0.0, ge=0, le=1)
@@ -217,6 +219,18 @@ class DataSection(_Section):
             )
         return name
 
+    @field_validator("train_split", "val_split")
+    @classmethod
+    def _exists(cls, split: str, info: ValidationInfo) -> str:
+        # timm takes folders and torchvision's datasets whole, whatever part is asked for in brackets, and the test
+        # half of those that have two for any word that it does not know.
+        kind, _, dataset = info.data.get("name", "").partition("/")
+        if kind in {"", "torch"} and "[" in split:
+            raise ValueError(f"{split!r} is no split of a folder or of torchvision; parts are known to tfds/ and hfds/")
+        if kind == "torch" and dataset.lower() in _HALVES and split not in _WORDS:
+            raise ValueError(f"{split!r} is no split of {dataset}; use one of {', '.join(_WORDS)}")
+        return split
+
 
 class Distillation(_Section):
     """Learning from the original network beside the labels; G. Hinton et al., https://arxiv.org/abs/1503.02531."""
@@ -235,7 +249,7 @@ class Training(_Section):
     optimizer: Annotated[str, _known("optimizer of timm", _optimizers)] = "sgd"
     """Name in timm's registry."""
     lr: PositiveFloat = 0.05
-    """Learning rate that the schedule starts from; a warm-up climbs to where the schedule is by then."""
+    """Learning rate that the schedule starts from, and towards which a warm-up climbs from 0."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of the optimizers that have it."""
     weight_decay: NonNegativeFloat = 1e-4
@@ -243,18 +257,26 @@ class Training(_Section):
     scheduler: Annotated[str, _known("scheduler", _schedulers)] = "cosine"
     """Shape of the learning rate over the phase, a timm scheduler that depends on the step alone."""
     warmup: LengthOrShare = Duration(0, "%")
-    """Length of a linear warm-up."""
+    """Length of a linear warm-up, after which the schedule goes on where it would be without one."""
     min_lr: NonNegativeFloat = 0.0
-    """Where the learning rate ends."""
+    """Where the learning rate ends, unless the scheduler is "constant"."""
     clip_grad: PositiveFloat | None = None
     """Largest norm of the gradient."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; the learning rate must not rise")
+        if self.warmup.unit == "%" and self.warmup.amount > 100:  # noqa: PLR2004 - percent
+            raise ValueError(f"a warmup of {self.warmup} is longer than its phase")
+        return self
 
 
 class Pretrain(Training):
     """Training of the dense network, where there are no weights to start from."""
 
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights, which is what the phase results in."""
+    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this, as in timm."""
 
 
 class OneShot(Training):
@@ -294,7 +316,7 @@ class Finalize(Training):
     hooi_sweeps: NonNegativeInt = 10
     """Sweeps of HOOI after the HOSVD."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights, which is what the phase results in."""
+    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this, as in timm."""
     batch_norm_images: NonNegativeInt = 0
     """Training images that the batch-norm statistics are estimated on again, of the dense network after `pretrain` and
     of the compressed one at the end; 0 leaves them. Short training needs it where their momentum is small, as in
@@ -335,7 +357,7 @@ class Recipe(_Section):
     """Decompose and train on."""
     eval: Eval = Eval()
     """How often to look."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is random."""
     _document: "_Document | None" = PrivateAttr(default=None)
 

@@ -51,6 +51,9 @@ _DTYPES = {
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a compressed network to a folder: `model.safetensors` and `config.json`, and its report for the browser.
 
+    The report tells of the network as it was compressed: where layers were changed since, a new head among them, there
+    is none.
+
     Args:
         model: What `compress` returned, trained further or not.
         folder: Made where it does not exist. Files of the same names are replaced, each in one step, and only when
@@ -78,7 +81,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             save_model(model, str(weights), {"format": "pt"})
             config = _config(model, weights)
             text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        page.renew(record.attached(model), folder)  # when the weights that it tells of are there
+        known = record.attached(model)
+        if known and known.params != config.params:  # layers were changed since, a head perhaps
+            known = None
+        page.renew(known, folder)  # when the weights that it tells of are there
     except (OSError, SafetensorError, RuntimeError) as error:
         raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {_last_line(error)}") from error
     if config.model_args.library is None:
@@ -238,6 +244,18 @@ def _check_savable(model: nn.Module) -> None:
         raise SavedModelError(
             f"{type(model).__name__} holds no Tucker module: it was not compressed, or its budget was none. A dense "
             "network is saved by timm.models.save_for_hf or torch.save."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, TuckerModule) and (
+            odd := [key for key in module.state_dict() if key.rpartition(".")[2] not in {"weight", "bias"}]
+        ):
+            raise SavedModelError(
+                f"{name}.{odd[0]} is no weight that load knows; make the layer plain first, such as by "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
+            )
+    if odd := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise SavedModelError(
+            f"{odd[0]!r} is no tensor and cannot be saved; a network is saved before it is quantized."
         )
     if meta := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise SavedModelError(f"{meta[0]!r} is on the meta device and has no values; load the weights first.")

@@ -73,8 +73,9 @@ def copied(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's parts raise
         raise BatudeError(
-            f"{type(model).__name__} cannot be copied: {error}. Detach the tensors it holds that are the result of a "
-            "computation (`tensor.detach()`), and drop handles to files, locks and processes, then try again."
+            f"{type(model).__name__} cannot be copied: {error}. Undo torch's older weight_norm and prune "
+            "(`remove_weight_norm`, `prune.remove`), detach other tensors that are the result of a computation "
+            "(`tensor.detach()`), and drop handles to files, locks and processes, then try again."
         ) from error
     flags = {name: module.training for name, module in model.named_modules()}
     for name, module in copied.named_modules():  # graph modules come back in training mode

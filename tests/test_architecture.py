@@ -67,6 +67,7 @@ def _within(package: str, names: Iterable[str]) -> bool:
                 "recipe",
                 "training.data",
                 "training.phase",
+                "training.problem",
             },
         ),
         ("batude_fx.report", {"cli", "cli_recipes", "compression", "page", "sites", "training.phase"}),

@@ -123,6 +123,14 @@ BROKEN = {
     ),
     "a range in percent": ("  root: photos", "  root: photos\n  scale: [35, 100]", 5, "data.scale", "first, up to 1"),
     "a range that falls": ("  root: photos", "  root: photos\n  ratio: [2, 1]", 5, "data.ratio", "smaller end first"),
+    "part of a folder": (
+        "  root: photos", "  root: photos\n  val_split: train[90%:]", 5, "data.val_split", "no split of a folder"
+    ),
+    "a word torchvision lacks": (
+        "  root: photos", "  name: torch/mnist\n  train_split: tarin", 5, "data.train_split", "use one of train, tr"
+    ),
+    "a rate that rises": ("  epochs: 3", "  epochs: 3\n  min_lr: 2", 6, "one_shot", "min_lr 2 is above lr 0.05"),
+    "a warmup beyond the end": ("  epochs: 3", "  epochs: 3\n  warmup: 150%", 6, "one_shot", "longer than its phase"),
     "another case": ("  epochs: 3", "  epochs: 3\n  optimizer: AdamW", 8, "one_shot.optimizer", "Close names: adamw"),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip

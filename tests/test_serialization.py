@@ -16,6 +16,7 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import batude_fx
 from batude_fx import serialization
@@ -132,6 +133,27 @@ def test_compiled_networks_are_saved_and_wrapped_ones_refused(tmp_path: Path) ->
     for wrapped in (torch.compile(small, backend="eager"), nn.DataParallel(small)):
         with pytest.raises(UnsupportedError, match="hides the layers of a network; save its"):
             batude_fx.save(wrapped, tmp_path)
+
+
+class _Packed(nn.Identity):
+    """As torch's quantized layers: the state is no tensor."""
+
+    def get_extra_state(self) -> object:
+        return {"dtype": torch.qint8}
+
+
+def test_what_load_could_not_read_is_not_saved(tmp_path: Path) -> None:
+    pruned, quantized = _small(_timm()), _small(_timm())
+    name, layer = next((name, one) for name, one in pruned.named_modules() if isinstance(one, TuckerModule))
+    prune.l1_unstructured(layer.last, "weight", 0.5)  # type: ignore[no-untyped-call]
+    with pytest.raises(SavedModelError, match=rf"{name}\.\w+\.weight_orig is no weight that load knows; make .* plain"):
+        batude_fx.save(pruned, tmp_path / "out")
+    quantized.add_module("extra", _Packed())
+    with pytest.raises(
+        SavedModelError, match=r"'extra\..* is no tensor and cannot be saved; a network is saved before"
+    ):
+        batude_fx.save(quantized, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_threads_may_save_into_one_folder(tmp_path: Path) -> None:

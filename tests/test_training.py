@@ -6,8 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from accelerate import Accelerator
 from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from safetensors.torch import load_file, save_model
-from timm.data import dataset_factory
+from timm.data import dataset_factory, resolve_data_config
 from timm.optim._optim_factory import create_optimizer_v2
 from torch import nn
 from typer.testing import CliRunner
@@ -272,6 +274,76 @@ def test_bfloat16_channels_last_mixup_and_a_moving_average(photos: Path) -> None
     assert result.model.training is False
     assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
     assert result.flops <= 0.5 * result.dense_flops
+
+
+def _data(count: int = 4, size: int = 32, label: int = 1, batches: int = 1) -> Data:
+    images, labels = torch.randn(count, 3, size, size), torch.full((count,), label)
+
+    def given(*_: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter([(images, labels)] if count else [])
+
+    return Data(given, given, batches)
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (_data(count=0), "no images to train on, though 1 batches"),
+    (_data(size=16), r"images are \(3, 16, 16\), the network takes \(3, 32, 32\)"),
+    (_data(label=3), r"one class per image, 0 to 2; the first ones are tensor\(\[3"),
+    (_data(label=-1), "one class per image"),
+    (_data(batches=0), "an epoch has 0 batches, a step takes 1"),
+    (replace(_data(), evaluation=_data(count=0).evaluation), "no images to measure accuracy on"),
+])  # fmt: skip
+def test_images_that_cannot_be_trained_on_are_refused(data: Data, words: str, photos: Path) -> None:
+    with pytest.raises(TrainingError, match=words):
+        batude_fx.run(_recipe(photos, pretrain=None), data=data)
+
+
+def test_images_without_colours_meet_a_network_for_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Grey(_Torchvision):
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return self.transform(Image.new("L", (32, 32))), index % 10
+
+    monkeypatch.setitem(dataset_factory._TORCH_BASIC_DS, "mnist", Grey)
+    settings = {**SETTINGS, "data": {**SETTINGS["data"], "name": "torch/mnist", "root": "data", "download": True}}  # type: ignore[dict-item]
+    settings["model"] = {"name": "test_resnet", "args": {"num_classes": 10}}
+    with pytest.raises(TrainingError, match="the first training images cannot be read: output with shape"):
+        batude_fx.run(Recipe.model_validate(settings))
+
+
+def test_a_network_without_colours_knows_how_its_images_are_normalized(photos: Path, tmp_path: Path) -> None:
+    section = {"name": "test_resnet", "args": {"num_classes": CLASSES, "in_chans": 1}}
+    short = {"pretrain": None, "one_shot__epochs": "1 steps", "finalize__epochs": "1 steps"}
+    result = batude_fx.run(_recipe(photos, model=section, **short), tmp_path / "run")
+    for model in (result.model, batude_fx.load(tmp_path / "run" / "model")):
+        config = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
+        assert (config["input_size"], config["mean"], config["std"]) == ((1, 32, 32), (0.5,), (0.5,))
+
+
+def test_a_moving_average_of_few_steps_follows_them(photos: Path) -> None:
+    """Though a decay of 0.9999 would keep the first weights for thousands of steps."""
+    short = {"pretrain": None, "one_shot__epochs": 0, "finalize__batch_norm_images": 0}
+    ways = ({"epochs": 0}, {"epochs": 9}, {"epochs": 9, "ema": 0.9999})
+    before, after, averaged = (
+        nn.utils.parameters_to_vector(batude_fx.run(_recipe(photos, **short, finalize=way)).model.parameters())
+        for way in ways
+    )
+    assert (averaged - before).norm() > 0.3 * (after - before).norm()
+
+
+def test_soft_thresholds_shrink_nothing_at_the_end(photos: Path) -> None:
+    short = {"pretrain": None, "one_shot__epochs": 0, "finalize__epochs": 0, "one_shot__calibration_images": 0}
+    hard, soft = (batude_fx.run(_recipe(photos, **short, one_shot__threshold=how)) for how in ("hard", "soft"))
+    assert soft.rounds[-1]["primal"] == hard.rounds[-1]["primal"] > 0
+
+
+def test_what_run_returns_knows_how_it_was_made(photos: Path, tmp_path: Path) -> None:
+    short = {"pretrain": None, "one_shot__epochs": "1 steps", "finalize__epochs": 0}
+    small = batude_fx.run(_recipe(photos, **short)).model
+    batude_fx.save(small, tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
+    cast("Any", small).reset_classifier(7)
+    batude_fx.save(small, tmp_path / "out")
+    assert not (tmp_path / "out" / "report.html").exists()  # its figures are no longer this network's
 
 
 def test_the_folder_of_a_run_is_told_from_its_networks(finished: tuple[Path, Any]) -> None:

@@ -58,7 +58,8 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
         TrainingError: When there is no such dataset, it has too few images for a batch or other classes than the model,
             batches cannot be split for the processes, or timm refuses the augmentation.
     """
-    section, config = recipe.data, _config(model, size)
+    section = recipe.data
+    config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)  # type: ignore[no-untyped-call]
     train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
     share, parts = section.batch_size // section.accumulate, section.accumulate * accelerator.num_processes
     held_out = _dataset(recipe, section.val_split, config)
@@ -103,11 +104,31 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     return Data(train=batches, evaluation=lambda: iter(shown), batches=len(prepared))
 
 
-def _config(model: nn.Module, size: tuple[int, ...]) -> dict[str, Any]:
-    config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)  # type: ignore[no-untyped-call]
-    if len(config["mean"]) != size[0]:  # a network for other channels than those it was published for
-        config |= {key: (sum(config[key]) / len(config[key]),) * size[0] for key in ("mean", "std")}
-    return config
+def check_first(data: Data, size: tuple[int, ...], classes: int, accumulate: int) -> None:
+    """Look at the first batch before anything is trained.
+
+    Args:
+        data: What will be trained on.
+        size: Of an image that the network takes, (C, H, W).
+        classes: That it tells apart.
+        accumulate: Batches in a step.
+
+    Raises:
+        TrainingError: When it cannot be read or is for another network, or an epoch has too few.
+    """
+    if data.batches < accumulate:
+        raise TrainingError(f"an epoch has {data.batches} batches, a step takes {accumulate}; lower data.accumulate.")
+    try:
+        images, labels = next(data.train(0, 0))
+    except StopIteration:
+        raise TrainingError(f"there are no images to train on, though {data.batches} batches are promised.") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]  # the first ones are of the process that reads
+        raise TrainingError(f"the first training images cannot be read: {reason}") from error
+    if tuple(images.shape[1:]) != tuple(size):
+        raise TrainingError(f"training images are {tuple(images.shape[1:])}, the network takes {tuple(size)}.")
+    if labels.ndim != 1 or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise TrainingError(f"labels must be one class per image, 0 to {classes - 1}; the first ones are {labels[:8]}.")
 
 
 def _dataset(

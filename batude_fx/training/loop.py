@@ -17,10 +17,10 @@ from batude_fx.calibration import normalized_by
 from batude_fx.flops import count_flops
 from batude_fx.folding import fold
 from batude_fx.recipe import Recipe
-from batude_fx.record import Record, TrainingRecord, site_records, versions
+from batude_fx.record import Record, TrainingRecord, attach_, site_records, versions
 from batude_fx.sites import Ranks
 from batude_fx.surgery import build_skeleton
-from batude_fx.training.data import Data, first_images, image_data, seed_all
+from batude_fx.training.data import Data, check_first, first_images, image_data, seed_all
 from batude_fx.training.finalize import factored
 from batude_fx.training.phase import accuracy, run_phase
 from batude_fx.training.problem import Problem, dense_network
@@ -72,6 +72,7 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     size = problem.inputs[0].shape[1:]
     with session.accelerator.main_process_first():
         data = data or image_data(recipe, model, size, problem.classes, session.accelerator)
+    check_first(data, size, problem.classes, recipe.data.accumulate)
     session.start(data)
 
     if recipe.pretrain and session.begins("pretrain"):
@@ -103,7 +104,8 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
         params=sum(parameter.numel() for parameter in small.parameters()), dense_params=problem.dense[1],
         ranks=ranks, rounds=session.rounds,
     )  # fmt: skip
-    session.finish(small, result.facts(), _record(recipe, problem, result))
+    attach_(small, _record(recipe, problem, result))
+    session.finish(small, result.facts())
     return result
 
 

@@ -107,7 +107,7 @@ class _Trainer:
         )  # fmt: skip
         self.distillation: Distillation | None = getattr(settings, "distillation", None)
         decay = getattr(settings, "ema", None)
-        self.average = ModelEmaV3(model, decay=decay) if decay else None
+        self.average = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
         self.mixup: Mixup | None = None
         if data.mixup or data.cutmix:
             self.mixup = Mixup(  # type: ignore[no-untyped-call]
@@ -199,4 +199,6 @@ def accuracy(session: Session, model: nn.Module) -> float:
         with accelerator.autocast():
             right = model(session.placed(images)).argmax(1) == labels.to(accelerator.device)
         hits.append(accelerator.gather_for_metrics(right))
+    if not hits:
+        raise TrainingError("there are no images to measure accuracy on.")
     return float(torch.cat(hits).float().mean())

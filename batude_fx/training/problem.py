@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 from batude_fx.allocation import Integers, Options
@@ -141,9 +143,18 @@ def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
         raise TrainingError(f"{type(model).__name__} takes no batch of images; recipes train image classifiers.")
     side = data.image_size
     image = F.interpolate(image, (side, side)) if side else image
+    channels = image.shape[1]
+    known = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
+    told: dict[str, Any] = {}
     if side or data.pad:
-        config = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(image.shape[1:])}
-        vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config | ({"crop_pct": 1.0} if data.pad else {})
+        told["input_size"] = tuple(image.shape[1:])
+    if data.pad:
+        told["crop_pct"] = 1.0
+    if len(known["mean"]) != channels:  # a network for other channels than those it was published for
+        told |= {key: (sum(known[key]) / len(known[key]),) * channels for key in ("mean", "std")}
+    if told:
+        config = {**getattr(model, "pretrained_cfg", {}), **told}
+        vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
     return (image,)
 
 

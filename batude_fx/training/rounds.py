@@ -70,6 +70,7 @@ class Rounds:
     def end(self, step: int) -> None:
         """After the last step: decide the ranks for good, and give the weights exactly these ranks."""
         self.split.forget_duals_()
+        self.split.soft = False  # no step is left to make up for shrunken singular values
         self._project(1.0)
         self._note(step, len(self.schedule), self.split.residuals())
         for name, one in self.split.constraints.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from batude_fx.errors import TrainingError
 from batude_fx.files import held, replacing
 from batude_fx.recipe import Duration, Recipe
-from batude_fx.record import Record, attach_
+from batude_fx.record import Record, attached
 from batude_fx.saved_config import TRAINED
 from batude_fx.serialization import load_weights_, read_weights, save
 from batude_fx.training import checkpoint
@@ -181,7 +181,7 @@ class Session:
             part.load_state_dict(self.resumed["parts"][name])
         return int(self.resumed["step"])
 
-    def finish(self, model: nn.Module, facts: dict[str, Any], record: Record) -> None:
+    def finish(self, model: nn.Module, facts: dict[str, Any]) -> None:
         """Save the network, its report and pictures, and drop the checkpoint."""
         self.accelerator.end_training()
         if not self._writes:
@@ -189,10 +189,9 @@ class Session:
         from batude_fx.pictures import pictures, write_png
 
         folder = cast("Path", self.folder)
-        attach_(model, record)
         shutil.rmtree(folder / TRAINED, ignore_errors=True)  # what a run that was killed here has left
         save(model, folder / TRAINED)
-        write_png(pictures(record)["ranks"], folder / PICTURE)
+        write_png(pictures(cast("Record", attached(model)))["ranks"], folder / PICTURE)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(), "python": sys.version.split()[0],
