@@ -161,6 +161,9 @@ class Plan:
     def at(self, budget: Budget | float | str) -> "Plan":
         """The plan for another budget, from the same measurements: no image is looked at again.
 
+        With `round_to="auto"` its sites have the choices that this plan's own budget left them; one that is much
+        smaller needs a plan of its own.
+
         Raises:
             BudgetError: As `plan`.
         """
