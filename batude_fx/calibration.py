@@ -209,6 +209,12 @@ def normalized_by(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     return adapted
 
 
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Name to value of the buffers that `normalized_by` sets."""
+    norms = {name: module for name, module in model.named_modules() if _has_running_statistics(module)}
+    return {f"{name}.{key}": value for name, norm in norms.items() for key, value in norm.named_buffers(recurse=False)}
+
+
 def mixed(own: Mapping[str, Metric], synthetic: Mapping[str, Metric]) -> dict[str, Metric]:
     """Statistics of the user's images, half and half with synthetic ones: few images of one kind are not all there is.
 

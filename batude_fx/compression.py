@@ -22,6 +22,7 @@ from batude_fx.calibration import (
     image_batches,
     mixed,
     normalized_by,
+    running_statistics,
     sees_noise,
     synthetic_batches,
 )
@@ -85,6 +86,7 @@ class Plan:
     _account: Account = field(repr=False, compare=False)
     _candidates: Mapping[str, Candidate] = field(repr=False, compare=False)
     _kept: tuple[Inputs, ...] = field(repr=False, compare=False)
+    _norms: Mapping[str, Tensor] = field(repr=False, compare=False)
     _recounted: Inputs | None = field(repr=False, compare=False)
 
     def apply(self, model: ModelT) -> ModelT:
@@ -147,10 +149,10 @@ class Plan:
         return replace(model, modules)
 
     def _match_moments(self, model: nn.Module, modules: dict[str, TuckerModule]) -> None:
-        if self.calibration != "images":
-            model = normalized_by(model, self._kept)
         training = {part: part.training for module in modules.values() for part in module.modules()}
         with borrowed(model):
+            for name, value in self._norms.items():
+                model.get_buffer(name).copy_(value)
             batches = track(self._kept, "matching moments")
             small = replace(model, modules)
             small.eval()
@@ -248,7 +250,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
             raise
         wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude)
         raise _naming_linear(error, lambda: count(_replaceable(wider), int(round_to))) from None
-    measured, kept = _measure(model, list(eligible.values()), calibration, inputs)
+    measured, kept, norms = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     choice = choose(candidates, account)
     if watch:
@@ -266,6 +268,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         _account=account,
         _candidates=candidates,
         _kept=kept,
+        _norms=norms,
         _recounted=inputs if sites.sizes_vary else None,
     )
 
@@ -344,29 +347,31 @@ def _label(calibration: Calibration, inputs: Inputs) -> str:
 
 def _measure(
     model: nn.Module, sites: Sequence[ConvSite], calibration: Calibration, inputs: Inputs
-) -> tuple[dict[str, Metric], tuple[Inputs, ...]]:
-    """The metric of every site, and batches for the compressed network to be matched on."""
+) -> tuple[dict[str, Metric], tuple[Inputs, ...], dict[str, Tensor]]:
+    """The metric of every site, and what the compressed network is matched on: batches, and batch-norm statistics."""
     if isinstance(calibration, str) and calibration != "synthetic":
         raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
     if calibration is None or not sites:
-        return {}, ()
+        return {}, (), {}
     procedural = Keeper(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
-        metrics = _synthetic_metrics(model, sites, procedural, draws=SYNTHETIC_DRAWS)
-        return metrics, tuple(procedural.kept)
+        metrics, norms = _synthetic(model, sites, procedural, draws=SYNTHETIC_DRAWS)
+        return metrics, tuple(procedural.kept), norms
     own = Keeper(track(image_batches(calibration, inputs), "calibrating"))
     metrics = statistics(model, sites, own)
     if not sees_noise(inputs):  # a few images are not all that there is, but noise tells nothing of the rest
-        metrics = mixed(metrics, _synthetic_metrics(model, sites, procedural, draws=1))
-    return metrics, tuple(own.kept)
+        metrics = mixed(metrics, _synthetic(model, sites, procedural, draws=1)[0])
+    return metrics, tuple(own.kept), {}
 
 
-def _synthetic_metrics(
+def _synthetic(
     model: nn.Module, sites: Sequence[ConvSite], procedural: Keeper, *, draws: int
-) -> dict[str, Metric]:
+) -> tuple[dict[str, Metric], dict[str, Tensor]]:
+    """Metrics of a network whose batch-norms know these images, and their statistics."""
     batches = list(procedural)
     shown = track(batches, "calibrating, synthetic images")
-    return statistics(normalized_by(model, batches), sites, shown, draws=draws)
+    adapted = normalized_by(model, batches)
+    return statistics(adapted, sites, shown, draws=draws), running_statistics(adapted)
 
 
 def _candidates(
