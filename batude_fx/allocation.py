@@ -125,7 +125,7 @@ def allocate(options: Sequence[Options], capacity: Integers) -> list[int]:
     if not options:
         return []
     directions = _price_directions(options, capacity)
-    # What is dominated at all prices is never picked, and nearly every row is where ranks are fine.
+    # What is dominated at all of these prices is hardly worth a look, and nearly every row is where ranks are fine.
     rows = [np.unique(np.concatenate([_pareto_front(one, weights) for weights in directions])) for one in options]
     options = [one.at(kept) for one, kept in zip(options, rows, strict=True)]
     best: list[int] | None = None

@@ -232,11 +232,13 @@ def sweep_budgets(
         output = page.network_folder(output)
         sweep.prepare(output)
     network = _network(model, device, pretrained=pretrained)
-    decided = sweep.tightest(
-        lambda keep: _planned(network, Budget(flops=keep), shown, layers, include, exclude, round_to), keeps
-    )
+
+    def decide(keep: float) -> batude_fx.Plan:
+        return _planned(network, Budget(flops=keep), shown, layers, include, exclude, round_to)
+
+    decided = sweep.tightest(decide, keeps) if round_to == "auto" else decide(keeps[-1])
     if output:
-        page.check_network(output, decided.dense_flops, decided.dense_params)
+        page.check_network(output, decided.record())
     points = sweep.sweep(network, decided, keeps, photos)
     if output:
         sweep.write(points, output)

@@ -37,10 +37,10 @@ from batude_fx.matching import match_moments_
 from batude_fx.measuring import statistics
 from batude_fx.modules import TuckerModule
 from batude_fx.progress import track
-from batude_fx.record import Record, attach_, site_records, versions
+from batude_fx.record import Record, attach_, checksum, site_records, versions
 from batude_fx.sites import ConvSite, Ranks, Sites
 from batude_fx.spectra import Metric, metric_spectrum, weight_spectrum
-from batude_fx.surgery import refuse_wrappers, replace
+from batude_fx.surgery import copied, refuse_wrappers, replace
 from batude_fx.zoo import arguments
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -83,6 +83,7 @@ class Plan:
     seconds: float | None
     calibration: str
     round_to: int
+    _weights: int = field(repr=False, compare=False)
     _account: Account = field(repr=False, compare=False)
     _candidates: Mapping[str, Candidate] = field(repr=False, compare=False)
     _kept: tuple[Inputs, ...] = field(repr=False, compare=False)
@@ -129,7 +130,8 @@ class Plan:
         return Record(
             model=self.model_name, budget=str(self.budget), calibration=self.calibration, round_to=self.round_to,
             seed=SEED, dense_flops=self.dense_flops, flops=self.flops, dense_params=self.dense_params,
-            params=self.params, dense_seconds=self.dense_seconds, seconds=self.seconds, versions=versions(),
+            params=self.params, dense_seconds=self.dense_seconds, seconds=self.seconds, weights=self._weights,
+            versions=versions(),
             sites=site_records(
                 self.sites,
                 {name: one.options for name, one in self._candidates.items()},
@@ -149,10 +151,12 @@ class Plan:
         return replace(model, modules)
 
     def _match_moments(self, model: nn.Module, modules: dict[str, TuckerModule]) -> None:
-        training = {part: part.training for module in modules.values() for part in module.modules()}
-        with borrowed(model):
+        if self._norms:
+            model = copied(model)
             for name, value in self._norms.items():
                 model.get_buffer(name).copy_(value)
+        training = {part: part.training for module in modules.values() for part in module.modules()}
+        with borrowed(model):
             batches = track(self._kept, "matching moments")
             small = replace(model, modules)
             small.eval()
@@ -265,6 +269,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         calibration=_label(calibration, inputs),
         round_to=account.round_to,
         **vars(choice),
+        _weights=checksum(model),
         _account=account,
         _candidates=candidates,
         _kept=kept,
@@ -334,7 +339,7 @@ def _naming_linear(error: BudgetError, count: Callable[[], object]) -> BudgetErr
         count()
     except BudgetError:
         return error
-    return BudgetError(f'{error} Or give layers="conv+linear", which can meet it.')
+    return BudgetError(f'{error} With linear layers, layers="conv+linear", it can be met.')
 
 
 def _label(calibration: Calibration, inputs: Inputs) -> str:

@@ -57,4 +57,13 @@ class TrainingError(BatudeError):
 
 def first_line(error: Exception) -> str:
     """What another library's error says, to be quoted in one of ours; its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return _lines(error)[0].rstrip(".")
+
+
+def last_line(error: Exception) -> str:
+    """The same of an error that begins with where it comes from."""
+    return _lines(error)[-1].rstrip(".")
+
+
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]

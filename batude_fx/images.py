@@ -28,14 +28,21 @@ def image_paths(folder: Path, count: int | None = None) -> list[Path]:
     """
     if not folder.is_dir():
         raise CalibrationError(f"{folder} is no folder. Give a folder of images, of any depth.")
-    found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = (path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file())
+    found = (path for path in _files(folder) if path.suffix.lower() in _SUFFIXES and path.is_file())
     paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not paths:
         raise CalibrationError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}) at any depth.")
     if count is None or count >= len(paths):
         return paths
     return [paths[index * len(paths) // count] for index in range(count)]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Links are followed, as timm does, but for those that lead back up."""
+    for name, below, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        below[:] = [one for one in below if not here.resolve().is_relative_to((here / one).resolve())]
+        yield from (here / file for file in files)
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -40,17 +40,17 @@ def write(record: Record, folder: Path) -> None:
         text.write_text(page, encoding="utf-8")
 
 
-def check_network(folder: Path, dense_flops: int, dense_params: int) -> None:
+def check_network(folder: Path, record: Record) -> None:
     """Refuse to show a sweep of a network in the report of another one.
 
     Raises:
         SavedModelError: When the folder has such a report, or a broken one.
     """
     known = records.read(folder)
-    if known and _original(known) != (dense_flops, dense_params):
+    if known and not _same_original(known, record):
         raise SavedModelError(
             f"{folder} holds a report of another network: {known.model}, whose original has {known.dense_flops:,} "
-            f"flops, and this one has {dense_flops:,}. Give another folder."
+            f"flops, and this one has {record.dense_flops:,} or other weights. Give another folder."
         )
 
 
@@ -60,7 +60,7 @@ def renew(record: Record | None, folder: Path) -> None:
         known = records.read(folder)
     except SavedModelError:
         known = None
-    if not (record and known and _original(record) == _original(known)):
+    if not (record and known and _same_original(record, known)):
         (folder / sweep.FILE).unlink(missing_ok=True)
     for name in (records.FILE, PAGE, *(f"{name}.png" for name in _TITLES)):
         (folder / name).unlink(missing_ok=True)
@@ -69,8 +69,9 @@ def renew(record: Record | None, folder: Path) -> None:
         write(record, folder)
 
 
-def _original(record: Record) -> tuple[int, int]:
-    return record.dense_flops, record.dense_params
+def _same_original(one: Record, other: Record) -> bool:
+    same_weights = one.weights == other.weights or None in {one.weights, other.weights}
+    return same_weights and (one.dense_flops, one.dense_params) == (other.dense_flops, other.dense_params)
 
 
 def network_folder(folder: Path) -> Path:

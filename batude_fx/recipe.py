@@ -224,7 +224,9 @@ class DataSection(_Section):
     def _exists(cls, split: str, info: ValidationInfo) -> str:
         # timm takes folders and torchvision's datasets whole, whatever part is asked for in brackets, and the test
         # half of those that have two for any word that it does not know.
-        kind, _, dataset = info.data.get("name", "").partition("/")
+        if "name" not in info.data:  # which has a mistake of its own
+            return split
+        kind, _, dataset = info.data["name"].partition("/")
         if kind in {"", "torch"} and "[" in split:
             raise ValueError(f"{split!r} is no split of a folder or of torchvision; parts are known to tfds/ and hfds/")
         if kind == "torch" and dataset.lower() in _HALVES and split not in _WORDS:
@@ -267,7 +269,8 @@ class Training(_Section):
     def _falls(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; the learning rate must not rise")
-        if self.warmup.unit == "%" and self.warmup.amount > 100:  # noqa: PLR2004 - percent
+        longest = 100 if self.warmup.unit == "%" else self.epochs.amount
+        if self.warmup.unit in {"%", self.epochs.unit} and self.warmup.amount > longest:
             raise ValueError(f"a warmup of {self.warmup} is longer than its phase")
         return self
 
@@ -276,7 +279,8 @@ class Pretrain(Training):
     """Training of the dense network, where there are no weights to start from."""
 
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this, as in timm."""
+    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this as steps go
+    by, 0.954 after a hundred and 0.99 after a thousand."""
 
 
 class OneShot(Training):
@@ -316,7 +320,8 @@ class Finalize(Training):
     hooi_sweeps: NonNegativeInt = 10
     """Sweeps of HOOI after the HOSVD."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this, as in timm."""
+    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this as steps go
+    by, 0.954 after a hundred and 0.99 after a thousand."""
     batch_norm_images: NonNegativeInt = 0
     """Training images that the batch-norm statistics are estimated on again, of the dense network after `pretrain` and
     of the compressed one at the end; 0 leaves them. Short training needs it where their momentum is small, as in

@@ -5,12 +5,14 @@ Read back from folders of strangers, hence checked like their config; numbers an
 
 import platform
 import sys
+import zlib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
@@ -134,6 +136,7 @@ class Record(_Frozen):
         params: Parameters of the compressed network.
         dense_seconds: Wall time of one run of the original, where it was measured.
         seconds: That of the compressed network.
+        weights: Checksum of the original's parameters, where it was not trained here.
         sites: Every convolution, in the order of its first call.
         training: Where the network was trained by a recipe.
         versions: Of the libraries.
@@ -151,6 +154,7 @@ class Record(_Frozen):
     params: Count
     dense_seconds: Seconds | None = None
     seconds: Seconds | None = None
+    weights: Count | None = None
     sites: tuple[SiteRecord, ...]
     training: TrainingRecord | None = None
     versions: dict[str, str]
@@ -197,6 +201,15 @@ def versions() -> dict[str, str]:
 
     own = {"python": platform.python_version(), "batude_fx": __version__}
     return own | {name: version(name) for name in _LIBRARIES}
+
+
+def checksum(model: nn.Module) -> int:
+    """Of all parameters: by it two checkpoints of one architecture are told apart."""
+    digest = 0
+    for one in model.parameters():
+        plain = one.detach().cpu().reshape(-1).contiguous()
+        digest = zlib.crc32(memoryview(plain.view(torch.uint8).numpy()), digest)
+    return digest
 
 
 def write(record: Record, folder: Path) -> None:

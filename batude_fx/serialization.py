@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from batude_fx import record
 from batude_fx.borrowing import borrowed
-from batude_fx.errors import SavedModelError
+from batude_fx.errors import SavedModelError, last_line
 from batude_fx.files import held, replacing
 from batude_fx.modules import CHANNELS_LAST, TuckerModule, is_channels_last
 from batude_fx.origin import ENTRYPOINT, Origin, origins
@@ -51,8 +51,8 @@ _DTYPES = {
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a compressed network to a folder: `model.safetensors` and `config.json`, and its report for the browser.
 
-    The report tells of the network as it was compressed: where layers were changed since, a new head among them, there
-    is none.
+    The report tells of the network as it was compressed: where it has more or fewer parameters by now, such as those of
+    another head, there is none.
 
     Args:
         model: What `compress` returned, trained further or not.
@@ -86,7 +86,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             known = None
         page.renew(known, folder)  # when the weights that it tells of are there
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {_last_line(error)}") from error
+        raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {last_line(error)}") from error
     if config.model_args.library is None:
         warnings.warn(
             f"{type(model).__name__} cannot be rebuilt by name: no timm or torchvision architecture gives the same "
@@ -185,7 +185,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise SavedModelError(f"{path} is broken: {_last_line(error)}. Save or copy it again.") from error
+        raise SavedModelError(f"{path} is broken: {last_line(error)}. Save or copy it again.") from error
 
 
 def load_weights_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -383,7 +383,3 @@ def to_channels_last_(model: nn.Module) -> None:
     for weight in model.parameters():
         if weight.ndim in CHANNELS_LAST:
             weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")

@@ -72,7 +72,10 @@ def fractions(text: str) -> list[float]:
 
 
 def tightest(decide: Callable[[float], Plan], budgets: Sequence[float]) -> Plan:
-    """The plan for the smallest budget in reach: where ranks suit the machine, its sites have choices for all others.
+    """The plan for the smallest budget in reach.
+
+    Where ranks suit the machine, what sites can be is settled for a budget: these choices serve all larger ones too,
+    though a plan of their own might have had coarser ranks.
 
     Raises:
         BudgetError: When none is in reach.

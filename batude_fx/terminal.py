@@ -33,6 +33,8 @@ def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, Re
         except BrokenPipeError:  # who reads the output has seen enough
             raise
         except OSError as error:
+            if error.strerror is None:  # some library's, not the system's
+                raise
             say(f"error: {error.filename or 'the output'} cannot be written or read: {error.strerror}.", "red")
             raise typer.Exit(1) from None
 

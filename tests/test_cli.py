@@ -20,7 +20,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import batude_fx
-from batude_fx import cli, images
+from batude_fx import cli, images, sweep
 
 NAME = "resnet10t"
 
@@ -375,6 +375,14 @@ def test_linked_folders_are_looked_into(photos: Path, tmp_path: Path) -> None:
     assert images.class_indices(paths, tmp_path) == [0, 0, 1, 1]
 
 
+def test_links_that_lead_back_up_are_not_followed(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for place in (tmp_path / "photos", tmp_path / "photos" / "ant"):
+        (place / "here").symlink_to(place)
+        (place / "up").symlink_to(tmp_path)
+    assert len(images.image_paths(tmp_path)) == 6
+
+
 def test_what_torch_says_while_it_fetches_is_not_in_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetching(*_: object, **__: object) -> nn.Module:
         sys.stdout.write("Downloading")
@@ -442,6 +450,15 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert result.stdout == ""
 
 
+def test_errors_of_libraries_keep_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def truncated(*_: object, **__: object) -> None:
+        raise OSError("image file is truncated")
+
+    monkeypatch.setattr(batude_fx, "discover", truncated)
+    result = _run("discover", NAME)
+    assert "image file is truncated" in str(result.exception)
+
+
 def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -487,6 +504,23 @@ def test_a_sweep_goes_where_a_run_has_its_network(folder: Path, photos: Path, tm
     again = ("--budget", 0.6, "--calibration", "none", "--no-pretrained", "--output", tmp_path / "model")
     assert _run("compress", NAME, *again).exit_code == 0
     assert 'id="sweep"' in (tmp_path / "model" / "report.html").read_text()  # its budgets are the same network's
+    torch.manual_seed(1)
+    other = timm.create_model(NAME).eval()
+    batude_fx.save(batude_fx.compress(other, 0.6, calibration=None), tmp_path / "model")
+    assert 'id="sweep"' not in (tmp_path / "model" / "report.html").read_text()
+    assert not (tmp_path / "model" / "sweep.json").exists()
+
+
+def test_a_sweep_plans_for_its_tightest_budget_in_reach() -> None:
+    def decide(keep: float) -> Any:
+        if keep < 0.3:
+            raise batude_fx.BudgetError(f"{keep} is out of reach")
+        return keep
+
+    planned: Any = sweep.tightest(decide, [0.1, 0.2, 0.4, 0.5])
+    assert planned == 0.4
+    with pytest.raises(batude_fx.BudgetError, match=r"0\.2 is out of reach"):
+        sweep.tightest(decide, [0.1, 0.2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

@@ -194,10 +194,17 @@ def test_sites_that_cannot_shrink_are_told_the_way_out() -> None:
         batude_fx.compress(model, 0.5, example_inputs=EXAMPLE, calibration=None)
 
 
+def test_a_backward_pass_may_be_open_meanwhile() -> None:
+    model = _net().eval()
+    loss = model(torch.randn(2, *EXAMPLE.shape[1:])).sum()
+    batude_fx.compress(model, 0.7, example_inputs=EXAMPLE)  # normalized by its images; the model's buffers stay
+    loss.backward()
+
+
 def test_a_budget_that_only_linear_layers_can_meet_says_so() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(2), nn.Linear(64, 256), nn.Linear(256, 64))
     options = {"example_inputs": torch.zeros(1, 3, 32, 32), "calibration": None}
-    with pytest.raises(BudgetError, match=r'Or give layers="conv\+linear", which can meet it\.$'):
+    with pytest.raises(BudgetError, match=r'With linear layers, layers="conv\+linear", it can be met\.$'):
         batude_fx.compress(model, 0.5, **options)
     assert batude_fx.plan(model, 0.5, layers="conv+linear", **options).ranks
     for further in ({"layers": "conv+linear"}, {"include": "0"}, {}):

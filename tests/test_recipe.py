@@ -131,6 +131,9 @@ BROKEN = {
     ),
     "a rate that rises": ("  epochs: 3", "  epochs: 3\n  min_lr: 2", 6, "one_shot", "min_lr 2 is above lr 0.05"),
     "a warmup beyond the end": ("  epochs: 3", "  epochs: 3\n  warmup: 150%", 6, "one_shot", "longer than its phase"),
+    "a warmup of more epochs": (
+        "  epochs: 3", "  epochs: 3\n  warmup: 4 epochs", 6, "one_shot", "4 epochs is longer than its phase"
+    ),
     "another case": ("  epochs: 3", "  epochs: 3\n  optimizer: AdamW", 8, "one_shot.optimizer", "Close names: adamw"),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip

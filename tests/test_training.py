@@ -287,7 +287,9 @@ def _data(count: int = 4, size: int = 32, label: int = 1, batches: int = 1) -> D
 
 @pytest.mark.parametrize(("data", "words"), [
     (_data(count=0), "no images to train on, though 1 batches"),
-    (_data(size=16), r"images are \(3, 16, 16\), the network takes \(3, 32, 32\)"),
+    (_data(size=16), r"images are \(4, 3, 16, 16\), the network takes \(n, 3, 32, 32\)"),
+    (replace(_data(), train=lambda *_: iter([(torch.zeros(0, 3, 32, 32), torch.zeros(0))])), r"images are \(0, 3"),
+    (replace(_data(), train=lambda *_: iter([{}])), "images cannot be read: not enough values to unpack"),
     (_data(label=3), r"one class per image, 0 to 2; the first ones are tensor\(\[3"),
     (_data(label=-1), "one class per image"),
     (_data(batches=0), "an epoch has 0 batches, a step takes 1"),
@@ -313,10 +315,10 @@ def test_images_without_colours_meet_a_network_for_colours(monkeypatch: pytest.M
 def test_a_network_without_colours_knows_how_its_images_are_normalized(photos: Path, tmp_path: Path) -> None:
     section = {"name": "test_resnet", "args": {"num_classes": CLASSES, "in_chans": 1}}
     short = {"pretrain": None, "one_shot__epochs": "1 steps", "finalize__epochs": "1 steps"}
-    result = batude_fx.run(_recipe(photos, model=section, **short), tmp_path / "run")
+    result = batude_fx.run(_recipe(photos, model=section, data__image_size=None, **short), tmp_path / "run")
     for model in (result.model, batude_fx.load(tmp_path / "run" / "model")):
         config = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
-        assert (config["input_size"], config["mean"], config["std"]) == ((1, 32, 32), (0.5,), (0.5,))
+        assert (config["input_size"], config["mean"], config["std"]) == ((1, 160, 160), (0.5,), (0.5,))
 
 
 def test_a_moving_average_of_few_steps_follows_them(photos: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
 
-from batude_fx.errors import TrainingError, first_line
+from batude_fx.errors import TrainingError, first_line, last_line
 from batude_fx.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]
@@ -122,11 +122,11 @@ def check_first(data: Data, size: tuple[int, ...], classes: int, accumulate: int
         images, labels = next(data.train(0, 0))
     except StopIteration:
         raise TrainingError(f"there are no images to train on, though {data.batches} batches are promised.") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]  # the first ones are of the process that reads
-        raise TrainingError(f"the first training images cannot be read: {reason}") from error
-    if tuple(images.shape[1:]) != tuple(size):
-        raise TrainingError(f"training images are {tuple(images.shape[1:])}, the network takes {tuple(size)}.")
+    except Exception as error:  # whatever the dataset and its transforms raise
+        raise TrainingError(f"the first training images cannot be read: {last_line(error)}.") from error
+    if not len(images) or tuple(images.shape[1:]) != tuple(size):
+        wanted = ", ".join(map(str, ("n", *size)))
+        raise TrainingError(f"training images are {tuple(images.shape)}, the network takes ({wanted}).")
     if labels.ndim != 1 or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise TrainingError(f"labels must be one class per image, 0 to {classes - 1}; the first ones are {labels[:8]}.")
 

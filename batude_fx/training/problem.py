@@ -145,15 +145,11 @@ def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
     image = F.interpolate(image, (side, side)) if side else image
     channels = image.shape[1]
     known = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
-    told: dict[str, Any] = {}
-    if side or data.pad:
-        told["input_size"] = tuple(image.shape[1:])
-    if data.pad:
-        told["crop_pct"] = 1.0
+    told: dict[str, Any] = {"crop_pct": 1.0} if data.pad else {}
     if len(known["mean"]) != channels:  # a network for other channels than those it was published for
         told |= {key: (sum(known[key]) / len(known[key]),) * channels for key in ("mean", "std")}
-    if told:
-        config = {**getattr(model, "pretrained_cfg", {}), **told}
+    if side or told:
+        config = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(image.shape[1:]), **told}
         vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
     return (image,)
 
