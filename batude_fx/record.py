@@ -208,7 +208,7 @@ def checksum(model: nn.Module) -> int:
     digest = 0
     for one in model.parameters():
         plain = one.detach().cpu().reshape(-1).contiguous()
-        digest = zlib.crc32(memoryview(plain.view(torch.uint8).numpy()), digest)
+        digest = zlib.crc32(plain.view(torch.uint8).numpy().tobytes(), digest)
     return digest
 
 
