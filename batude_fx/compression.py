@@ -236,7 +236,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     _check_values(model)
     inputs = arguments(model, example_inputs)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
-    eligible = _replaceable(sites)
+    eligible = sites.replaceable()
     watch = None
     if round_to == "auto" or budget.latency is not None:
         _check_times(sites, model)
@@ -253,7 +253,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         if layers != "conv" or watch:
             raise
         wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude)
-        raise _naming_linear(error, lambda: count(_replaceable(wider), int(round_to))) from None
+        raise _naming_linear(error, lambda: count(wider.replaceable(), int(round_to))) from None
     measured, kept, norms = _measure(model, list(eligible.values()), calibration, inputs)
     candidates = _candidates(model, eligible, options, measured)
     choice = choose(candidates, account)
@@ -327,10 +327,6 @@ def _check_values(model: object) -> None:
             )
         if not parameter.isfinite().all():
             raise UnsupportedError(f"{name} holds NaN or infinite values; load other weights.")
-
-
-def _replaceable(sites: Sites) -> dict[str, ConvSite]:
-    return {site.name: site for site in sites if site.skip_reason is None}
 
 
 def _naming_linear(error: BudgetError, count: Callable[[], object]) -> BudgetError:

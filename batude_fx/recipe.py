@@ -269,9 +269,9 @@ class Training(_Section):
     def _falls(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; the learning rate must not rise")
-        longest = 100 if self.warmup.unit == "%" else self.epochs.amount
-        if self.warmup.unit in {"%", self.epochs.unit} and self.warmup.amount > longest:
-            raise ValueError(f"a warmup of {self.warmup} is longer than its phase")
+        phase = Duration(100, "%") if self.warmup.unit == "%" else self.epochs
+        if self.epochs.amount and self.warmup.unit == phase.unit and self.warmup.amount > phase.amount:
+            raise ValueError(f"a warmup of {self.warmup} is longer than its phase, {phase}; give a shorter one")
         return self
 
 

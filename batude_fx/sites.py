@@ -102,6 +102,10 @@ class Sites(tuple[ConvSite, ...]):  # noqa: SLOT001 - Python gives tuples no slo
         self.sizes_vary = sizes_vary
         return self
 
+    def replaceable(self) -> dict[str, ConvSite]:
+        """Name to site, of those that nothing keeps dense."""
+        return {site.name: site for site in self if site.skip_reason is None}
+
     def __str__(self) -> str:
         """Every site with its sizes and cost, and why some stay dense."""
         from batude_fx.report import as_text, sites_table

@@ -82,7 +82,7 @@ def _network() -> nn.Module:
 
 
 def _watch(model: nn.Module) -> Stopwatch:
-    sites = {site.name: site for site in batude_fx.discover(model, INPUT) if site.skip_reason is None}
+    sites = batude_fx.discover(model, INPUT).replaceable()
     return Stopwatch(model, sites, INPUT, adds_bias=False)
 
 

@@ -85,6 +85,12 @@ def test_shipped_recipes_are_documents(name: str) -> None:
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_a_phase_can_be_left_out_of_every_shipped_recipe(name: str) -> None:
+    recipe = Recipe.from_yaml(name, ["finalize.epochs=0"])
+    assert recipe.finalize.epochs.amount == 0
+
+
 # What is broken, the text to put in place of which, the line and key of the answer, and words of it.
 BROKEN = {
     "unknown key": ("  interval: 50%", "  intervall: 50%", 8, "one_shot.intervall", "unknown key; expected interval"),
@@ -132,7 +138,7 @@ BROKEN = {
     "a rate that rises": ("  epochs: 3", "  epochs: 3\n  min_lr: 2", 6, "one_shot", "min_lr 2 is above lr 0.05"),
     "a warmup beyond the end": ("  epochs: 3", "  epochs: 3\n  warmup: 150%", 6, "one_shot", "longer than its phase"),
     "a warmup of more epochs": (
-        "  epochs: 3", "  epochs: 3\n  warmup: 4 epochs", 6, "one_shot", "4 epochs is longer than its phase"
+        "  epochs: 3", "  epochs: 3\n  warmup: 4 epochs", 6, "one_shot", "4 epochs is longer than its phase, 3 ep"
     ),
     "another case": ("  epochs: 3", "  epochs: 3\n  optimizer: AdamW", 8, "one_shot.optimizer", "Close names: adamw"),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),

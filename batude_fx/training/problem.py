@@ -104,7 +104,7 @@ class Problem:
             raise recipe.problem("one_shot", str(error)) from None
         except (DiscoveryError, TrainingError) as error:
             raise recipe.problem("model.name", str(error)) from None
-        sites = {site.name: site for site in found if site.skip_reason is None}
+        sites = found.replaceable()
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
         try:
             options, account = counted(sites, wanted.round_to, recipe.budget, dense, {}, adds_bias=False)
