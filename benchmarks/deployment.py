@@ -79,11 +79,10 @@ def forms(network: nn.Module, folder: Path, photos: torch.Tensor) -> dict[str, t
         form: batude_fx.export(network, path, int8=photos if form == "int8" else None) for form, path in paths.items()
     }
     size = sum(tensor.nbytes for tensor in network.state_dict().values())
-    compiled = torch.compile(batude_fx.fold(network).to(memory_format=torch.channels_last))
     return {
         "torch, eager": (torch_run(network), size, 0.0),
         "torch, folded": (torch_run(batude_fx.fold(network)), size, 0.0),
-        "torch.compile, folded": (torch_run(compiled), size, 0.0),
+        "torch.compile, folded": (torch_run(batude_fx.fold(network), compiled=True), size, 0.0),
         "ONNX Runtime": (onnx_run(paths["ONNX"]), paths["ONNX"].stat().st_size, gaps["ONNX"]),
         "OpenVINO": (openvino_run(paths["OpenVINO"]), (folder / "b.bin").stat().st_size, gaps["OpenVINO"]),
         "ONNX Runtime, int8": (onnx_run(paths["int8"]), paths["int8"].stat().st_size, gaps["int8"]),
@@ -91,12 +90,14 @@ def forms(network: nn.Module, folder: Path, photos: torch.Tensor) -> dict[str, t
     }
 
 
-def torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
-    """Channels-last."""
+def torch_run(network: nn.Module, *, compiled: bool = False) -> Run:
+    """Channels-last, weights and images."""
+    last = network.to(memory_format=torch.channels_last)
+    call = torch.compile(last) if compiled else last
 
     @torch.no_grad()
     def run(images: Images) -> Images:
-        return np.asarray(network(torch.from_numpy(images).to(memory_format=torch.channels_last)))
+        return np.asarray(call(torch.from_numpy(images).to(memory_format=torch.channels_last)))
 
     return run
 

@@ -22,6 +22,7 @@ from batude_fx.timing import alternating
 
 IMAGE = torch.zeros(1, 3, 224, 224)
 SCORED = 32  # photos that tools which evaluate candidates look at
+_STEPS = 7  # of the bisection
 
 Call = Callable[[], nn.Module]
 
@@ -57,7 +58,7 @@ def ours_latency(model: nn.Module, photos: Tensor, keep: float) -> Call:
 
 
 def torch_pruning(model: nn.Module, _: Tensor, keep: float) -> Call:
-    """Its magnitude pruner over groups, one shot."""
+    """Its magnitude pruner over groups, one shot, channels in multiples of 8."""
     import torch_pruning
 
     def at(share: float) -> nn.Module:
@@ -65,7 +66,7 @@ def torch_pruning(model: nn.Module, _: Tensor, keep: float) -> Call:
         last = [module for module in small.modules() if isinstance(module, nn.Linear)][-1]
         torch_pruning.pruner.MagnitudePruner(
             small, IMAGE, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=1 - share,
-            ignored_layers=[last],
+            ignored_layers=[last], round_to=8,
         ).step()  # fmt: skip
         return small
 
@@ -132,7 +133,7 @@ def tensorly_torch(model: nn.Module, _: Tensor, keep: float) -> Call:
                 setattr(small.get_submodule(parent), child, factorized)
         return small
 
-    return _largest(at, model, keep, steps=4)
+    return _largest(at, model, keep)
 
 
 def fasterai(model: nn.Module, _: Tensor, keep: float) -> Call:
@@ -143,14 +144,14 @@ def fasterai(model: nn.Module, _: Tensor, keep: float) -> Call:
         small: nn.Module = Conv_Decomposer().decompose(model, percent_removed=1 - share)
         return small
 
-    return _largest(at, model, keep, steps=4)
+    return _largest(at, model, keep)
 
 
-def _largest(at: Callable[[float], nn.Module], model: nn.Module, keep: float, *, steps: int = 7) -> Call:
+def _largest(at: Callable[[float], nn.Module], model: nn.Module, keep: float) -> Call:
     """The call with the largest share that stays within the flops; or the smallest one."""
     most = keep * count_flops(model, (IMAGE,))
     low, high = 0.02, 1.0
-    for _ in range(steps):
+    for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if count_flops(at(middle), (IMAGE,)) <= most else (low, middle)
     return partial(at, low)
