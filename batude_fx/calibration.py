@@ -11,6 +11,8 @@ https://arxiv.org/abs/1912.08795.
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import TypeVar, cast
 
 import torch
@@ -59,7 +61,7 @@ class Keeper:
 
 
 def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
-    """Split what the user gave into small checked batches on the model's device.
+    """Checked copies in small batches of one size on the model's device, whatever size those of the user have.
 
     Args:
         images: A tensor (N, ...), or an iterable of batches, each a tensor or an (images, labels) pair.
@@ -78,11 +80,15 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
     if not isinstance(images, Iterable):
         raise CalibrationError(f"calibration is a {type(images).__name__}, not a tensor (N, ...) or batches of images.")
     source: Iterable[object] = (images,) if isinstance(images, Tensor) else images
-    for index, item in enumerate(source):
-        batch = _checked_batch(item[0] if isinstance(item, Sequence) and len(item) else item, index, like)
-        for part in torch.split(batch, _BATCH):
-            if len(part):
-                yield (part.to(like),)
+
+    def single() -> Iterator[Tensor]:
+        for index, item in enumerate(source):
+            batch = _checked_batch(item[0] if isinstance(item, Sequence) and len(item) else item, index, like)
+            yield from (image.clone() for image in batch)  # a loader may fill the same tensor again
+
+    for _, alike in groupby(single(), attrgetter("shape")):
+        while some := tuple(islice(alike, _BATCH)):
+            yield (torch.stack(some).to(like),)
 
 
 def _checked_batch(batch: object, index: int, like: Tensor) -> Tensor:

@@ -185,7 +185,10 @@ def evaluate(
     Example: batude-fx evaluate small/ --data imagenet/val --against resnet50
     """
     photos = evaluation.photos(data)
+    if against is None and not photos.labelled:
+        raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
     network = _network(model, device, pretrained=True)
+    other = None if against is None else _network(against, device, pretrained=True)
     outputs = evaluation.logits(network, photos.paths)  # (N, classes)
     facts: dict[str, Any] = {"images": len(photos.paths)}
     try:
@@ -197,16 +200,15 @@ def evaluate(
         truth = None
     if truth is not None:
         facts["top1"], facts["top5"] = evaluation.scores(outputs, truth)
-    if against is not None:
-        others = evaluation.logits(_network(against, device, pretrained=True), photos.paths)
+    if other is not None:
+        others = evaluation.logits(other, photos.paths)
         if others.shape != outputs.shape:
             raise UnsupportedError(
                 f"{model} has {outputs.shape[1]} classes, {against} has {others.shape[1]}; they cannot agree."
             )
         facts["agreement"] = evaluation.agreement(outputs, others)
-    if len(facts) == 1:
-        raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
-    show(report.facts_table(model, [(key, f"{value:.4g}") for key, value in facts.items()]), facts, as_json)
+    rows = [(key, f"{value:,}" if isinstance(value, int) else f"{value:.4g}") for key, value in facts.items()]
+    show(report.facts_table(model, rows), facts, as_json)
 
 
 @app.command("sweep")

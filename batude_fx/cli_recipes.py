@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from batude_fx import report
-from batude_fx.errors import BatudeError, RecipeError
+from batude_fx.errors import BatudeError
 from batude_fx.recipe import Recipe, find, shipped
 from batude_fx.terminal import one_line_errors, say, show
 
@@ -103,7 +103,9 @@ def train(
     The folder gets the resolved recipe, checkpoints, a log, TensorBoard events, a picture of the ranks, a report and
     the compressed network. On several GPUs or machines: accelerate launch -m batude_fx train RECIPE
 
-    Example: batude-fx train any-timm-model --model resnet34 --set data.root=photos --set one_shot.epochs=5
+    Example, with a head for 14 classes that is trained first:
+    batude-fx train any-timm-model --model resnet34 --set data.root=photos --set model.args.num_classes=14
+    --set pretrain.epochs=10
     """
     read = Recipe.from_yaml(recipe, [*(settings or ()), *([f"model.name={model}"] if model else ())])
     if dry_run:
@@ -116,7 +118,6 @@ def train(
         else:
             show(None, ahead.facts(), as_json)
         return
-    _needs_accelerate()
     from batude_fx.training import run
 
     folder = output or Path("runs") / find(recipe).stem
@@ -126,10 +127,3 @@ def train(
 
     if PartialState().is_main_process:
         show(report.result_table(str(folder), result), {**result.facts(), "folder": str(folder)}, as_json)
-
-
-def _needs_accelerate() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("accelerate") is None:
-        raise RecipeError("training needs accelerate: pip install accelerate tensorboard")

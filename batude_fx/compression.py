@@ -233,6 +233,8 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     budget = Budget.parse(budget)
     if round_to != "auto" and (type(round_to) is not int or round_to < 1):
         raise SelectionError(f'round_to={round_to!r} is not a rank multiple; use 1 or more, 8 by default, or "auto".')
+    if isinstance(calibration, str) and calibration != "synthetic":
+        raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
     _check_values(model)
     inputs = arguments(model, example_inputs)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
@@ -350,8 +352,6 @@ def _measure(
     model: nn.Module, sites: Sequence[ConvSite], calibration: Calibration, inputs: Inputs
 ) -> tuple[dict[str, Metric], tuple[Inputs, ...], dict[str, Tensor]]:
     """The metric of every site, and what the compressed network is matched on: batches, and batch-norm statistics."""
-    if isinstance(calibration, str) and calibration != "synthetic":
-        raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
     if calibration is None or not sites:
         return {}, (), {}
     procedural = Keeper(synthetic_batches(model, inputs))

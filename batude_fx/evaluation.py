@@ -31,6 +31,11 @@ class Photos:
     folder: Path
     paths: Sequence[Path]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether each lies in a subfolder."""
+        return images.class_indices(self.paths, self.folder) is not None
+
     def labels(self, classes: int) -> list[int] | None:
         """The class of every image, where each lies in a subfolder; None where not all do.
 

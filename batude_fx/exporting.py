@@ -218,6 +218,7 @@ def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, _: Ar
 
 
 def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:
+    network.to(memory_format=torch.contiguous_format)  # files have none, and torch would write views as gathers
     written = torch.onnx.export(
         _program(network, inputs), input_names=[f"input{index or ''}" for index in range(len(inputs))],
         dynamic_shapes=_axes(inputs), dynamo=True, verbose=False,

@@ -122,9 +122,15 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
 
 def _trained(base: str, args: Mapping[str, Any]) -> nn.Module:
     """A network of torchvision with its weights; a head for other classes is a fresh one, as in timm."""
-    published = {name: value for name, value in args.items() if name != "num_classes"}
+    single = args.get("aux_logits") is False  # which torchvision refuses together with weights
+    ours = {"num_classes", "aux_logits"} if single else {"num_classes"}
+    published = {name: value for name, value in args.items() if name not in ours}
     model = cast("nn.Module", models.get_model(base, weights="DEFAULT", **published))
-    if published.keys() != args.keys():
+    if single:
+        vars(model)["aux_logits"] = False
+        for auxiliary in {"AuxLogits", "aux1", "aux2"} & dict(model.named_children()).keys():
+            setattr(model, auxiliary, None)
+    if "num_classes" in args:
         known = dict(model.named_modules())
         for name, layer in list(Origin("torchvision", base, args).build().named_modules()):
             if name in known and _shapes(layer) != _shapes(known[name]):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -312,6 +312,22 @@ class OneShot(Training):
         if self.rho[0] > self.rho[1]:
             raise ValueError(f"rho falls from {self.rho[0]:g} to {self.rho[1]:g}; it must not, or W and z drift apart")
         return self
+
+    def rounds(self, per_epoch: int) -> list[tuple[int, float, float]]:
+        """Of every round: its first step, the share of the way from the dense network to the budget, and rho.
+
+        Args:
+            per_epoch: Steps of an epoch.
+        """
+        steps = self.epochs.steps(per_epoch)
+        interval = max(1, self.interval.steps(per_epoch, steps))
+        count = max(1, ceil(steps / interval))
+        annealed = max(1.0, self.anneal * count)
+        low, high = self.rho
+        return [
+            (index * interval, min(1.0, (index + 1) / annealed), low * (high / low) ** (index / max(1, count - 1)))
+            for index in range(count)
+        ]
 
 
 class Finalize(Training):

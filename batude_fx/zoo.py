@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from batude_fx.errors import DiscoveryError
+from batude_fx.record import attached
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 _SIDE = 224
+_CLASSES = 1000  # of torchvision's classifiers
 _DETECTION_SIDE = 320
 _FLOW_SIDE = 128
 _FRAMES = 16
@@ -108,10 +110,17 @@ def _torchvision_inputs(model: nn.Module) -> tuple[object, ...]:
 def _crop_size(model: nn.Module) -> list[int]:
     """Crop of the weights that torchvision has for this very model, recognised by file and number of parameters."""
     weights = list(_weights_of_file(type(model).__module__))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    same = [entry for entry in weights if entry.meta.get("num_params") == count]
+    record = attached(model)  # of a compressed network, which has fewer
+    count = record.dense_params if record else sum(parameter.numel() for parameter in model.parameters())
+    counts = {count, *(count + (_CLASSES - head.out_features) * (head.in_features + 1) for head in _head(model))}
+    same = [entry for entry in weights if entry.meta.get("num_params") in counts]
     sizes = {tuple(_crop(entry)) for entry in same or weights}
     return list(sizes.pop()) if len(sizes) == 1 else [_SIDE]
+
+
+def _head(model: nn.Module) -> list[nn.Linear]:
+    """The last linear layer, which classifies, where there is one: it may be for other classes than the published."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
 
 
 def _weights_of_file(module: str) -> Iterator["WeightsEnum"]:

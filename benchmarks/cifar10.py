@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=[row for row in ROWS if row != LONGER], choices=list(ROWS))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="rows at a time, one thread each")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the recipes")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the recipes")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ.setdefault("ACCELERATE_DYNAMO_BACKEND", "inductor")  # steps take a fifth less time

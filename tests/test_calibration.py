@@ -51,10 +51,23 @@ def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:
     inputs = (torch.zeros(1, 3, 7, 7),)
     images = torch.randn(20, 3, 7, 7)
     pairs = [(part, torch.zeros(len(part))) for part in torch.split(images, 5)]
-    for source in (images, list(torch.split(images, 7)), iter(torch.split(images, 7)), pairs):
+    for source in (images, list(torch.split(images, 7)), iter(torch.split(images, 7)), torch.split(images, 1), pairs):
         batches = [batch[0] for batch in image_batches(source, inputs)]
         assert torch.equal(torch.cat(batches), images)
-        assert max(len(batch) for batch in batches) <= 8
+        assert [len(batch) for batch in batches] == [8, 8, 4]
+
+
+def test_images_of_several_sizes_are_not_mixed() -> None:
+    sizes = [7, 7, 9, 7]
+    source = [torch.zeros(1, 3, size, size) for size in sizes]
+    batches = [batch[0] for batch in image_batches(source, (torch.zeros(1, 3, 7, 7),))]
+    assert [tuple(batch.shape) for batch in batches] == [(2, 3, 7, 7), (1, 3, 9, 9), (1, 3, 7, 7)]
+
+
+def test_a_loader_may_fill_the_same_tensor_again() -> None:
+    page = torch.empty(3, 3, 7, 7)
+    batches = [batch[0] for batch in image_batches((page.fill_(n) for n in range(4)), (torch.zeros(1, 3, 7, 7),))]
+    assert torch.cat(batches)[:, 0, 0, 0].tolist() == [n for n in range(4) for _ in range(3)]
 
 
 def _one_nan() -> Iterator[Tensor]:

@@ -78,6 +78,17 @@ def test_no_batch_norm_is_left(small: nn.Module, tmp_path: Path) -> None:
     assert "BatchNormalization" not in kinds
 
 
+def test_the_memory_format_leaves_no_trace_in_the_file(small: nn.Module, tmp_path: Path) -> None:
+    import onnx
+
+    last = copy.deepcopy(small).to(memory_format=torch.channels_last)
+    kinds = []
+    for index, network in enumerate((small, last)):
+        batude_fx.export(network, path := tmp_path / f"{index}.onnx")
+        kinds.append([node.op_type for node in onnx.load(path).graph.node])
+    assert kinds[0] == kinds[1]
+
+
 def test_int8_is_small_and_close(small: nn.Module, tmp_path: Path) -> None:
     images = 3 * torch.randn(16, 3, 1, 1) + torch.randn(16, 3, 160, 160)  # colours that the network can tell
     batude_fx.export(small, tmp_path / "full.onnx")

@@ -239,6 +239,14 @@ def test_a_head_of_other_classes_starts_fresh_on_torchvisions_weights(monkeypatc
         assert ("fc." in name and "conv" not in name) or torch.equal(value, published[name])
 
 
+def test_torchvisions_auxiliary_outputs_can_be_switched_off_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = models.inception_v3(weights=None, init_weights=False).state_dict()
+    monkeypatch.setattr(models.Inception_V3_Weights, "get_state_dict", lambda *_, **__: published)
+    model = batude_fx.create("torchvision:inception_v3", pretrained=True, aux_logits=False)
+    assert model.train()(torch.zeros(2, 3, 299, 299)).shape == (2, 1000)
+    assert model.state_dict().keys() == {name for name in published if not name.startswith("AuxLogits.")}
+
+
 def test_a_saved_folder_takes_no_arguments(timm_folder: tuple[nn.Module, Path]) -> None:
     with pytest.raises(BatudeError, match=r'takes no num_classes; timm\'s "local-dir:.*" does'):
         batude_fx.create(str(timm_folder[1]), num_classes=3)

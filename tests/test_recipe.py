@@ -141,6 +141,12 @@ BROKEN = {
         "  epochs: 3", "  epochs: 3\n  warmup: 4 epochs", 6, "one_shot", "4 epochs is longer than its phase, 3 ep"
     ),
     "another case": ("  epochs: 3", "  epochs: 3\n  optimizer: AdamW", 8, "one_shot.optimizer", "Close names: adamw"),
+    "a teacher that knows nothing": (
+        GOOD,
+        GOOD.replace("resnet10t", "resnet10t\n  pretrained: true\n  args: {num_classes: 7}")
+            .replace("  epochs: 3", "  epochs: 3\n  distillation: {}"),
+        1, "pretrain", "the head for 7 classes starts untrained, as the published one has 1000",
+    ),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip
 

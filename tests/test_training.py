@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_model
 from timm.data import dataset_factory, resolve_data_config
 from timm.optim._optim_factory import create_optimizer_v2
 from torch import nn
+from torch.utils.data import IterableDataset
 from typer.testing import CliRunner
 
 import batude_fx
@@ -31,7 +32,7 @@ from batude_fx.modules import TuckerModule
 from batude_fx.recipe import _optimizers, _schedulers, shipped
 from batude_fx.training import problem
 from batude_fx.training.checkpoint import read, write
-from batude_fx.training.data import Data, image_data
+from batude_fx.training.data import Data, _check, _Seeded, image_data
 from batude_fx.training.problem import dense_network
 
 CLASSES, TRAIN, HELD_OUT = 3, 24, 9
@@ -218,6 +219,20 @@ def _processes(count: int, recipe: Path, folder: Path) -> None:
     for process in started:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+
+
+def test_a_stream_is_read_by_one_process(photos: Path) -> None:
+    class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            return iter(())
+
+        def __len__(self) -> int:
+            return TRAIN
+
+    recipe, stream = _recipe(photos), Stream()
+    _check(recipe, _Seeded(stream, 0), stream, 1, CLASSES)
+    with pytest.raises(TrainingError, match="only one process can read; this run has 2"):
+        _check(recipe, _Seeded(stream, 0), stream, 2, CLASSES)
 
 
 def test_two_processes_end_like_one(photos: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import batude_fx
 from batude_fx.errors import DiscoveryError
 from batude_fx.zoo import example_inputs
 
@@ -46,7 +47,7 @@ def test_timm_models(name: str, changes: dict[str, Any], shape: tuple[int, ...])
         (models.resnet18, {}, [(1, 3, 224, 224)]),
         (models.efficientnet_b1, {}, [(1, 3, 240, 240)]),
         (models.efficientnet_b3, {}, [(1, 3, 300, 300)]),
-        (models.efficientnet_b3, {"num_classes": 5}, [(1, 3, 224, 224)]),  # one of eight of its file
+        (models.efficientnet_b3, {"num_classes": 5}, [(1, 3, 300, 300)]),
         (
             models.inception_v3,
             {"init_weights": False, "num_classes": 5},
@@ -67,6 +68,11 @@ def test_torchvision_models(
     with torch.device("meta"):
         model = builder(**{"weights": None} | changes)
     assert shapes(example_inputs(model)) == expected
+
+
+def test_a_compressed_network_of_torchvision_remembers_its_size() -> None:
+    small = batude_fx.compress(models.efficientnet_b1(), 0.9, calibration=None)
+    assert shapes(example_inputs(small)) == [(1, 3, 240, 240)]
 
 
 def test_detection_takes_a_list_of_images() -> None:

@@ -167,6 +167,8 @@ def _dataset(
 def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: int, classes: int) -> None:
     """Say what can be said before anything is trained, of batches that are computed in so many parts."""
     section, processes = recipe.data, parts // recipe.data.accumulate
+    if processes > 1 and isinstance(train.dataset, IterableDataset):  # timm deals it out, and accelerate once more
+        raise TrainingError(f"{section.name} is a stream, which only one process can read; this run has {processes}.")
     if recipe.eval.batch_size % processes:
         raise TrainingError(
             f"eval.batch_size {recipe.eval.batch_size} cannot be split for {processes} processes; use a multiple."
@@ -191,7 +193,7 @@ def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: in
     if named and found != classes:
         raise TrainingError(
             f"{section.root or section.name} has {found} classes, {recipe.model.name} tells {classes} apart; "
-            f"use --set model.args.num_classes={found}."
+            f"use --set model.args.num_classes={found}, and --set pretrain.epochs=10 as a fresh head is untrained."
         )
     if unknown := sorted(others.keys() - named.keys()):
         raise TrainingError(

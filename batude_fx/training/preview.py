@@ -7,7 +7,6 @@ from batude_fx.compression import Plan, plan
 from batude_fx.flops import count_flops
 from batude_fx.recipe import Recipe
 from batude_fx.training.problem import Problem, dense_network
-from batude_fx.training.rounds import schedule
 
 _STEPS = 1000  # of an epoch, whose true length needs the data; only its parts are shown
 
@@ -50,7 +49,7 @@ def preview(recipe: Recipe) -> Preview:
     flops = count_flops(decided.apply(model), problem.inputs)
     keep = flops / problem.dense[0]
     unit = wanted.epochs.unit
-    ahead = schedule(wanted, _STEPS) if wanted.interval.unit in {unit, "%"} else []
+    ahead = wanted.rounds(_STEPS) if wanted.interval.unit in {unit, "%"} else []
     scale = _STEPS if unit == "epochs" else 1
     rounds = [(first / scale, 1 - share * (1 - keep), rho) for first, share, rho in ahead]
     return Preview(decided, flops, rounds)

@@ -104,6 +104,7 @@ class Problem:
             raise recipe.problem("one_shot", str(error)) from None
         except (DiscoveryError, TrainingError) as error:
             raise recipe.problem("model.name", str(error)) from None
+        _check_head(model, recipe, classes)
         sites = found.replaceable()
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
         try:
@@ -152,6 +153,20 @@ def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
         config = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(image.shape[1:]), **told}
         vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
     return (image,)
+
+
+def _check_head(model: nn.Module, recipe: Recipe, classes: int) -> None:
+    """A head for other classes than the published ones starts untrained, and must not teach."""
+    published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", 1000)
+    trained = recipe.pretrain and recipe.pretrain.epochs.amount
+    teaches = recipe.one_shot.distillation or recipe.finalize.distillation
+    if recipe.model.pretrained and classes != published and teaches and not trained:
+        raise recipe.problem(
+            "pretrain",
+            f"the head for {classes} classes starts untrained, as the published one has {published}, and would be the "
+            "teacher; train it first, with --set pretrain.epochs=10, or give model.checkpoint in place of "
+            "model.pretrained",
+        )
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """The outer iteration of BC-ADL: when to project, under which budget, in which metric, with which rho."""
 
-import math
-
 import torch
 from torch import nn
 
@@ -15,24 +13,6 @@ from batude_fx.training.problem import Problem
 from batude_fx.training.session import Session
 
 _BATCH = 32  # images that are measured together; bounds the memory
-
-
-def schedule(settings: OneShot, per_epoch: int) -> list[tuple[int, float, float]]:
-    """Of every round: its first step, the share of the way from the dense network to the budget, and rho.
-
-    Args:
-        settings: The recipe's `one_shot`.
-        per_epoch: Steps of an epoch.
-    """
-    steps = settings.epochs.steps(per_epoch)
-    interval = max(1, settings.interval.steps(per_epoch, steps))
-    count = max(1, math.ceil(steps / interval))
-    annealed = max(1.0, settings.anneal * count)
-    low, high = settings.rho
-    return [
-        (index * interval, min(1.0, (index + 1) / annealed), low * (high / low) ** (index / max(1, count - 1)))
-        for index in range(count)
-    ]
 
 
 class Rounds:
@@ -51,7 +31,7 @@ class Rounds:
 
     def __init__(self, session: Session, settings: OneShot, problem: Problem, model: nn.Module) -> None:
         self.session, self.settings, self.problem, self.model = session, settings, problem, model
-        self.schedule = schedule(settings, session.per_epoch)
+        self.schedule = settings.rounds(session.per_epoch)
         self.split = Lagrangian(problem.constraints(model), rho=settings.rho[0], soft=settings.threshold == "soft")
 
     def begin_if_due(self, step: int) -> bool:
