@@ -82,7 +82,8 @@ def export(
     path = Path(path)
     check(path, int8=int8 is not None)
     example = arguments(model, example_inputs)
-    inputs = tuple(one.cpu() for one in example if isinstance(one, Tensor))
+    # Files have no memory format; torch would write views of what is channels-last as gathers.
+    inputs = tuple(one.cpu().contiguous() for one in example if isinstance(one, Tensor))
     if not inputs or len(inputs) < len(example):
         raise ExportError(
             f"{type(model).__name__} takes other arguments than tensors; export the part that takes them."
@@ -218,7 +219,7 @@ def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, _: Ar
 
 
 def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:
-    network.to(memory_format=torch.contiguous_format)  # files have none, and torch would write views as gathers
+    network.to(memory_format=torch.contiguous_format)
     written = torch.onnx.export(
         _program(network, inputs), input_names=[f"input{index or ''}" for index in range(len(inputs))],
         dynamic_shapes=_axes(inputs), dynamo=True, verbose=False,

@@ -122,7 +122,8 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
 
 def _trained(base: str, args: Mapping[str, Any]) -> nn.Module:
     """A network of torchvision with its weights; a head for other classes is a fresh one, as in timm."""
-    single = args.get("aux_logits") is False  # which torchvision refuses together with weights
+    # torchvision refuses that together with weights.
+    single = base in {"googlenet", "inception_v3"} and args.get("aux_logits") is False
     ours = {"num_classes", "aux_logits"} if single else {"num_classes"}
     published = {name: value for name, value in args.items() if name not in ours}
     model = cast("nn.Module", models.get_model(base, weights="DEFAULT", **published))

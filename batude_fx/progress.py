@@ -1,13 +1,13 @@
 """Progress bars on the terminal's error stream, for loops that take seconds; and the lines that training prints."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Self, TypeVar
 
 ItemT = TypeVar("ItemT")
 
 
-def track(items: Iterable[ItemT], description: str, total: int | None = None) -> Iterator[ItemT]:
+def track(items: Iterable[ItemT], description: str, total: int | None = None) -> Generator[ItemT, None, None]:
     """Pass the items on, with a bar that says how far it is.
 
     Args:
@@ -19,9 +19,11 @@ def track(items: Iterable[ItemT], description: str, total: int | None = None) ->
         yield from items
         return
     from rich.console import Console
-    from rich.progress import track as rich_track
+    from rich.progress import Progress
 
-    yield from rich_track(items, description, total, console=Console(stderr=True), transient=True)
+    # What others print, and is caught elsewhere, must not be shown above the bar.
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+        yield from progress.track(items, total, description=description)
 
 
 class Bar:

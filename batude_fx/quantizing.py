@@ -11,6 +11,7 @@ CVPR 2018, https://arxiv.org/abs/1712.05877, by `onnxruntime.quantization`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -75,7 +76,7 @@ def _share_(first: nn.Module, second: nn.Module, largest: Tensor) -> None:
 def quantize(path: Path, images: Sequence[NDArray[Any]]) -> None:
     """Quantize an ONNX file in place: weights per channel, activations per tensor.
 
-    A range holds all but one of 100,000 values: the largest ones are so rare that they are not worth the steps.
+    A range holds all but one of 100,000 values: those that are larger in magnitude are not worth the steps.
 
     Args:
         path: The file; its input is called "input".
@@ -102,7 +103,9 @@ def quantize(path: Path, images: Sequence[NDArray[Any]]) -> None:
             return None if self.left < 0 else {"input": next(self.batches)}
 
     quant_pre_process(path, path, skip_symbolic_shape=True)
-    quantization.quantize_static(
-        path, path, Reader(), per_channel=True, calibrate_method=quantization.CalibrationMethod.Percentile,
-        extra_options={"CalibPercentile": _PERCENTILE, "CalibStridedMinMax": 1},
-    )  # fmt: skip
+    reader = Reader()
+    with closing(reader.batches):
+        quantization.quantize_static(
+            path, path, reader, per_channel=True, calibrate_method=quantization.CalibrationMethod.Percentile,
+            extra_options={"CalibPercentile": _PERCENTILE, "CalibStridedMinMax": 1},
+        )  # fmt: skip

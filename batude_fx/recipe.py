@@ -380,6 +380,12 @@ class Recipe(_Section):
     """How often to look."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is random."""
+
+    @field_validator("pretrain")
+    @classmethod
+    def _left_out(cls, phase: Pretrain | None) -> Pretrain | None:
+        return phase if phase and phase.epochs.amount else None
+
     _document: "_Document | None" = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:

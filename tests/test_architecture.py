@@ -113,14 +113,6 @@ def _rooms_used(tree: ast.Module) -> set[str]:
     return rooms if rooms or "batude_fx" not in names else {"__init__"}
 
 
-def test_a_dry_run_needs_no_accelerate() -> None:
-    reached, ahead = set[str](), {"training.preview", "cli_recipes"}
-    while ahead:
-        reached |= ahead
-        ahead = set().union(*(_rooms_used(TREES[room]) for room in ahead)) - reached
-    assert not [room for room in reached if _within("accelerate", _imports(TREES[room].body))]
-
-
 def test_data_goes_one_way() -> None:
     graph = {name: _rooms_used(tree) for name, tree in TREES.items()}
     graph["cli"] |= {"__init__"}  # `import batude_fx`

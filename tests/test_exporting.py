@@ -81,10 +81,10 @@ def test_no_batch_norm_is_left(small: nn.Module, tmp_path: Path) -> None:
 def test_the_memory_format_leaves_no_trace_in_the_file(small: nn.Module, tmp_path: Path) -> None:
     import onnx
 
-    last = copy.deepcopy(small).to(memory_format=torch.channels_last)
+    last, image = copy.deepcopy(small).to(memory_format=torch.channels_last), torch.zeros(2, 3, 160, 160)
     kinds = []
-    for index, network in enumerate((small, last)):
-        batude_fx.export(network, path := tmp_path / f"{index}.onnx")
+    for index, (network, x) in enumerate([(small, image), (last, image.to(memory_format=torch.channels_last))]):
+        batude_fx.export(network, path := tmp_path / f"{index}.onnx", example_inputs=x)
         kinds.append([node.op_type for node in onnx.load(path).graph.node])
     assert kinds[0] == kinds[1]
 

@@ -221,6 +221,27 @@ def _processes(count: int, recipe: Path, folder: Path) -> None:
         assert process.returncode == 0, errors
 
 
+WITHOUT_ACCELERATE = """
+import sys
+sys.modules["accelerate"] = None
+import batude_fx
+from batude_fx.cli import app
+app(["train", "digits-demo", "--dry-run", "--json"], standalone_mode=False)
+try:
+    batude_fx.run(batude_fx.Recipe.from_yaml("digits-demo"))
+except batude_fx.TrainingError as error:
+    print(error)
+"""
+
+
+def test_without_accelerate_there_is_a_dry_run_and_one_line() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_ACCELERATE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    facts, _, said = done.stdout.rpartition("}")
+    assert json.loads(facts + "}")["factor"] > 1
+    assert said.strip() == "training needs accelerate: pip install accelerate tensorboard"
+
+
 def test_a_stream_is_read_by_one_process(photos: Path) -> None:
     class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

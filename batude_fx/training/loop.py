@@ -75,7 +75,7 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     check_first(data, size, problem.classes, recipe.data.accumulate)
     session.start(data)
 
-    if recipe.pretrain and recipe.pretrain.epochs.amount and session.begins("pretrain"):
+    if recipe.pretrain and session.begins("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)
         model.load_state_dict(_normalized(session, model).state_dict())
     session.keep_original(model)

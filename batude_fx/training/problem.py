@@ -158,9 +158,8 @@ def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
 def _check_head(model: nn.Module, recipe: Recipe, classes: int) -> None:
     """A head for other classes than the published ones starts untrained, and must not teach."""
     published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", 1000)
-    trained = recipe.pretrain and recipe.pretrain.epochs.amount
-    teaches = recipe.one_shot.distillation or recipe.finalize.distillation
-    if recipe.model.pretrained and classes != published and teaches and not trained:
+    fresh = recipe.model.pretrained and "num_classes" in recipe.model.args and classes != published
+    if fresh and not recipe.pretrain and (recipe.one_shot.distillation or recipe.finalize.distillation):
         raise recipe.problem(
             "pretrain",
             f"the head for {classes} classes starts untrained, as the published one has {published}, and would be the "
