@@ -135,7 +135,7 @@ def check(path: Path, *, int8: bool) -> None:
     if missing := [name for name in _NEEDS[ending] if find_spec(name) is None]:
         raise ExportError(f"{path} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     if int8 and ending != ".onnx":
-        raise ExportError(f"{path}: int8 is written as ONNX only; use the ending .onnx.")
+        raise ExportError(f"{path}: int8 is written as ONNX only, which OpenVINO reads, too; use the ending .onnx.")
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give a file.")
 

@@ -33,6 +33,7 @@ from batude_fx.recipe import _optimizers, _schedulers, shipped
 from batude_fx.training import problem
 from batude_fx.training.checkpoint import read, write
 from batude_fx.training.data import Data, _check, _Seeded, image_data
+from batude_fx.training.preview import preview
 from batude_fx.training.problem import dense_network
 
 CLASSES, TRAIN, HELD_OUT = 3, 24, 9
@@ -240,6 +241,14 @@ def test_without_accelerate_there_is_a_dry_run_and_one_line() -> None:
     facts, _, said = done.stdout.rpartition("}")
     assert json.loads(facts + "}")["factor"] > 1
     assert said.strip() == "training needs accelerate: pip install accelerate tensorboard"
+
+
+def test_a_dry_run_depends_on_the_seed_alone() -> None:
+    recipe = Recipe.from_yaml("digits-demo")
+    before = torch.get_rng_state()
+    ranks = [preview(recipe).plan.ranks for _ in range(2)]
+    assert ranks[0] == ranks[1]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_stream_is_read_by_one_process(photos: Path) -> None:

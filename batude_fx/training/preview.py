@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from batude_fx.compression import Plan, plan
 from batude_fx.flops import count_flops
 from batude_fx.recipe import Recipe
@@ -40,7 +42,9 @@ def preview(recipe: Recipe) -> Preview:
     Raises:
         RecipeError: There is no such network, or its budget is out of reach.
     """
-    model = dense_network(recipe, weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = dense_network(recipe, weights=False)
     problem, wanted = Problem.of(model, recipe), recipe.one_shot
     decided = plan(
         model, recipe.budget, example_inputs=problem.inputs, calibration=None, layers=wanted.layers,
