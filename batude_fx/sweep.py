@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryFile
@@ -115,21 +115,18 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: evalua
     except UnsupportedError as error:  # the agreement is worth having without
         warnings.warn(f"{error}.", stacklevel=2)
         truth = None
-    points, dense = [], []
-    for budget, one in zip(budgets, plans, strict=True):
+    tried, dense = [], []
+    for one in plans:  # one network at a time, as memory goes
         small = one.apply(model)
         taken, beside = evaluation.milliseconds([small, model], runs=_RUNS)
-        outputs = evaluation.logits(small, photos.paths)
-        agreement = evaluation.agreement(outputs, original)
-        points.append(Point(budget, one.flops, one.params, taken, agreement, *_accuracy(outputs, truth)))
+        tried.append((one.flops, one.params, taken / beside, evaluation.logits(small, photos.paths)))
         dense.append(beside)
-    unhurried = median(dense)  # the machine may have been busier at one budget than at another
-    points = [
-        replace(point, milliseconds=point.milliseconds / beside * unhurried)
-        for point, beside in zip(points, dense, strict=True)
+    tried.append((plan.dense_flops, plan.dense_params, 1.0, original))
+    usual = median(dense)  # the machine may have been busier at one budget than at another
+    return [
+        Point(budget, flops, params, share * usual, evaluation.agreement(outputs, original), *_accuracy(outputs, truth))
+        for budget, (flops, params, share, outputs) in zip([*budgets, 1.0], tried, strict=True)
     ]
-    own = Point(1.0, plan.dense_flops, plan.dense_params, unhurried, 1.0, *_accuracy(original, truth))
-    return [*points, own]
 
 
 def _in_reach(plan: Plan, budgets: Sequence[float]) -> tuple[list[Plan], list[float]]:
