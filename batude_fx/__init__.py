@@ -8,9 +8,13 @@ small = batude_fx.compress(model, 0.5)  # the same class, half of the flops
 ```
 """
 
-from batude_fx.budget import Budget
-from batude_fx.compression import Plan, compress, plan
-from batude_fx.discovery import discover
+from importlib.metadata import version
+
+from batude_fx.budget.budget import Budget
+from batude_fx.compression.plan import Plan
+from batude_fx.compression.planning import compress, plan
+from batude_fx.deploy.export import export
+from batude_fx.deploy.fold import fold
 from batude_fx.errors import (
     BatudeError,
     BudgetError,
@@ -23,16 +27,17 @@ from batude_fx.errors import (
     TrainingError,
     UnsupportedError,
 )
-from batude_fx.exporting import export
-from batude_fx.folding import fold
-from batude_fx.handlers import Handler, register
-from batude_fx.plugin import create
-from batude_fx.recipe import Recipe
-from batude_fx.serialization import load, save
-from batude_fx.sites import ConvSite, Ranks
-from batude_fx.training import run
+from batude_fx.graph.discovery import discover
+from batude_fx.graph.sites import ConvSite
+from batude_fx.saving.saved_folder import load, save
+from batude_fx.training.recipe import Recipe
+from batude_fx.training.run import run
+from batude_fx.tucker.dense_layers import Handler, register
+from batude_fx.tucker.ranks import Ranks
+from batude_fx.zoo import cifar, timm_plugin  # noqa: F401 - they register with timm and torchvision when imported
+from batude_fx.zoo.create import create
 
-__version__ = "0.1.0"
+__version__ = version("batude-fx")
 
 __all__ = [
     "BatudeError",

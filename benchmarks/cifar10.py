@@ -41,17 +41,18 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import batude_fx
-from batude_fx.flops import count_flops
-from batude_fx.folding import fold
-from batude_fx.recipe import Duration, Recipe
-from batude_fx.sites import Ranks
-from batude_fx.surgery import copied
-from batude_fx.training import run
+from batude_fx.deploy.fold import fold
+from batude_fx.graph.flops import count_flops
+from batude_fx.graph.surgery import copy_model
 from batude_fx.training.data import Batch, Data
-from batude_fx.training.finalize import factored
+from batude_fx.training.duration import Duration
+from batude_fx.training.factorize import factorize
 from batude_fx.training.phase import accuracy, run_phase
 from batude_fx.training.problem import Problem, dense_network
+from batude_fx.training.recipe import Recipe
+from batude_fx.training.run import run
 from batude_fx.training.session import Session
+from batude_fx.tucker.ranks import Ranks
 from benchmarks.workers import follow_parent
 from tests.real.inputs import cifar10
 
@@ -182,7 +183,7 @@ def uniform(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
             name: Ranks(max(1, round(share * site.out_channels)), max(1, round(share * site.in_channels)))
             for name, site in problem.sites.items()
         }
-        return factored(model, ranks, hooi_sweeps=10)
+        return factorize(model, ranks, hooi_sweeps=10)
 
     return _largest(at, lambda small: count_flops(small, problem.inputs) <= limit)
 
@@ -193,7 +194,7 @@ def pruned(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
     limit = recipe.budget.limits(*problem.dense).flops or 0
 
     def at(share: float) -> nn.Module:
-        small = copied(model)
+        small = copy_model(model)
         kept = [m for name, m in small.named_modules() if name in {"conv1", "fc"} or name.endswith("conv2")]
         torch_pruning.pruner.GroupNormPruner(
             small, problem.inputs, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),

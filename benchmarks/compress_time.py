@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import batude_fx
-from batude_fx.synthetic import dead_leaves
+from batude_fx.calibration.dead_leaves import dead_leaves
 from benchmarks.published import environment, publish
 
 KEEP = 0.5

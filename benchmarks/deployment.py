@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import nn
 
 import batude_fx
-from batude_fx.exporting import TOLERANCE
-from batude_fx.timing import in_turns
+from batude_fx.deploy.export import TOLERANCE
+from batude_fx.support.timing import time_calls
 from benchmarks.published import environment, publish
 from tests.real import inputs
 
@@ -125,7 +125,7 @@ def classes(run: Run, images: Images) -> NDArray[np.int64]:
 
 def seconds(run: Run, original: Run, images: Images) -> tuple[float, float]:
     """Medians of a form and of the original in torch, taking turns."""
-    ours, theirs = in_turns([partial(run, images), partial(original, images)], TURNS)
+    ours, theirs = time_calls([partial(run, images), partial(original, images)], TURNS)
     return ours, theirs
 
 

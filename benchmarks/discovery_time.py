@@ -19,8 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 import batude_fx
-from batude_fx.flops import count_flops
-from batude_fx.zoo import example_inputs
+from batude_fx.graph.example_inputs import example_inputs
+from batude_fx.graph.flops import count_flops
 from benchmarks.published import environment, publish
 
 LIMITS = {"resnet50": 1.5, "efficientnet_b4": 4.0}  # seconds

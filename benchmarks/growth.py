@@ -25,12 +25,13 @@ from rich.table import Table
 from torch import nn
 
 import batude_fx
-from batude_fx.allocation import allocate, site_options
-from batude_fx.capacity import Account
-from batude_fx.handlers import canonical_weight
-from batude_fx.measuring import statistics
-from batude_fx.spectra import metric_spectrum, weight_spectrum
-from batude_fx.timing import now
+from batude_fx.budget.cost_limits import CostLimits
+from batude_fx.budget.knapsack import allocate
+from batude_fx.budget.rank_options import site_options
+from batude_fx.calibration.statistics import statistics
+from batude_fx.support.timing import now
+from batude_fx.tucker.dense_layers import canonical_weight
+from batude_fx.tucker.spectra import metric_spectrum, weight_spectrum
 from benchmarks.compress_time import resident
 from benchmarks.published import environment, publish
 from benchmarks.workers import follow_parent
@@ -95,7 +96,7 @@ def measure(name: str, width: int) -> dict[str, Any]:
     options = [site_options(site, 8) for site in sites]
     judged = [one.judged(spectra[site.name].loss()) for site, one in zip(sites, options, strict=True)]
     dense = tuple(int(cost) for cost in np.sum([one.dense for one in options], axis=0))
-    capacity = Account.of(options, batude_fx.Budget(flops=0.5), dense, 8).capacity(options)
+    capacity = CostLimits.of(options, batude_fx.Budget(flops=0.5), dense, 8).capacity(options)
     part("allocate", lambda: allocate(judged, capacity))
     layers = [canonical_weight(model.get_submodule(site.name)) for site in sites]
     part(

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx import Budget
-from batude_fx.timing import now
+from batude_fx.support.timing import now
 from benchmarks.published import environment, publish
 from tests.real import inputs
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx import Budget
-from batude_fx.flops import count_flops
-from batude_fx.surgery import copied
-from batude_fx.timing import alternating
+from batude_fx.graph.flops import count_flops
+from batude_fx.graph.surgery import copy_model
+from batude_fx.support.timing import time_networks
 
 IMAGE = torch.zeros(1, 3, 224, 224)
 SCORED = 32  # photos that tools which evaluate candidates look at
@@ -52,7 +52,7 @@ def ours_latency(model: nn.Module, photos: Tensor, keep: float) -> Call:
     """As fast, measured, as the calibrated row, for one image; no times of layers are known yet."""
     os.environ["BATUDE_FX_CACHE"] = mkdtemp()
     flops_row = batude_fx.compress(model, keep, calibration=photos)
-    dense, small = alternating([model, flops_row], (IMAGE,), turns=21)
+    dense, small = time_networks([model, flops_row], (IMAGE,), turns=21)
     limit = Budget(latency=small / dense)
     return partial(batude_fx.compress, model, limit, calibration=photos, round_to="auto")
 
@@ -62,7 +62,7 @@ def torch_pruning(model: nn.Module, _: Tensor, keep: float) -> Call:
     import torch_pruning
 
     def at(share: float) -> nn.Module:
-        small = copied(model)
+        small = copy_model(model)
         last = [module for module in small.modules() if isinstance(module, nn.Linear)][-1]
         torch_pruning.pruner.MagnitudePruner(
             small, IMAGE, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=1 - share,
@@ -109,7 +109,7 @@ def modelopt(model: nn.Module, photos: Tensor, keep: float) -> Call:
 
     def call() -> nn.Module:
         small, _ = modelopt.torch.prune.prune(
-            copied(model), mode="fastnas", constraints={"flops": f"{100 * keep:g}%"}, dummy_input=IMAGE,
+            copy_model(model), mode="fastnas", constraints={"flops": f"{100 * keep:g}%"}, dummy_input=IMAGE,
             config={"data_loader": batches, "score_func": score, "collect_func": lambda batch: batch[0]},
         )  # fmt: skip
         return small  # type: ignore[no-any-return]
@@ -122,7 +122,7 @@ def tensorly_torch(model: nn.Module, _: Tensor, keep: float) -> Call:
     import tltorch
 
     def at(share: float) -> nn.Module:
-        small = copied(model)
+        small = copy_model(model)
         for name, layer in list(small.named_modules()):
             if isinstance(layer, nn.Conv2d) and layer.in_channels > 3:
                 parent, _, child = name.rpartition(".")

@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from batude_fx.files import replacing
-from batude_fx.flops import count_flops
-from batude_fx.timing import in_turns
+from batude_fx.graph.flops import count_flops
+from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.timing import time_calls
 from benchmarks.compress_time import resident
 from benchmarks.peer_methods import IMAGE, METHODS
 from benchmarks.published import environment, publish
@@ -96,7 +96,7 @@ def run(network: str, row: str, path: Path) -> None:
 
 def write_row(path: Path, facts: dict[str, Any]) -> None:
     """A row's file, whole or not at all."""
-    with replacing(path) as text:
+    with atomic_file(path) as text:
         text.write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -151,7 +151,7 @@ def times(model: nn.Module, small: nn.Module) -> list[tuple[float, float] | str]
                     runner(network, runtime, threads, images, Path(folder) / f"{index} {batch}.onnx")
                     for index, network in enumerate((small, model))
                 ]
-                ours, theirs = in_turns(calls, TURNS)
+                ours, theirs = time_calls(calls, TURNS)
                 found.append((ours, theirs / ours))
             except Exception as error:  # noqa: BLE001 - a peer's network may fail to export in any way
                 found.append(type(error).__name__)

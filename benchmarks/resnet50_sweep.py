@@ -20,7 +20,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 import batude_fx
-from batude_fx import evaluation, pictures, report, sweep
+from batude_fx.evaluation import scores, sweep
+from batude_fx.report import figures
+from batude_fx_cli.tables import sweep_table
 from tests.real import inputs
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -34,7 +36,7 @@ def main() -> None:
     plan = batude_fx.plan(model, BUDGETS[-1], calibration=inputs.shop_photos("train", 256))
     with TemporaryDirectory() as folder:
         write_photos(inputs.shop_photos("test", 400, (0, 0, 0), (1, 1, 1)), Path(folder))
-        points = sweep.sweep(model, plan, BUDGETS, evaluation.photos(Path(folder)))
+        points = sweep.sweep(model, plan, BUDGETS, scores.photos(Path(folder)))
     about = {
         "command": "make bench-resnet50", "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -42,8 +44,8 @@ def main() -> None:
     }  # fmt: skip
     data = {"about": about, "points": [asdict(point) for point in points]}
     (DOCS / "data" / "resnet50.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    pictures.write_png(pictures.sweep_picture(points), DOCS / "images" / "resnet50.png")
-    Console().print(report.sweep_table("ResNet-50", points))
+    figures.write_png(figures.sweep_picture(points), DOCS / "images" / "resnet50.png")
+    Console().print(sweep_table("ResNet-50", points))
 
 
 def write_photos(photos: Tensor, folder: Path) -> None:

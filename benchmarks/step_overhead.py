@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import nn
 
 from batude_fx import Recipe
-from batude_fx.measuring import statistics
-from batude_fx.spectra import Metric
-from batude_fx.training.adl import Lagrangian
+from batude_fx.calibration.statistics import statistics
+from batude_fx.training.lagrangian import Lagrangian
 from batude_fx.training.problem import Problem
+from batude_fx.tucker.spectra import Metric
 from benchmarks.published import environment, publish
 
 TURNS = 12

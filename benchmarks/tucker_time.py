@@ -18,7 +18,7 @@ from rich.table import Table
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
-from batude_fx import tucker
+from batude_fx.tucker import decomposition
 from benchmarks.published import environment, publish
 
 LAYERS = {  # (groups, C_out, C_in, k, k)
@@ -49,7 +49,7 @@ def measure(weight: Tensor) -> tuple[float, float, tuple[float, float]]:
     """Median seconds of both sides, and their errors."""
     ranks = weight.shape[1] // 2, weight.shape[2] // 2
     sides: list[Callable[[], Tensor]] = [
-        lambda: _dense(*tucker.hooi(weight, *ranks, sweeps=SWEEPS)),
+        lambda: _dense(*decomposition.hooi(weight, *ranks, sweeps=SWEEPS)),
         lambda: torch.stack([_by_tensorly(group, ranks) for group in weight]),
     ]
     walls: list[list[float]] = [[], []]
@@ -65,7 +65,7 @@ def measure(weight: Tensor) -> tuple[float, float, tuple[float, float]]:
 
 
 def _dense(core: Tensor, factor_out: Tensor, factor_in: Tensor) -> Tensor:
-    return tucker.mode_product(tucker.mode_product(core, factor_out, 0), factor_in, 1)
+    return decomposition.mode_product(decomposition.mode_product(core, factor_out, 0), factor_in, 1)
 
 
 def _by_tensorly(weight: Tensor, ranks: tuple[int, int]) -> Tensor:

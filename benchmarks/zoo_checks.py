@@ -25,15 +25,17 @@ from torchvision import models
 from torchvision.ops import StochasticDepth
 
 import batude_fx
-from batude_fx import allocation, surgery
-from batude_fx.compression import Plan
-from batude_fx.flops import dense_cost
-from batude_fx.handlers import canonical_bias, canonical_weight, to_canonical
-from batude_fx.modules import TuckerModule, tucker_conv
-from batude_fx.sites import ConvSite, Ranks
-from batude_fx.spectra import weight_spectrum
-from batude_fx.tucker import Factors
-from batude_fx.zoo import example_inputs
+from batude_fx.budget import rank_options
+from batude_fx.compression.plan import Plan
+from batude_fx.graph import surgery
+from batude_fx.graph.example_inputs import example_inputs
+from batude_fx.graph.flops import dense_cost
+from batude_fx.graph.sites import ConvSite
+from batude_fx.tucker.decomposition import Factors
+from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight, to_canonical
+from batude_fx.tucker.modules import TuckerModule, tucker_conv
+from batude_fx.tucker.ranks import Ranks
+from batude_fx.tucker.spectra import weight_spectrum
 
 ROUND_TO = 8
 LARGEST = 250_000_000  # parameters; larger ones take minutes to run, and two at once do not fit into 24 GiB
@@ -225,8 +227,8 @@ def _reach(sites: list[ConvSite] | tuple[ConvSite, ...], dense: int) -> Record:
     """Share of the whole model's flops that lies in replaceable sites, and the smallest budget that can be met."""
     eligible = [site for site in sites if site.skip_reason is None]
     own = sum(dense_cost(site)[0] for site in eligible)
-    options = [allocation.site_options(site, ROUND_TO) for site in eligible]
-    smallest = dense - own + int(allocation.smallest_costs(options)[0])
+    options = [rank_options.site_options(site, ROUND_TO) for site in eligible]
+    smallest = dense - own + int(rank_options.smallest_costs(options)[0])
     return {"eligible": len(eligible), "share": round(own / dense, 4), "smallest": round(smallest / dense, 4)}
 
 
@@ -341,10 +343,10 @@ def _exact_networks(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inpu
     model, small = copy.deepcopy(model).double(), copy.deepcopy(small).double()
     layers = {site.name: model.get_submodule(site.name) for site in plan.sites if site.skip_reason is None}
     full = {name: _full_rank(layer, canonical_weight(layer)) for name, layer in layers.items()}
-    yield from _differences(model, surgery.replace(model, full), inputs, "full rank")
+    yield from _differences(model, surgery.replace_modules(model, full), inputs, "full rank")
     parts = {name: cast("TuckerModule", small.get_submodule(name)) for name in plan.ranks}
     composed = {name: _full_rank(layers[name], _composed(part)) for name, part in parts.items()}
-    yield from _differences(surgery.replace(model, composed), small, inputs, "composed weights")
+    yield from _differences(surgery.replace_modules(model, composed), small, inputs, "composed weights")
 
 
 def _exact_sites(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import batude_fx
-from batude_fx.compression import Calibration
+from batude_fx.compression.calibrate import Calibration
 from examples.digits import accuracy, read_digits, trained_network, write_digits
 
 

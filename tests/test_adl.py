@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from batude_fx.allocation import site_options
-from batude_fx.handlers import to_canonical
-from batude_fx.sites import ConvSite, Ranks
-from batude_fx.spectra import weight_spectrum
-from batude_fx.training.adl import Constraint, Lagrangian, thresholded
-from batude_fx.tucker import unfold
+from batude_fx.budget.rank_options import site_options
+from batude_fx.graph.sites import ConvSite
+from batude_fx.training.lagrangian import Constraint, Lagrangian, truncate
+from batude_fx.tucker.decomposition import unfold
+from batude_fx.tucker.dense_layers import to_canonical
+from batude_fx.tucker.ranks import Ranks
+from batude_fx.tucker.spectra import weight_spectrum
 
 UNLIMITED = np.array([2**60, 2**60])
 
@@ -54,16 +55,16 @@ def capacity(lagrangian: Lagrangian, keep: float) -> np.ndarray[tuple[int], np.d
 def test_thresholds_by_hand(soft: bool, expected: list[float]) -> None:
     weight = torch.diag(torch.tensor([4.0, 3, 2, 1], dtype=torch.float64))[None, ..., None, None]
     spectrum = weight_spectrum(weight, pointwise=True)
-    cut = thresholded(weight, spectrum, Ranks(2, 2), soft=soft)
+    cut = truncate(weight, spectrum, Ranks(2, 2), soft=soft)
     torch.testing.assert_close(cut[0, :, :, 0, 0].diagonal(), torch.tensor(expected, dtype=torch.float64))
-    assert thresholded(weight, spectrum, None, soft=soft) is weight
+    assert truncate(weight, spectrum, None, soft=soft) is weight
 
 
 def test_both_modes_shrink_softly_by_what_is_cut() -> None:
     weight = torch.zeros(1, 3, 3, 1, 2, dtype=torch.float64)
     for index, value in enumerate((5.0, 3.0, 1.0)):
         weight[0, index, index, 0, index % 2] = value  # both unfoldings have the singular values 5, 3, 1
-    cut = thresholded(weight, weight_spectrum(weight, pointwise=False), Ranks(2, 2), soft=True)
+    cut = truncate(weight, weight_spectrum(weight, pointwise=False), Ranks(2, 2), soft=True)
     diagonal = cut.sum((3, 4))[0].diagonal()
     # Each mode multiplies by (1 - 1 / value).
     torch.testing.assert_close(diagonal, torch.tensor([5 * 0.8**2, 3 * (2 / 3) ** 2, 0.0], dtype=torch.float64))

@@ -7,22 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batude_fx.allocation import Options, SiteLoss, allocate, rank_candidates, site_options, smallest_costs
+from batude_fx.budget.knapsack import allocate
+from batude_fx.budget.rank_options import RankOptions, rank_candidates, site_options, smallest_costs
 from batude_fx.errors import BudgetError
-from batude_fx.sites import ConvSite
+from batude_fx.graph.sites import ConvSite
+from batude_fx.tucker.ranks import SiteLoss
 
 UNLIMITED = 2**60
 
 
-def _options(costs: list[int], losses: list[float], params: list[int] | None = None) -> Options:
+def _options(costs: list[int], losses: list[float], params: list[int] | None = None) -> RankOptions:
     """Options from lists, the dense one first."""
     both = np.array([costs, params or costs], np.int64).T
     ranks = np.stack([np.arange(len(costs)), np.arange(len(costs))], axis=1)
-    return Options(ranks=ranks, costs=both, losses=np.array(losses), dense=both[0])
+    return RankOptions(ranks=ranks, costs=both, losses=np.array(losses), dense=both[0])
 
 
 @st.composite
-def _instances(draw: st.DrawFn) -> tuple[list[Options], np.ndarray]:
+def _instances(draw: st.DrawFn) -> tuple[list[RankOptions], np.ndarray]:
     """A few sites whose loss falls with cost, as spectra do, and a capacity between the smallest and the dense cost."""
     seed = draw(st.integers(0, 10_000))
     rng = np.random.default_rng(seed)
@@ -37,7 +39,7 @@ def _instances(draw: st.DrawFn) -> tuple[list[Options], np.ndarray]:
     return options, np.array([int(low + share * (high - low)), UNLIMITED])
 
 
-def _brute_force(options: list[Options], capacity: np.ndarray) -> float:
+def _brute_force(options: list[RankOptions], capacity: np.ndarray) -> float:
     best = np.inf
     for rows in itertools.product(*(range(len(option.losses)) for option in options)):
         cost = np.sum([option.costs[row] for option, row in zip(options, rows, strict=True)], axis=0)
@@ -48,7 +50,7 @@ def _brute_force(options: list[Options], capacity: np.ndarray) -> float:
 
 @given(_instances())
 @settings(max_examples=150, deadline=None)
-def test_the_choice_fits_and_is_close_to_the_exact_optimum(instance: tuple[list[Options], np.ndarray]) -> None:
+def test_the_choice_fits_and_is_close_to_the_exact_optimum(instance: tuple[list[RankOptions], np.ndarray]) -> None:
     options, capacity = instance
     rows = allocate(options, capacity)
     cost = np.sum([option.costs[row] for option, row in zip(options, rows, strict=True)], axis=0)

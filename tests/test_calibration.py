@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batude_fx.calibration import image_batches, mixed, normalized_by, sees_noise, synthetic_batches
+from batude_fx.calibration.batch_norm import renormalize
+from batude_fx.calibration.dead_leaves import dead_leaves
+from batude_fx.calibration.images import image_batches
+from batude_fx.calibration.statistics import average_metrics, statistics
+from batude_fx.calibration.synthetic_inputs import falls_back_to_noise, synthetic_batches
 from batude_fx.errors import CalibrationError
-from batude_fx.measuring import statistics
-from batude_fx.spectra import Metric, ModeMetric
-from batude_fx.synthetic import dead_leaves
+from batude_fx.tucker.spectra import Metric, ModeMetric
 from tests import toy
 
 
@@ -18,7 +20,7 @@ def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
     net = toy.net().eval()
     images = torch.randn(32, 3, 7, 7) * 5 + 3
     vars(net[1])["momentum"] = 0.3
-    adapted = normalized_by(net, [(images,)])
+    adapted = renormalize(net, [(images,)])
     assert adapted[1].momentum == 0.3
     after = adapted[:2](images)
     torch.testing.assert_close(after.mean((0, 2, 3)), torch.zeros(6), atol=1e-4, rtol=0)
@@ -29,7 +31,7 @@ def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
 def test_mixing_statistics_with_themselves_changes_nothing() -> None:
     net = toy.net().eval()
     measured = statistics(net, [toy.site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
-    both = mixed(measured, measured)["0"]
+    both = average_metrics(measured, measured)["0"]
     for mode in ("out", "in_"):
         for field in ("covariance", "sensitivity"):
             mixture, single = (getattr(getattr(metric, mode), field) for metric in (both, measured["0"]))
@@ -40,7 +42,7 @@ def test_mixing_is_half_and_half_on_the_scale_of_the_own_images() -> None:
     def metric(covariance: float, sensitivity: float) -> Metric:
         return Metric(ModeMetric(*(value * torch.eye(2)[None] for value in (covariance, sensitivity))), None)
 
-    both = mixed({"a": metric(2, 1)}, {"a": metric(4, 3)})["a"].out
+    both = average_metrics({"a": metric(2, 1)}, {"a": metric(4, 3)})["a"].out
     assert both is not None
     torch.testing.assert_close(both.covariance[0], 3 * torch.eye(2))
     # All errors together cost 4 and 24: the synthetic sensitivity counts for a sixth.
@@ -135,7 +137,7 @@ def test_synthetic_clips_pan_over_an_image() -> None:
     ],
 )
 def test_noise_stands_in_where_no_image_fits(inputs: tuple[object, ...], noise: bool) -> None:
-    assert sees_noise(inputs) is noise
+    assert falls_back_to_noise(inputs) is noise
 
 
 def test_dead_leaves_are_reproducible_images() -> None:

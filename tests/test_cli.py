@@ -20,13 +20,15 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import batude_fx
-from batude_fx import cli, images, sweep
+from batude_fx.evaluation import image_folder, sweep
+from batude_fx_cli import app as app_module
+from batude_fx_cli.app import app
 
 NAME = "resnet10t"
 
 
 def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def _json(*arguments: object) -> Any:
@@ -291,12 +293,12 @@ def test_every_kind_of_damage_to_an_image_names_the_file(
     broken = tmp_path / "x.png"
     broken.write_bytes(damage((photos / "ant" / "0.png").read_bytes()))
     with pytest.raises(batude_fx.CalibrationError, match=r"x\.png cannot be read as an image"):
-        next(images.batches(Colours(0), [broken]))
+        next(image_folder.batches(Colours(0), [broken]))
 
 
 @pytest.mark.parametrize(("count", "taken"), [(None, 6), (9, 6), (6, 6), (3, 3), (1, 1)])
 def test_images_are_spread_over_the_folder(count: int | None, taken: int, photos: Path) -> None:
-    paths = images.image_paths(photos, count)
+    paths = image_folder.image_paths(photos, count)
     assert len(set(paths)) == taken
     assert paths == sorted(paths)
     assert taken < 3 or {path.parent.name for path in paths} == {"ant", "bee", "cat"}
@@ -307,10 +309,12 @@ def test_classes_are_numbered_as_timm_numbers_them(tmp_path: Path) -> None:
         (tmp_path / label).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / label / "0.png")
     theirs = create_dataset("", root=str(tmp_path)).reader.class_to_idx
-    assert images.class_folders(tmp_path) == ["2", "10", "A", "b"] == [name for name in theirs if name != ".hidden"]
-    paths = images.image_paths(tmp_path)
+    assert (
+        image_folder.class_folders(tmp_path) == ["2", "10", "A", "b"] == [name for name in theirs if name != ".hidden"]
+    )
+    paths = image_folder.image_paths(tmp_path)
     assert [path.parent.name for path in paths] == ["10", "2", "A", "b"]
-    assert images.class_indices(paths, tmp_path) == [1, 0, 2, 3]
+    assert image_folder.class_indices(paths, tmp_path) == [1, 0, 2, 3]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
@@ -370,9 +374,9 @@ def test_a_folder_that_timm_cannot_read_is_one_line(config: str | None, tmp_path
 def test_linked_folders_are_looked_into(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "ant").symlink_to(photos / "ant")
     shutil.copytree(photos / "bee", tmp_path / "bee")
-    paths = images.image_paths(tmp_path)
+    paths = image_folder.image_paths(tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in paths] == ["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"]
-    assert images.class_indices(paths, tmp_path) == [0, 0, 1, 1]
+    assert image_folder.class_indices(paths, tmp_path) == [0, 0, 1, 1]
 
 
 def test_links_that_lead_back_up_are_not_followed(photos: Path, tmp_path: Path) -> None:
@@ -380,7 +384,7 @@ def test_links_that_lead_back_up_are_not_followed(photos: Path, tmp_path: Path) 
     for place in (tmp_path / "photos", tmp_path / "photos" / "ant"):
         (place / "here").symlink_to(place)
         (place / "up").symlink_to(tmp_path)
-    assert len(images.image_paths(tmp_path)) == 6
+    assert len(image_folder.image_paths(tmp_path)) == 6
 
 
 def test_what_torch_says_while_it_fetches_is_not_in_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +479,7 @@ def test_sweep_prints_draws_and_joins_the_report(
     assert points == json.loads((output / "sweep.json").read_text())
     assert (output / "sweep.png").exists()
     assert 'id="sweep"' in (output / "report.html").read_text()
-    monkeypatch.setattr(cli, "show", _full)
+    monkeypatch.setattr(app_module, "show", _full)
     (output / "sweep.json").unlink()
     assert "the output cannot be written or read: No space left" in _error("sweep", NAME, *options, "--output", output)
     assert points[0]["flops"] == json.loads((output / "sweep.json").read_text())[0]["flops"]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import batude_fx
-from batude_fx.budget import Budget
+from batude_fx.budget.budget import Budget
 from batude_fx.errors import BatudeError, BudgetError, CalibrationError, SelectionError, UnsupportedError
-from batude_fx.modules import TuckerModule
-from batude_fx.sites import Ranks
+from batude_fx.tucker.modules import TuckerModule
+from batude_fx.tucker.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is not supported:FutureWarning")
 EXAMPLE = torch.zeros(1, 3, 12, 12)
@@ -661,7 +661,7 @@ def test_a_weight_of_zeros_stays_finite(calibration: object) -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3))
     nn.init.zeros_(model[1].weight)
     small = batude_fx.compress(model, 0.3, calibration=calibration, example_inputs=EXAMPLE)
-    assert isinstance(small[1], batude_fx.modules.TuckerModule)
+    assert isinstance(small[1], batude_fx.tucker.modules.TuckerModule)
     assert all(parameter.isfinite().all() for parameter in small.parameters())
 
 

@@ -15,10 +15,10 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.utils import parametrizations
 
 import batude_fx
-from batude_fx.discovery import DiscoverConvolutions, discover
 from batude_fx.errors import DiscoveryError, SelectionError
-from batude_fx.sites import ConvSite
-from batude_fx.zoo import example_inputs
+from batude_fx.graph.discovery import DiscoverConvolutions, discover
+from batude_fx.graph.example_inputs import example_inputs
+from batude_fx.graph.sites import ConvSite
 
 
 def site(name: str, **changes: Any) -> ConvSite:

@@ -15,8 +15,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import batude_fx
-from batude_fx import CalibrationError, ExportError, exporting
-from batude_fx.cli import app
+from batude_fx import CalibrationError, ExportError
+from batude_fx.deploy import export
+from batude_fx_cli.app import app
 
 Run = Callable[[Path, np.ndarray], np.ndarray]
 
@@ -136,12 +137,12 @@ def test_unusual_outputs_are_compared_as_what_they_are(tmp_path: Path, name: str
 
 
 def test_not_a_number_is_not_overlooked(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_nan(network: nn.Module, _inputs: object, path: Path, _images: object) -> exporting.Runner:
+    def write_nan(network: nn.Module, _inputs: object, path: Path, _images: object) -> export.Runner:
         path.write_bytes(b"wrong")
         good = network(torch.zeros(1, 3, 160, 160)).shape[1]
         return lambda arrays: [np.full((len(arrays[0]), good), np.nan, np.float32)]
 
-    monkeypatch.setattr(exporting, "_WRITERS", {".pt2": write_nan})
+    monkeypatch.setattr(export, "_WRITERS", {".pt2": write_nan})
     with pytest.raises(ExportError, match="by nan"):
         batude_fx.export(small, tmp_path / "a.pt2")
 
@@ -163,7 +164,7 @@ def test_what_cannot_be_exported_is_said(small: nn.Module, tmp_path: Path, monke
     detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
     with pytest.raises(ExportError, match="other arguments than tensors"):
         batude_fx.export(detector, tmp_path / "a.onnx")
-    monkeypatch.setattr(exporting, "find_spec", lambda _: None)
+    monkeypatch.setattr(export, "find_spec", lambda _: None)
     with pytest.raises(ExportError, match=r"needs onnx, onnxscript, onnxruntime, openvino: pip install"):
         batude_fx.export(small, tmp_path / "a.xml")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
@@ -200,11 +201,11 @@ def test_a_file_that_computes_something_else_is_not_left(
 ) -> None:
     (tmp_path / "a.pt2").write_text("the one before", encoding="utf-8")
 
-    def write_wrong(_network: nn.Module, _inputs: object, path: Path, _images: object) -> exporting.Runner:
+    def write_wrong(_network: nn.Module, _inputs: object, path: Path, _images: object) -> export.Runner:
         path.write_bytes(b"wrong")
         return lambda arrays: [np.zeros((len(arrays[0]), 7), np.float32)]
 
-    monkeypatch.setattr(exporting, "_WRITERS", {".pt2": write_wrong})
+    monkeypatch.setattr(export, "_WRITERS", {".pt2": write_wrong})
     with pytest.raises(ExportError, match="differ from those"):
         batude_fx.export(small, tmp_path / "a.pt2")
     assert (tmp_path / "a.pt2").read_text(encoding="utf-8") == "the one before"

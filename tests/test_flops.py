@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from batude_fx.discovery import discover
 from batude_fx.errors import DiscoveryError
-from batude_fx.flops import count_flops, dense_cost, site_cost, tucker_cost
-from batude_fx.modules import build
-from batude_fx.sites import ConvSite, Ranks
-from batude_fx.surgery import build_skeleton
+from batude_fx.graph.discovery import discover
+from batude_fx.graph.flops import count_flops, dense_cost, site_cost, tucker_cost
+from batude_fx.graph.sites import ConvSite
+from batude_fx.graph.surgery import build_skeleton
+from batude_fx.tucker.modules import build
+from batude_fx.tucker.ranks import Ranks
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -189,12 +190,12 @@ def test_a_model_that_cannot_be_counted_is_an_error_and_has_no_hooks_of_fvcore()
 def test_counting_says_nothing() -> None:
     code = """
 import sys, warnings
-import torch, batude_fx.flops
+import torch, batude_fx.graph.flops
 assert "fvcore" not in sys.modules
 with warnings.catch_warnings(record=True) as heard:
     warnings.simplefilter("always")
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.GELU(), torch.nn.Flatten(0))
-    print(batude_fx.flops.count_flops(model, (torch.ones(1, 4, 4, 4),)))
+    print(batude_fx.graph.flops.count_flops(model, (torch.ones(1, 4, 4, 4),)))
 assert not heard, [str(one.message) for one in heard]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603

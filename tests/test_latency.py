@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import batude_fx
-from batude_fx import Budget, BudgetError, Ranks, SelectionError, UnsupportedError, latency
-from batude_fx.capacity import choices
-from batude_fx.latency import Stopwatch
-from batude_fx.modules import TuckerModule
-from batude_fx.timing import alternating, in_turns
+from batude_fx import Budget, BudgetError, Ranks, SelectionError, UnsupportedError
+from batude_fx.budget import layer_times
+from batude_fx.budget.layer_times import LayerTimer
+from batude_fx.budget.rank_options import options_by_site
+from batude_fx.support.timing import time_calls, time_networks
+from batude_fx.tucker.modules import TuckerModule
 
 NANOSECONDS = 1e-9
 OVERHEAD = 20_000  # nanoseconds of each layer that is called
@@ -65,9 +66,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[nn.Module]:
         return _layer_seconds(layer, x)
 
     monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(latency, "_seconds", seconds)
+    monkeypatch.setattr(layer_times, "_seconds", seconds)
     monkeypatch.setattr(
-        Stopwatch, "_seconds", lambda _self, *networks: [_network_seconds(network) for network in networks]
+        LayerTimer, "_seconds", lambda _self, *networks: [_network_seconds(network) for network in networks]
     )
     return asked
 
@@ -81,21 +82,21 @@ def _network() -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def _watch(model: nn.Module) -> Stopwatch:
+def _watch(model: nn.Module) -> LayerTimer:
     sites = batude_fx.discover(model, INPUT).replaceable()
-    return Stopwatch(model, sites, INPUT, adds_bias=False)
+    return LayerTimer(model, sites, INPUT, adds_bias=False)
 
 
 def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Module]) -> None:
     model = _network()
     watch = _watch(model)
-    options = choices(watch.sites, 8, {}, adds_bias=False)
+    options = options_by_site(watch.sites, 8, {}, adds_bias=False)
     priced = watch.priced(options, only_faster=False)
     for name, one in priced.items():
         layer, x = model.get_submodule(name), torch.zeros(next(iter(watch._calls[name])).shape)
         assert one.dense[2] == pytest.approx(1e9 * _layer_seconds(layer, x), rel=1e-6)
         for ranks, costs in zip(one.ranks[1:].tolist(), one.costs[1:], strict=True):
-            exact = 1e9 * _layer_seconds(batude_fx.modules.build(layer, Ranks(*ranks)), x)
+            exact = 1e9 * _layer_seconds(batude_fx.tucker.modules.build(layer, Ranks(*ranks)), x)
             assert costs[2] == pytest.approx(exact, rel=1e-6)
     assert len(clock) < sum(len(one.ranks) for one in options.values()) / 2
 
@@ -103,7 +104,7 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
 def test_what_is_no_faster_than_the_dense_layer_is_no_option(clock: list[nn.Module]) -> None:
     del clock
     watch = _watch(_network())
-    for name, one in watch.priced(choices(watch.sites, 8, {}, adds_bias=False), only_faster=True).items():
+    for name, one in watch.priced(options_by_site(watch.sites, 8, {}, adds_bias=False), only_faster=True).items():
         faster = one.costs[:, 2] < one.dense[2]
         assert (faster | (one.costs == one.dense).all(axis=1)).all(), name
     # The first layer has three input channels: two more layers cost more time than they save.
@@ -133,7 +134,7 @@ def test_layers_that_were_timed_on_a_busier_or_idler_day_are_no_obstacle(
 ) -> None:
     del clock
     monkeypatch.setattr(
-        Stopwatch, "_seconds", lambda _self, *networks: [busy * _network_seconds(network) for network in networks]
+        LayerTimer, "_seconds", lambda _self, *networks: [busy * _network_seconds(network) for network in networks]
     )
     model = _network()
     plan = batude_fx.plan(model, Budget(latency=f"{faster}x"), example_inputs=INPUT, calibration=None)
@@ -167,11 +168,11 @@ def test_a_limit_that_the_network_misses_is_no_plan(clock: list[nn.Module], monk
     """A network that is slower than all that its sites take: only timing the whole of it shows that."""
     del clock
 
-    def seconds(_: Stopwatch, *networks: nn.Module) -> list[float]:
+    def seconds(_: LayerTimer, *networks: nn.Module) -> list[float]:
         tucker = [any(isinstance(one, TuckerModule) for one in network.modules()) for network in networks]
         return [_network_seconds(network) + 0.02 * slow for network, slow in zip(networks, tucker, strict=True)]
 
-    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    monkeypatch.setattr(LayerTimer, "_seconds", seconds)
     with pytest.raises(BudgetError, match=r"out of reach.*ms"):
         batude_fx.plan(_network(), Budget(latency=0.3), example_inputs=INPUT, calibration=None)
 
@@ -180,10 +181,10 @@ def test_a_clock_that_jumps_is_warned_of(clock: list[nn.Module], monkeypatch: py
     del clock
     jumps = iter([0.75, 0.5, 0.7, 0.53, 0.67, 0.55, 0.64] * 3)
 
-    def seconds(_: Stopwatch, dense: nn.Module, *small: nn.Module) -> list[float]:
+    def seconds(_: LayerTimer, dense: nn.Module, *small: nn.Module) -> list[float]:
         return [_network_seconds(dense), *(next(jumps) * _network_seconds(dense) for _ in small)]
 
-    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    monkeypatch.setattr(LayerTimer, "_seconds", seconds)
     with pytest.warns(UserWarning, match="the machine may be busy"):
         batude_fx.plan(_network(), Budget(latency=0.6), example_inputs=INPUT, calibration=None)
 
@@ -196,13 +197,13 @@ def test_what_layers_cost_in_the_network_alone_is_found_without_a_circle(
     del clock
     timed: list[float] = []
 
-    def seconds(_: Stopwatch, *networks: nn.Module) -> list[float]:
+    def seconds(_: LayerTimer, *networks: nn.Module) -> list[float]:
         layers = [sum(isinstance(part, TuckerModule) for part in one.modules()) for one in networks]
         found = [_network_seconds(one) + 1e-3 * count for one, count in zip(networks, layers, strict=True)]
         timed.append(found[-1])
         return found
 
-    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    monkeypatch.setattr(LayerTimer, "_seconds", seconds)
     plan = batude_fx.plan(_network(), Budget(latency=latency), example_inputs=INPUT, calibration=None)
     assert 0.9 * latency * timed[0] <= plan.seconds <= 1.001 * latency * timed[0]
     assert len(timed) == len(set(timed))  # none is timed twice
@@ -212,10 +213,10 @@ def test_one_disturbed_timing_is_no_refusal(clock: list[nn.Module], monkeypatch:
     del clock
     jumps = iter([4.0])
 
-    def seconds(_: Stopwatch, dense: nn.Module, *small: nn.Module) -> list[float]:
+    def seconds(_: LayerTimer, dense: nn.Module, *small: nn.Module) -> list[float]:
         return [_network_seconds(dense), *(next(jumps, 1.0) * _network_seconds(one) for one in small)]
 
-    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    monkeypatch.setattr(LayerTimer, "_seconds", seconds)
     plan = batude_fx.plan(_network(), Budget(latency=0.6), example_inputs=INPUT, calibration=None)
     assert 0.9 * 0.6 < _network_seconds(plan.apply(_network())) / _network_seconds(_network()) <= 0.6
 
@@ -280,7 +281,7 @@ def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
             return 1.0
         return float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
 
-    monkeypatch.setattr(latency, "_seconds", seconds)
+    monkeypatch.setattr(layer_times, "_seconds", seconds)
     assert list(_watch(_network()).multiples()) == [one for one in (32, 16, 8, 4) if one <= staircase]
 
 
@@ -288,8 +289,8 @@ def test_auto_takes_finer_multiples_where_coarse_ones_are_too_large_for_the_budg
     clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del clock
-    monkeypatch.setattr(latency, "_seconds", lambda layer, _: 1 - 0.5 * isinstance(layer, TuckerModule))
-    monkeypatch.setattr(Stopwatch, "multiples", lambda _: [32, 16, 8, 4])
+    monkeypatch.setattr(layer_times, "_seconds", lambda layer, _: 1 - 0.5 * isinstance(layer, TuckerModule))
+    monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16, 8, 4])
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None}
     smallest = {step: _smallest(_network(), round_to=step, **options) for step in (4, 8, 16, 32)}
     assert sorted(smallest.values()) == list(smallest.values())
@@ -304,7 +305,7 @@ def test_auto_replaces_slower_sites_where_the_budget_asks_for_it(
     clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del clock
-    monkeypatch.setattr(latency, "_seconds", lambda layer, _: 1 + isinstance(layer, TuckerModule))
+    monkeypatch.setattr(layer_times, "_seconds", lambda layer, _: 1 + isinstance(layer, TuckerModule))
     plan = batude_fx.plan(_network(), 0.5, example_inputs=INPUT, calibration=None, round_to="auto")
     assert plan.flops <= 0.5 * plan.dense_flops
 
@@ -320,8 +321,8 @@ def test_auto_takes_finer_multiples_before_slower_sites(
             return 1.5
         return 2.0 if max(layer.ranks.rank_in, layer.ranks.rank_out) > 16 else 1.0
 
-    monkeypatch.setattr(latency, "_seconds", seconds)
-    monkeypatch.setattr(Stopwatch, "multiples", lambda _: [32, 16])
+    monkeypatch.setattr(layer_times, "_seconds", seconds)
+    monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16])
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "include": "6"}
     plan = batude_fx.plan(_network(), 0.7, round_to="auto", **options)
     assert plan.round_to == 16
@@ -330,7 +331,7 @@ def test_auto_takes_finer_multiples_before_slower_sites(
 
 def test_auto_finds_ranks_that_the_user_fixed(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     del clock
-    monkeypatch.setattr(Stopwatch, "multiples", lambda _: [32, 16, 8, 4])
+    monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16, 8, 4])
     fixed = Ranks(24, 40)
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "round_to": "auto"}
     plan = batude_fx.plan(_network(), 0.9, ranks={"6": fixed}, **options)
@@ -343,7 +344,7 @@ def test_the_layers_that_take_longest_decide_the_multiple(
     clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del clock
-    monkeypatch.setattr(latency, "_PROBED", 1)
+    monkeypatch.setattr(layer_times, "_PROBED", 1)
 
     def seconds(layer: nn.Module, x: torch.Tensor) -> float:
         slow = 3.0 if x.shape[1] == 128 else 1.0
@@ -352,7 +353,7 @@ def test_the_layers_that_take_longest_decide_the_multiple(
         staircase = 32 if x.shape[1] == 128 else 4
         return slow * float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
 
-    monkeypatch.setattr(latency, "_seconds", seconds)
+    monkeypatch.setattr(layer_times, "_seconds", seconds)
     assert _watch(_network()).multiples()[0] == 32
 
 
@@ -365,8 +366,8 @@ def _smallest(model: nn.Module, **options: Any) -> float:
 
 def test_the_model_and_the_random_state_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(latency, "_LAYER_SECONDS", 0)
-    monkeypatch.setattr(latency, "_MODEL_SECONDS", 0)
+    monkeypatch.setattr(layer_times, "_LAYER_SECONDS", 0)
+    monkeypatch.setattr(layer_times, "_MODEL_SECONDS", 0)
     model = _network().train()
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -386,8 +387,8 @@ def test_a_multiple_below_one_is_refused(multiple: Any) -> None:
 
 def test_a_real_clock_gives_real_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(latency, "_LAYER_SECONDS", 0)
-    monkeypatch.setattr(latency, "_MODEL_SECONDS", 0)
+    monkeypatch.setattr(layer_times, "_LAYER_SECONDS", 0)
+    monkeypatch.setattr(layer_times, "_MODEL_SECONDS", 0)
     model = timm.create_model("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
     plan = batude_fx.plan(model, 0.6, calibration=None, round_to="auto")
     assert plan.dense_seconds is not None
@@ -400,10 +401,10 @@ def test_a_real_clock_gives_real_times(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_turns_alternate_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     times = iter(range(10_000))
-    monkeypatch.setattr("batude_fx.timing.perf_counter", lambda: next(times))
+    monkeypatch.setattr("batude_fx.support.timing.perf_counter", lambda: next(times))
     calls: list[Callable[[], object]] = [lambda: order.append("a"), lambda: order.append("b")]
-    assert in_turns(calls, 3) == [1, 1]
+    assert time_calls(calls, 3) == [1, 1]
     assert "".join(order) == "ab" * 5  # two of them to warm up
     training = nn.Dropout()
-    assert len(alternating([training], (torch.zeros(1),), turns=2)) == 1
+    assert len(time_networks([training], (torch.zeros(1),), turns=2)) == 1
     assert training.training

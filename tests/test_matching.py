@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batude_fx.handlers import canonical_weight
-from batude_fx.matching import LEAST_GAIN, MOST_GAIN, match_moments_
-from batude_fx.modules import TuckerModule, tucker_conv
-from batude_fx.sites import Ranks
-from batude_fx.spectra import weight_spectrum
-from batude_fx.surgery import replace
-from batude_fx.tucker import Factors
+from batude_fx.calibration.moment_matching import LEAST_GAIN, MOST_GAIN, match_moments_
+from batude_fx.graph.surgery import replace_modules
+from batude_fx.tucker.decomposition import Factors
+from batude_fx.tucker.dense_layers import canonical_weight
+from batude_fx.tucker.modules import TuckerModule, tucker_conv
+from batude_fx.tucker.ranks import Ranks
+from batude_fx.tucker.spectra import weight_spectrum
 
 
 def _net() -> nn.Sequential:
@@ -33,7 +33,7 @@ def _compressed(net: nn.Sequential) -> nn.Sequential:
         found = weight_spectrum(weight, pointwise=name == "2").factors(weight, site_ranks)
         bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else weight.new_zeros(6)
         modules[name] = tucker_conv(layer, site_ranks, Factors(found.factor_in, found.core, found.factor_out, bias))
-    return replace(net, modules)
+    return replace_modules(net, modules)
 
 
 def _outputs(net: nn.Module, name: str, images: Tensor) -> list[Tensor]:

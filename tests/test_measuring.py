@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from sklearn.covariance import oas
 from torch import Tensor, nn
 
+from batude_fx.calibration.statistics import shrink, statistics
 from batude_fx.errors import CalibrationError
-from batude_fx.measuring import shrunk, statistics
-from batude_fx.sites import ConvSite, Ranks
-from batude_fx.spectra import metric_spectrum
+from batude_fx.graph.sites import ConvSite
+from batude_fx.tucker.ranks import Ranks
+from batude_fx.tucker.spectra import metric_spectrum
 from tests import toy
 
 
@@ -31,14 +32,14 @@ def test_shrinkage_is_that_of_scikit_learn(count: int, channels: int, seed: int)
     samples = torch.randn(2, count, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     samples = samples * torch.logspace(0, -3, channels, dtype=torch.float64)
     centred = samples - samples.mean(1, keepdim=True)
-    found = shrunk(centred.mT @ centred / count, count)
+    found = shrink(centred.mT @ centred / count, count)
     torch.testing.assert_close(found, torch.stack([_oas(group) for group in samples]))
 
 
 def test_shrinkage_knows_zeros_and_keeps_scale() -> None:
-    assert not shrunk(torch.zeros(1, 3, 3), 10).any()
+    assert not shrink(torch.zeros(1, 3, 3), 10).any()
     moment = torch.diag(torch.tensor([1.0, 2.0, 3.0]))[None]
-    torch.testing.assert_close(shrunk(1e20 * moment, 10), 1e20 * shrunk(moment, 10))
+    torch.testing.assert_close(shrink(1e20 * moment, 10), 1e20 * shrink(moment, 10))
 
 
 def test_what_few_images_do_not_show_is_not_free() -> None:

@@ -19,21 +19,10 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 
 from batude_fx.errors import UnsupportedError
-from batude_fx.modules import (
-    Handler,
-    TuckerConv,
-    TuckerConvTranspose,
-    TuckerLinear,
-    TuckerModule,
-    build,
-    canonical_bias,
-    canonical_weight,
-    register,
-    skip_reason,
-    tucker_conv,
-)
-from batude_fx.sites import Ranks
-from batude_fx.tucker import Factors
+from batude_fx.tucker.decomposition import Factors
+from batude_fx.tucker.dense_layers import Handler, canonical_bias, canonical_weight, register, skip_reason
+from batude_fx.tucker.modules import TuckerConv, TuckerConvTranspose, TuckerLinear, TuckerModule, build, tucker_conv
+from batude_fx.tucker.ranks import Ranks
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

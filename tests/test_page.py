@@ -16,8 +16,10 @@ from PIL import Image
 from torch import nn
 
 import batude_fx
-from batude_fx import evaluation, page, pictures, record, sweep
 from batude_fx.errors import BudgetError, SavedModelError
+from batude_fx.evaluation import scores, sweep
+from batude_fx.graph import provenance
+from batude_fx.report import figures, html_page, record, sweep_points
 from tests import toy
 
 IMAGE = torch.zeros(1, 3, 16, 16)
@@ -93,7 +95,7 @@ def test_the_page_needs_nothing_from_elsewhere(folder: Path) -> None:
 
 def test_the_record_is_the_same_every_time(plan: batude_fx.Plan, folder: Path) -> None:
     known = plan.record()
-    assert page.render(known) == page.render(known) == (folder / "report.html").read_text(encoding="utf-8")
+    assert html_page.render(known) == html_page.render(known) == (folder / "report.html").read_text(encoding="utf-8")
     assert record.read(folder) == known
 
 
@@ -107,7 +109,7 @@ def test_spectra_fall_from_one_to_nothing(plan: batude_fx.Plan) -> None:
 
 
 def test_names_of_strangers_are_text(plan: batude_fx.Plan) -> None:
-    text = page.render(plan.record().model_copy(update={"model": "<script>alert(1)</script>"}))
+    text = html_page.render(plan.record().model_copy(update={"model": "<script>alert(1)</script>"}))
     assert "<script" not in text
 
 
@@ -129,10 +131,10 @@ def test_a_loaded_network_keeps_its_report(plan: batude_fx.Plan, folder: Path, t
 
 @pytest.mark.filterwarnings("ignore:.*cannot be rebuilt by name")
 def test_another_network_takes_the_old_report_away(plan: batude_fx.Plan, folder: Path) -> None:
-    sweep.write(POINTS, folder)
-    page.draw(folder)
+    sweep_points.write(POINTS, folder)
+    html_page.write_pages(folder)
     other = plan.apply(toy.net())
-    record.attach_(other, None)
+    provenance.attach_(other, None)
     batude_fx.save(other, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -148,25 +150,25 @@ def test_another_network_takes_the_old_report_away(plan: batude_fx.Plan, folder:
 def test_broken_files_are_named(folder: Path, name: str, content: str, message: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(SavedModelError, match=message):
-        page.draw(folder)
+        html_page.write_pages(folder)
 
 
 def test_a_folder_without_a_report_is_said(tmp_path: Path) -> None:
     with pytest.raises(SavedModelError, match=r"holds no report\.json and no sweep\.json"):
-        page.draw(tmp_path)
+        html_page.write_pages(tmp_path)
 
 
 POINTS = [
-    sweep.Point(0.5, 50, 5, 1.5, 0.75, 0.5, 1.0),
-    sweep.Point(1.0, 100, 10, 2.5, 1.0, 0.75, 1.0),
+    sweep_points.Point(0.5, 50, 5, 1.5, 0.75, 0.5, 1.0),
+    sweep_points.Point(1.0, 100, 10, 2.5, 1.0, 0.75, 1.0),
 ]
 
 
 def test_a_sweep_is_shown_and_drawn(folder: Path) -> None:
-    sweep.write(POINTS, folder)
-    assert sweep.read(folder) == POINTS
+    sweep_points.write(POINTS, folder)
+    assert sweep_points.read(folder) == POINTS
     names = ["report.html", "flops.png", "spectra.png", "sweep.png"]
-    assert page.draw(folder) == [folder / name for name in names]
+    assert html_page.write_pages(folder) == [folder / name for name in names]
     rows = Tables((folder / "report.html").read_text(encoding="utf-8")).cells["sweep"]
     assert rows[1:] == [
         ["0.5", "50", "5", "1.50", "0.7500", "0.5000", "1.0000"],
@@ -177,13 +179,13 @@ def test_a_sweep_is_shown_and_drawn(folder: Path) -> None:
 
 
 def test_a_sweep_without_a_network_is_a_picture(tmp_path: Path) -> None:
-    sweep.write([replace(point, top1=None, top5=None) for point in POINTS], tmp_path)
-    assert page.draw(tmp_path) == [tmp_path / "sweep.png"]
+    sweep_points.write([replace(point, top1=None, top5=None) for point in POINTS], tmp_path)
+    assert html_page.write_pages(tmp_path) == [tmp_path / "sweep.png"]
 
 
 def test_pictures_show_the_numbers(plan: batude_fx.Plan) -> None:
     known = plan.record()
-    drawn = pictures.pictures(known, POINTS)
+    drawn = figures.pictures(known, POINTS)
     widths = [patch.get_width() for patch in drawn["flops"].axes[0].patches]
     assert widths == [site.dense_flops for site in known.sites] + [site.flops for site in known.sites]
     line = drawn["sweep"].axes[1].lines[0]
@@ -200,11 +202,11 @@ def test_training_has_its_pictures(plan: batude_fx.Plan) -> None:
     trained = {"recipe": "seed: 3\n", "original_accuracy": 0.9, "accuracy": 0.85, "rounds": rounds}
     data = {**plan.record().model_dump(mode="json"), "training": trained}
     known = record.Record.model_validate_json(json.dumps(data))
-    drawn = pictures.pictures(known)
+    drawn = figures.pictures(known)
     assert set(drawn) == {"flops", "spectra", "ranks", "residuals"}
     shown = drawn["ranks"].axes[0].images[0].get_array()
     assert np.allclose(shown, [[1, 2 / 6], [2 / 4, 1 / 4]])  # of 6 and of 4 output channels of a group
-    text = page.render(known)
+    text = html_page.render(known)
     assert "seed: 3" in text
     assert Tables(text).cells["totals"][3][:3] == ["accuracy", "90.0 %", "85.0 %"]
 
@@ -254,7 +256,7 @@ def _network() -> nn.Module:
 
 def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     model = _network()
-    points = sweep.sweep(model, plan, [0.6, 0.8], evaluation.photos(photos(5)))
+    points = sweep.sweep(model, plan, [0.6, 0.8], scores.photos(photos(5)))
     assert [point.budget for point in points] == [0.6, 0.8, 1.0]
     assert [point.flops for point in points] == [plan.at(0.6).flops, plan.at(0.8).flops, plan.dense_flops]
     assert points[-1].params == sum(parameter.numel() for parameter in model.parameters())
@@ -264,16 +266,16 @@ def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callabl
 
 def test_folders_that_are_no_classes_give_agreement_alone(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     with pytest.warns(UserWarning, match="has 2 class folders, the network has 5"):
-        points = sweep.sweep(_network(), plan, [0.6], evaluation.photos(photos(2)))
+        points = sweep.sweep(_network(), plan, [0.6], scores.photos(photos(2)))
     assert [point.top1 for point in points] == [None, None]
 
 
 def test_a_budget_out_of_reach_stops_a_sweep_before_it_begins(plan: batude_fx.Plan) -> None:
     with pytest.raises(BudgetError, match="out of reach"):
-        sweep.sweep(_network(), plan, [0.01, 0.02], evaluation.Photos(Path("/nowhere"), []))
+        sweep.sweep(_network(), plan, [0.01, 0.02], scores.Photos(Path("/nowhere"), []))
 
 
 def test_budgets_out_of_reach_are_left_out(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     with pytest.warns(UserWarning, match=r"left out: 0\.01, 0\.02, as the budget of 0\.0200 of the flops is out of"):
-        points = sweep.sweep(_network(), plan, [0.01, 0.02, 0.6], evaluation.photos(photos(5)))
+        points = sweep.sweep(_network(), plan, [0.01, 0.02, 0.6], scores.photos(photos(5)))
     assert [point.budget for point in points] == [0.6, 1.0]

@@ -15,11 +15,11 @@ from torch import nn
 from torchvision import models
 
 import batude_fx
-from batude_fx import plugin
 from batude_fx.errors import BatudeError, SavedModelError
-from batude_fx.modules import TuckerModule, is_channels_last
-from batude_fx.sites import Ranks
-from batude_fx.zoo import published_images
+from batude_fx.graph.example_inputs import published_images
+from batude_fx.tucker.modules import TuckerModule, is_channels_last
+from batude_fx.tucker.ranks import Ranks
+from batude_fx.zoo import timm_plugin
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -132,7 +132,7 @@ def test_arguments_that_the_weights_cannot_follow_are_refused(
 )
 def test_model_args_of_others_are_not_followed(args: dict[str, Any], timm_folder: tuple[nn.Module, Path]) -> None:
     with pytest.raises(SavedModelError, match="which batude_fx does not write"):
-        plugin.batude_fx(ranks={}, **args)
+        timm_plugin.batude_fx(ranks={}, **args)
 
 
 def test_features_are_those_of_the_saved_network(timm_folder: tuple[nn.Module, Path]) -> None:
@@ -169,7 +169,7 @@ def test_the_entrypoint_asks_for_a_folder() -> None:
 
 
 def test_a_config_without_weights_is_not_filled_from_elsewhere(timm_folder: tuple[nn.Module, Path]) -> None:
-    config = batude_fx.saved_config.read_config(timm_folder[1])
+    config = batude_fx.saving.config.read_config(timm_folder[1])
     arguments = config.model_args.model_dump()
     with pytest.raises(SavedModelError, match="no weights are known"):
         timm.create_model("batude_fx", pretrained=True, pretrained_cfg=config.metadata, **arguments)

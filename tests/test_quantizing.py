@@ -6,10 +6,10 @@ from torch import nn
 
 import batude_fx
 from batude_fx import Ranks
-from batude_fx.handlers import canonical_bias, canonical_weight, to_canonical
-from batude_fx.modules import TuckerModule, tucker_conv
-from batude_fx.quantizing import _pairs, equalize_
-from batude_fx.spectra import weight_spectrum
+from batude_fx.deploy.int8 import _pairs, equalize_
+from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight, to_canonical
+from batude_fx.tucker.modules import TuckerModule, tucker_conv
+from batude_fx.tucker.spectra import weight_spectrum
 
 LAYERS = {
     "conv": (nn.Conv2d(8, 12, 3, padding=1), Ranks(5, 4), (2, 8, 6, 6)),
@@ -30,7 +30,9 @@ def test_outputs_stay_and_ranges_are_shared_out(name: str) -> None:
     weight = canonical_weight(layer)
     pointwise = all(extent == 1 for extent in weight.shape[3:])
     factors = weight_spectrum(weight, pointwise=pointwise).factors(weight, ranks)
-    form = tucker_conv(layer, ranks, batude_fx.tucker.Factors(**{**vars(factors), "bias": canonical_bias(layer)}))
+    form = tucker_conv(
+        layer, ranks, batude_fx.tucker.decomposition.Factors(**{**vars(factors), "bias": canonical_bias(layer)})
+    )
     network, x = nn.Sequential(form).eval(), torch.randn(shape, dtype=torch.float64)
     expected = network(x)
     equalize_(network, [x])
@@ -50,7 +52,7 @@ def test_outputs_stay_and_ranges_are_shared_out(name: str) -> None:
 @torch.no_grad()
 def test_channels_of_zeros_and_modules_that_nothing_passes_stay_finite() -> None:
     layer = nn.Conv2d(4, 6, 1)
-    form = batude_fx.modules.build(layer, Ranks(2, 2))
+    form = batude_fx.tucker.modules.build(layer, Ranks(2, 2))
     for parameter in form.parameters():
         parameter.zero_()
     network = nn.Sequential(form)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from batude_fx import Budget, Recipe, RecipeError
-from batude_fx.cli import app
-from batude_fx.recipe import Duration, shipped
+from batude_fx.training.duration import Duration
+from batude_fx.training.recipe import shipped
+from batude_fx_cli.app import app
 
 GOOD = """\
 model:

@@ -14,8 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 import batude_fx
-from batude_fx import progress, report
-from batude_fx.flops import dense_cost, tucker_cost
+from batude_fx.compression.plan import plan_table
+from batude_fx.graph.flops import dense_cost, tucker_cost
+from batude_fx.graph.site_table import sites_table
+from batude_fx.support import numbers, progress
+from batude_fx_cli.tables import saved_table
 
 
 def _text(table: Table, width: int = 80) -> str:
@@ -38,12 +41,12 @@ def _rows(table: Table) -> list[dict[str, Any]]:
     ],
 )  # fmt: skip
 def test_counts_have_three_digits_and_a_prefix(count: float, text: str) -> None:
-    assert report.human(count) == text
+    assert numbers.human(count) == text
 
 
 @pytest.mark.parametrize(("part", "whole", "text"), [(1, 3, "33.3 %"), (1, 1, "100.0 %"), (0, 7, "0.0 %"), (1, 0, "-")])
 def test_shares_are_percentages(part: float, whole: float, text: str) -> None:
-    assert report.percent(part, whole) == text
+    assert numbers.percent(part, whole) == text
 
 
 IMAGE = torch.zeros(1, 3, 64, 64)
@@ -55,14 +58,14 @@ def plan() -> batude_fx.Plan:
 
 
 def test_a_row_per_site_with_the_costs_of_the_closed_formulas(plan: batude_fx.Plan) -> None:
-    rows = _rows(report.plan_table(plan))
+    rows = _rows(plan_table(plan))
     assert [row["site"] for row in rows] == [site.name for site in plan.sites]
     for row, site in zip(rows, plan.sites, strict=True):
-        assert row["flops"] == report.human(dense_cost(site)[0])
+        assert row["flops"] == numbers.human(dense_cost(site)[0])
         if site.name in plan.ranks:
             ranks = plan.ranks[site.name]
             after, _ = tucker_cost(site, ranks.rank_out, ranks.rank_in)
-            assert (row["after"], row["ranks"]) == (report.human(after), f"{ranks.rank_out} / {ranks.rank_in}")
+            assert (row["after"], row["ranks"]) == (numbers.human(after), f"{ranks.rank_out} / {ranks.rank_in}")
             assert float(row["loss"]) == pytest.approx(plan.losses[site.name], rel=0.06)
         else:
             assert (row["after"], row["ranks"], row["loss"]) == ("", "dense", "")
@@ -71,16 +74,16 @@ def test_a_row_per_site_with_the_costs_of_the_closed_formulas(plan: batude_fx.Pl
 
 def test_brackets_in_names_are_shown() -> None:
     sites = batude_fx.discover(timm.create_model("resnet18"), (IMAGE,), exclude="[a-c]onv1")
-    assert "excluded by '[a-c]onv1'" in _text(report.sites_table(sites, "net[bold]"))
-    assert "net[bold]" in _text(report.sites_table(sites, "net[bold]"))
+    assert "excluded by '[a-c]onv1'" in _text(sites_table(sites, "net[bold]"))
+    assert "net[bold]" in _text(sites_table(sites, "net[bold]"))
 
 
 def test_the_totals_are_fvcores(plan: batude_fx.Plan) -> None:
     model = timm.create_model("efficientnet_b0").eval()
     counts = FlopCountAnalysis(model, IMAGE).unsupported_ops_warnings(enabled=False)
     total = counts.uncalled_modules_warnings(enabled=False).total()
-    caption = str(report.plan_table(plan).caption)
-    assert caption.startswith(f"{report.human(total)}FLOPs to {report.human(plan.flops)}FLOPs (")
+    caption = str(plan_table(plan).caption)
+    assert caption.startswith(f"{numbers.human(total)}FLOPs to {numbers.human(plan.flops)}FLOPs (")
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M to " in caption
     assert f"{len(plan.ranks)} of {len(plan.sites)} sites replaced" in caption
 
@@ -89,14 +92,14 @@ def test_every_reason_is_a_note_with_its_sites(plan: batude_fx.Plan) -> None:
     reasons = ("odd kernel", "weight is shared", "odd kernel", "odd kernel", "odd kernel")
     sites = [replace(site, skip_reason=reason) for site, reason in zip(plan.sites, reasons, strict=False)]
     names = [site.name for site in sites]
-    caption = str(report.sites_table([*sites, *plan.sites[5:7]], "net").caption)
+    caption = str(sites_table([*sites, *plan.sites[5:7]], "net").caption)
     assert f"\n* odd kernel: {names[0]}, {names[2]}, {names[3]} and 1 more" in caption
     assert f"\n* weight is shared: {names[1]}" in caption
     assert caption.count("\n* ") == len({*reasons} | {site.skip_reason for site in plan.sites[5:7]} - {None})
 
 
 def test_the_sites_of_a_network_with_their_sizes(plan: batude_fx.Plan) -> None:
-    table = report.sites_table(plan.sites, "efficientnet_b0")
+    table = sites_table(plan.sites, "efficientnet_b0")
     rows = _rows(table)
     assert rows[0] == {
         "site": "conv_stem", "convolution": "3 > 32 3x3", "flops": "885 k", "params": "864 ", "calls": "1",
@@ -117,11 +120,11 @@ def test_the_sites_of_a_network_with_their_sizes(plan: batude_fx.Plan) -> None:
 )
 def test_a_convolution_in_few_letters(change: dict[str, Any], text: str) -> None:
     site = batude_fx.ConvSite("a", "Conv2d", 32, 64, (3, 3), 1, False, 4, 4, 1, "fx")
-    assert _rows(report.sites_table([replace(site, **change)], "net"))[0]["convolution"] == text
+    assert _rows(sites_table([replace(site, **change)], "net"))[0]["convolution"] == text
 
 
 def test_tables_fit_80_columns_uncut(plan: batude_fx.Plan) -> None:
-    for table in (report.plan_table(plan), report.sites_table(plan.sites, "efficientnet_b0")):
+    for table in (plan_table(plan), sites_table(plan.sites, "efficientnet_b0")):
         text = _text(table)
         assert max(map(len, text.splitlines())) <= 80
         assert "…" not in text
@@ -140,7 +143,7 @@ def test_a_saved_folder_with_its_ranks() -> None:
         "model_args": {"library": "timm", "base": "resnet18", "ranks": {"conv1": (8, 3), "fc": (16, 16)}},
         "params": 11_000_000, "bytes": 44_100_000, "flops": 900_000_000,
     }  # fmt: skip
-    table = report.saved_table("small", facts)
+    table = saved_table("small", facts)
     assert str(table.title) == "small: timm resnet18"
     assert _rows(table) == [{"site": "conv1", "ranks": "8 / 3"}, {"site": "fc", "ranks": "16 / 16"}]
     assert str(table.caption).startswith("900 MFLOPs, 11 M parameters, 44.1 MB on disk; 2 sites in Tucker form.")

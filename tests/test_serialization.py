@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import batude_fx
-from batude_fx import serialization
 from batude_fx.errors import SavedModelError, UnsupportedError
-from batude_fx.files import replacing
-from batude_fx.modules import TuckerModule
-from batude_fx.sites import Ranks
-from batude_fx.surgery import build_skeleton
+from batude_fx.graph.surgery import build_skeleton
+from batude_fx.saving import saved_folder, weights
+from batude_fx.support.atomic_files import atomic_file
+from batude_fx.tucker.modules import TuckerModule
+from batude_fx.tucker.ranks import Ranks
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -64,7 +64,7 @@ def _edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
-    return serialization.read_weights(folder / "model.safetensors")
+    return weights.read_weights(folder / "model.safetensors")
 
 
 # Networks that come back
@@ -159,7 +159,7 @@ def test_what_load_could_not_read_is_not_saved(tmp_path: Path) -> None:
 def test_threads_may_save_into_one_folder(tmp_path: Path) -> None:
     def write(text: str) -> None:
         for _ in range(50):
-            with replacing(tmp_path / "file") as place:
+            with atomic_file(tmp_path / "file") as place:
                 place.write_text(text)
 
     with ThreadPoolExecutor(4) as pool:
@@ -278,7 +278,7 @@ def test_a_save_that_fails_leaves_the_old_folder(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(serialization, failing, fail)
+    monkeypatch.setattr(saved_folder, failing, fail)
     with pytest.raises(SavedModelError, match="disk full"):
         batude_fx.save(_small(_timm(num_classes=3)), folder)
     assert sorted(file.name for file in folder.iterdir()) == FILES

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from batude_fx.sites import Ranks
-from batude_fx.spectra import Metric, ModeMetric, Spectrum, metric_spectrum, weight_spectrum
-from batude_fx.tucker import Factors, mode_product
+from batude_fx.tucker.decomposition import Factors, mode_product
+from batude_fx.tucker.ranks import Ranks
+from batude_fx.tucker.spectra import Metric, ModeMetric, Spectrum, metric_spectrum, weight_spectrum
 
 
 def _tensor(*shape: int, seed: int = 0) -> Tensor:

@@ -16,9 +16,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import batude_fx
 from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
-from batude_fx.modules import TuckerModule, build
-from batude_fx.sites import Ranks
-from batude_fx.surgery import build_skeleton, replace
+from batude_fx.graph.surgery import build_skeleton, replace_modules
+from batude_fx.tucker.modules import TuckerModule, build
+from batude_fx.tucker.ranks import Ranks
 
 
 class Scale(nn.Module):
@@ -93,7 +93,7 @@ def trees(draw: st.DrawFn) -> tuple[nn.Module, dict[str, nn.Module]]:
 def test_the_copy_equals_one_edited_by_hand(tree: tuple[nn.Module, dict[str, nn.Module]]) -> None:
     model, modules = tree
     before = snapshot(model)
-    small = replace(model, modules)
+    small = replace_modules(model, modules)
     assert snapshot(model) == before
 
     by_hand = copy.deepcopy(model)
@@ -117,7 +117,7 @@ def test_every_reference_leads_to_the_replacement_and_the_rest_is_kept() -> None
     model = Net()
     before = snapshot(model)
     new = nn.Conv2d(4, 4, 3)
-    small = replace(model, {"again": new})
+    small = replace_modules(model, {"again": new})
     assert type(small) is Net
     assert small.again is small.body[0] is small.plain[0] is new
     assert torch.equal(small.tied.weight, model.tied.weight)  # tied to a weight that is gone: it keeps its own copy
@@ -132,7 +132,7 @@ def test_every_reference_leads_to_the_replacement_and_the_rest_is_kept() -> None
 
 def test_model_and_copy_share_no_memory_and_ties_stay_tied() -> None:
     model = Net()
-    small = replace(model, {"first": nn.Conv2d(3, 4, 3)})
+    small = replace_modules(model, {"first": nn.Conv2d(3, 4, 3)})
     assert small.tied.weight is small.body[0].weight
     ours, theirs = ({tensor.data_ptr() for tensor in net.state_dict().values()} for net in (small, model))
     assert not ours & theirs
@@ -148,20 +148,20 @@ def test_what_is_replaced_is_never_copied(monkeypatch: pytest.MonkeyPatch) -> No
         return original(parameter, memo)
 
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", spy)
-    replace(model, {"0": nn.Identity()})
+    replace_modules(model, {"0": nn.Identity()})
     assert sorted(copied) == sorted(id(parameter) for parameter in model[1].parameters())
 
 
 def test_a_graph_module_can_be_operated_on() -> None:
     traced = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
-    small = replace(traced, {"0": Scale(2.0)})
+    small = replace_modules(traced, {"0": Scale(2.0)})
     x = torch.randn(1, 3, 5, 5)
     assert torch.equal(small(x), (2 * x).relu())
 
 
 def test_a_graph_module_stays_in_eval_mode() -> None:
     model = create_feature_extractor(torchvision.models.resnet18().eval(), ["layer1"]).eval()
-    replaced = replace(model, {"layer1.0.conv1": nn.Conv2d(64, 64, 3, padding=1)})
+    replaced = replace_modules(model, {"layer1.0.conv1": nn.Conv2d(64, 64, 3, padding=1)})
     assert not any(module.training for module in replaced.modules())
 
 
@@ -176,7 +176,7 @@ def test_what_timm_would_fuse_without_its_bias_is_refused(name: str) -> None:
 
 def test_the_root_itself_can_be_replaced() -> None:
     new = nn.Identity()
-    assert replace(cast("nn.Module", nn.Conv2d(3, 4, 3)), {"": new}) is new
+    assert replace_modules(cast("nn.Module", nn.Conv2d(3, 4, 3)), {"": new}) is new
 
 
 class Stubborn(nn.Module):
@@ -219,13 +219,13 @@ def test_errors_say_what_to_do_and_leave_the_model_alone(
 ) -> None:
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        replace(model, modules)
+        replace_modules(model, modules)
     assert snapshot(model) == before
 
 
 def test_the_same_replacement_may_be_given_under_two_names() -> None:
     new = nn.Conv2d(4, 4, 3)
-    assert replace(Net(), {"again": new, "body.0": new}).plain[0] is new
+    assert replace_modules(Net(), {"again": new, "body.0": new}).plain[0] is new
 
 
 def test_a_timm_model_stays_one() -> None:
@@ -250,7 +250,7 @@ def test_hooks_of_a_timm_feature_network_work_in_the_copy() -> None:
     model = timm.create_model("resnet10t", features_only=True, feature_cls="hook").eval()
     x = torch.randn(1, 3, 64, 64)
     name = next(name for name, _ in model.named_modules() if name.endswith("layer4.0.downsample.1"))
-    small = replace(model, {name: copy.deepcopy(model.get_submodule(name))})
+    small = replace_modules(model, {name: copy.deepcopy(model.get_submodule(name))})
     assert all(torch.equal(a, b) for a, b in zip(small(x), model(x), strict=True))
     with torch.no_grad():
         cast("nn.Conv2d", small.get_submodule(name)).weight.zero_()
@@ -261,7 +261,7 @@ def test_hooks_of_a_timm_feature_network_work_in_the_copy() -> None:
 def test_a_skeleton_takes_the_state_dict_of_the_compressed_model() -> None:
     model = Net()
     ranks = {"first": Ranks(2, 3), "body.0": Ranks(2, 2)}
-    small = replace(model, {name: build(model.get_submodule(name), r) for name, r in ranks.items()})
+    small = replace_modules(model, {name: build(model.get_submodule(name), r) for name, r in ranks.items()})
     for parameter in small.parameters():
         nn.init.normal_(parameter)
     skeleton = build_skeleton(Net(), ranks)

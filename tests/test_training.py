@@ -27,14 +27,15 @@ from typer.testing import CliRunner
 
 import batude_fx
 from batude_fx import BatudeError, Recipe, RecipeError, SavedModelError, TrainingError
-from batude_fx.cli import app
-from batude_fx.modules import TuckerModule
-from batude_fx.recipe import _optimizers, _schedulers, shipped
 from batude_fx.training import problem
 from batude_fx.training.checkpoint import read, write
 from batude_fx.training.data import Data, _check, _Seeded, image_data
+from batude_fx.training.loop import Result
 from batude_fx.training.preview import preview
 from batude_fx.training.problem import dense_network
+from batude_fx.training.recipe import _optimizers, _schedulers, shipped
+from batude_fx.tucker.modules import TuckerModule
+from batude_fx_cli.app import app
 
 CLASSES, TRAIN, HELD_OUT = 3, 24, 9
 SETTINGS = {
@@ -73,7 +74,7 @@ def _recipe(photos: Path, **changes: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "batude_fx.training.loop.Result"]:
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("finished") / "run"
     return folder, batude_fx.run(_recipe(photos), folder)
 
@@ -144,14 +145,14 @@ def test_before_factors_are_trained_the_decomposition_is_exact(photos: Path) -> 
     from batude_fx.training import loop
 
     seen: list[nn.Module] = []
-    original = loop.factored
+    original = loop.factorize
 
     def spy(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
         seen.append(model)
         return original(model, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "factored", spy)
+        patch.setattr(loop, "factorize", spy)
         result = batude_fx.run(_recipe(photos, **changes))
     image = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(result.model(image), seen[0].eval()(image), rtol=1e-3, atol=1e-4)
@@ -161,7 +162,8 @@ def test_before_factors_are_trained_the_decomposition_is_exact(photos: Path) -> 
 _ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 _KILLED = """
 import os, signal, sys
-from batude_fx import Recipe, run
+from batude_fx import Recipe
+from batude_fx import run
 from batude_fx.training import phase
 
 steps, original = 0, phase._Trainer.step
@@ -226,7 +228,8 @@ WITHOUT_ACCELERATE = """
 import sys
 sys.modules["accelerate"] = None
 import batude_fx
-from batude_fx.cli import app
+from batude_fx.training.loop import Result
+from batude_fx_cli.app import app
 app(["train", "digits-demo", "--dry-run", "--json"], standalone_mode=False)
 try:
     batude_fx.run(batude_fx.Recipe.from_yaml("digits-demo"))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import partial_tucker
 
-from batude_fx import tucker
+from batude_fx.tucker import decomposition
 
 shapes = st.tuples(
     st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.sampled_from([(), (1,), (3,), (3, 2), (2, 2, 2)])
@@ -26,13 +26,13 @@ def test_unfoldings_and_mode_products_are_those_of_tensorly(shape: tuple[int, in
     weight = _weight(shape)
     for mode in (0, 1):
         matrix = torch.randn(weight.shape[0], 3, weight.shape[mode + 1], dtype=torch.float64)
-        product = tucker.mode_product(weight, matrix, mode)
+        product = decomposition.mode_product(weight, matrix, mode)
         for group in range(weight.shape[0]):
             with tl.backend_context("pytorch"):
                 expected = tl.tenalg.mode_dot(weight[group], matrix[group], mode)
                 unfolding = tl.unfold(weight[group], mode)
             torch.testing.assert_close(product[group], expected)
-            torch.testing.assert_close(tucker.unfold(weight, mode)[group], unfolding)
+            torch.testing.assert_close(decomposition.unfold(weight, mode)[group], unfolding)
 
 
 @given(shapes)
@@ -40,8 +40,8 @@ def test_unfoldings_and_mode_products_are_those_of_tensorly(shape: tuple[int, in
 def test_mode_spectra_are_squared_singular_values(shape: tuple[int, int, int, tuple[int, ...]]) -> None:
     weight = _weight(shape)
     for mode in (0, 1):
-        values, vectors = tucker.mode_spectrum(weight, mode)
-        singular = torch.linalg.svdvals(tucker.unfold(weight, mode)).square()
+        values, vectors = decomposition.mode_spectrum(weight, mode)
+        singular = torch.linalg.svdvals(decomposition.unfold(weight, mode)).square()
         count = singular.shape[-1]
         torch.testing.assert_close(values[..., :count], singular)
         identity = torch.eye(vectors.shape[-1], dtype=torch.float64).expand(vectors.shape)
@@ -51,8 +51,8 @@ def test_mode_spectra_are_squared_singular_values(shape: tuple[int, int, int, tu
 @pytest.mark.parametrize("ranks", [(3, 4), (6, 2), (8, 5)])
 def test_hooi_is_as_good_as_tensorly(ranks: tuple[int, int]) -> None:
     weight = _weight((2, 8, 5, (3, 3)))
-    core, factor_out, factor_in = tucker.hooi(weight, *ranks, sweeps=50)
-    ours = tucker.mode_product(tucker.mode_product(core, factor_out, 0), factor_in, 1)
+    core, factor_out, factor_in = decomposition.hooi(weight, *ranks, sweeps=50)
+    ours = decomposition.mode_product(decomposition.mode_product(core, factor_out, 0), factor_in, 1)
     for group in range(2):
         with tl.backend_context("pytorch"):
             (tl_core, tl_factors), _ = partial_tucker(
@@ -64,6 +64,6 @@ def test_hooi_is_as_good_as_tensorly(ranks: tuple[int, int]) -> None:
 
 def test_hosvd_at_full_rank_is_exact() -> None:
     weight = _weight((2, 6, 4, (3, 3)))
-    core, factor_out, factor_in = tucker.hosvd(weight, 6, 4)
-    rebuilt = tucker.mode_product(tucker.mode_product(core, factor_out, 0), factor_in, 1)
+    core, factor_out, factor_in = decomposition.hosvd(weight, 6, 4)
+    rebuilt = decomposition.mode_product(decomposition.mode_product(core, factor_out, 0), factor_in, 1)
     torch.testing.assert_close(rebuilt, weight, atol=1e-12, rtol=0)

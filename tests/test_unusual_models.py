@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx.errors import CalibrationError, DiscoveryError, UnsupportedError
-from batude_fx.modules import TuckerModule
+from batude_fx.tucker.modules import TuckerModule
 
 IMAGES = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import nn
 
 import batude_fx
-from batude_fx.compression import Plan
+from batude_fx.compression.plan import Plan
 from batude_fx.errors import BudgetError
-from batude_fx.zoo import example_inputs
+from batude_fx.graph.example_inputs import example_inputs
 
 pytestmark = [
     pytest.mark.slow,

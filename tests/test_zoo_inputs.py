@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx.errors import DiscoveryError
-from batude_fx.zoo import example_inputs
+from batude_fx.graph.example_inputs import example_inputs
 
 models = torchvision.models
 

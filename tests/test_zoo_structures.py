@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import batude_fx
-from batude_fx.zoo import example_inputs
+from batude_fx.graph.example_inputs import example_inputs
 
 pytestmark = [
     pytest.mark.slow,

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from batude_fx.sites import ConvSite
+from batude_fx.graph.sites import ConvSite
 
 
 def net() -> nn.Sequential:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from batude_fx.errors import TrainingError
-from batude_fx.files import replacing
+from batude_fx.support.atomic_files import atomic_file
 
 
 def write(path: Path, tree: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ def write(path: Path, tree: dict[str, Any]) -> None:
         return [packed(item) for item in value] if isinstance(value, list | tuple) else value
 
     text = json.dumps(packed(tree))
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         save_file(tensors, temporary, {"tree": text})
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
 
 from batude_fx.errors import TrainingError, first_line, last_line
-from batude_fx.recipe import Recipe
+from batude_fx.training.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]
 """Images (n, C, H, W) and classes (n,), the share of one process."""

@@ -13,19 +13,21 @@ from typing import Any
 
 from torch import nn
 
-from batude_fx.calibration import normalized_by
-from batude_fx.flops import count_flops
-from batude_fx.folding import fold
-from batude_fx.recipe import Recipe
-from batude_fx.record import Record, TrainingRecord, attach_, site_records, versions
-from batude_fx.sites import Ranks
-from batude_fx.surgery import build_skeleton
+from batude_fx.calibration.batch_norm import renormalize
+from batude_fx.deploy.fold import fold
+from batude_fx.graph.flops import count_flops
+from batude_fx.graph.provenance import attach_
+from batude_fx.graph.surgery import build_skeleton
+from batude_fx.report.record import Record, TrainingRecord, site_records
+from batude_fx.support.versions import library_versions
 from batude_fx.training.data import Data, check_first, first_images, image_data, seed_all
-from batude_fx.training.finalize import factored
+from batude_fx.training.factorize import factorize
 from batude_fx.training.phase import accuracy, run_phase
 from batude_fx.training.problem import Problem, dense_network
+from batude_fx.training.recipe import Recipe
 from batude_fx.training.rounds import Rounds
 from batude_fx.training.session import Session
+from batude_fx.tucker.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     if session.is_inside("finalize"):
         small = build_skeleton(model, ranks)
     else:
-        small = factored(model, ranks, hooi_sweeps=recipe.finalize.hooi_sweeps)
+        small = factorize(model, ranks, hooi_sweeps=recipe.finalize.hooi_sweeps)
     run_phase(session, "finalize", recipe.finalize, small, teacher)
     small = _normalized(session, small)
 
@@ -115,7 +117,7 @@ def _normalized(session: Session, model: nn.Module) -> nn.Module:
     if not count:
         return model
     images = first_images(session.data, count, session.accelerator)
-    return normalized_by(model, [(batch,) for batch in images.tensor_split(math.ceil(len(images) / size))])
+    return renormalize(model, [(batch,) for batch in images.tensor_split(math.ceil(len(images) / size))])
 
 
 def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:
@@ -123,7 +125,7 @@ def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:
     return Record(
         model=type(result.model).__name__, budget=str(recipe.budget), calibration="one-shot training",
         round_to=recipe.one_shot.round_to, seed=recipe.seed, dense_flops=result.dense_flops, flops=result.flops,
-        dense_params=result.dense_params, params=result.params, versions=versions(),
+        dense_params=result.dense_params, params=result.params, versions=library_versions("fvcore", "safetensors"),
         sites=site_records(problem.found, problem.options, result.ranks),
         training=TrainingRecord.model_validate({
             "recipe": recipe.to_yaml(), "original_accuracy": result.original_accuracy, "accuracy": result.accuracy,

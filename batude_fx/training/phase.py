@@ -6,6 +6,7 @@ function of that number alone: a run that goes on from a checkpoint repeats what
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
-from batude_fx.progress import Bar
-from batude_fx.recipe import Distillation, Training
-from batude_fx.report import training_line
+from batude_fx.support.numbers import human
+from batude_fx.support.progress import Bar
 from batude_fx.training.data import Batch, seed_all
+from batude_fx.training.recipe import Distillation, Training
 from batude_fx.training.rounds import Rounds
 from batude_fx.training.session import PHASES, Session
 
@@ -202,3 +203,17 @@ def accuracy(session: Session, model: nn.Module) -> float:
     if not hits:
         raise TrainingError("there are no images to measure accuracy on.")
     return float(torch.cat(hits).float().mean())
+
+
+def training_line(record: dict[str, Any]) -> str:
+    """One line of a training log: an evaluation, or a round of BC-ADL."""
+    start = f"{record['phase']:<9} step {record['step']:>6}"
+    if "round" not in record:
+        return (
+            f"{start}  epoch {record['epoch']:6.2f}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}  "
+            f"lr {record['lr']:.2g}"
+        )
+    return (
+        f"{start}  round {record['round']:>3}  primal {record['primal']:.3f}  dual {record['dual']:.3f}  "
+        f"rho {record['rho']:.2g}  ranks need {human(record['flops'])}FLOPs ({record['keep']:.1%})"
+    )

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from batude_fx.compression import Plan, plan
-from batude_fx.flops import count_flops
-from batude_fx.recipe import Recipe
+from batude_fx.compression.plan import Plan
+from batude_fx.compression.planning import plan
+from batude_fx.graph.flops import count_flops
 from batude_fx.training.problem import Problem, dense_network
+from batude_fx.training.recipe import Recipe
 
 _STEPS = 1000  # of an epoch, whose true length needs the data; only its parts are shown
 

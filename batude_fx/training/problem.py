@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
-from batude_fx.allocation import Integers, Options
-from batude_fx.borrowing import borrowed
-from batude_fx.capacity import counted
-from batude_fx.discovery import discover
+from batude_fx.budget.cost_limits import options_within_budget
+from batude_fx.budget.rank_options import RankOptions
 from batude_fx.errors import (
     BatudeError,
     BudgetError,
@@ -23,13 +21,17 @@ from batude_fx.errors import (
     TrainingError,
     first_line,
 )
-from batude_fx.flops import count_flops
-from batude_fx.plugin import create
-from batude_fx.recipe import DataSection, Recipe
-from batude_fx.serialization import load_weights_, read_weights
-from batude_fx.sites import ConvSite, Sites
-from batude_fx.training.adl import Constraint
-from batude_fx.zoo import example_inputs
+from batude_fx.graph.discovery import discover
+from batude_fx.graph.example_inputs import example_inputs
+from batude_fx.graph.flops import count_flops
+from batude_fx.graph.site_table import Sites
+from batude_fx.graph.sites import ConvSite
+from batude_fx.saving.weights import load_weights_, read_weights
+from batude_fx.support.arrays import Integers
+from batude_fx.support.model_state import eval_and_restore
+from batude_fx.training.lagrangian import Constraint
+from batude_fx.training.recipe import DataSection, Recipe
+from batude_fx.zoo.create import create
 
 
 def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
@@ -80,7 +82,7 @@ class Problem:
     inputs: tuple[Tensor]
     found: Sites
     sites: Mapping[str, ConvSite]
-    options: Mapping[str, Options]
+    options: Mapping[str, RankOptions]
     dense: tuple[int, int]
     classes: int
     most: Integers
@@ -108,7 +110,7 @@ class Problem:
         sites = found.replaceable()
         dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
         try:
-            options, account = counted(sites, wanted.round_to, recipe.budget, dense, {}, adds_bias=False)
+            options, account = options_within_budget(sites, wanted.round_to, recipe.budget, dense, {}, adds_bias=False)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
         problem = cls(inputs, found, sites, options, dense, classes, account.capacity(options.values()))
@@ -171,7 +173,7 @@ def _check_head(model: nn.Module, recipe: Recipe, classes: int) -> None:
 @torch.no_grad()
 def _classes(model: nn.Module, inputs: tuple[Tensor]) -> int:
     try:
-        with borrowed(model):
+        with eval_and_restore(model):
             outputs = model(*inputs)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = first_line(error)

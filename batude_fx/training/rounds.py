@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
+from batude_fx.calibration.statistics import statistics
 from batude_fx.errors import CalibrationError, TrainingError
-from batude_fx.measuring import statistics
-from batude_fx.recipe import OneShot
-from batude_fx.spectra import Metric
-from batude_fx.training.adl import Lagrangian, Residuals
 from batude_fx.training.data import first_images
+from batude_fx.training.lagrangian import Lagrangian, Residuals
 from batude_fx.training.problem import Problem
+from batude_fx.training.recipe import OneShot
 from batude_fx.training.session import Session
+from batude_fx.tucker.spectra import Metric
 
 _BATCH = 32  # images that are measured together; bounds the memory
 

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -17,19 +15,22 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
-from batude_fx.files import held, replacing
-from batude_fx.recipe import Duration, Recipe
-from batude_fx.record import Record, attached
-from batude_fx.saved_config import TRAINED
-from batude_fx.serialization import load_weights_, read_weights, save
+from batude_fx.graph.provenance import attached
+from batude_fx.report.record import Record
+from batude_fx.saving.config import TRAINED
+from batude_fx.saving.saved_folder import save
+from batude_fx.saving.weights import load_weights_, read_weights
+from batude_fx.support.atomic_files import atomic_file, visible_entries
+from batude_fx.support.versions import library_versions
 from batude_fx.training import checkpoint
 from batude_fx.training.data import Data
+from batude_fx.training.duration import Duration
+from batude_fx.training.recipe import Recipe
 
 CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE = (
     "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png",
 )  # fmt: skip
 PHASES = ("pretrain", "one_shot", "finalize")
-_LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")
 
 
 class Session:
@@ -79,7 +80,7 @@ class Session:
                 place.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise TrainingError(f"{place} cannot be written: {error.strerror}. Choose another place.") from error
-            with replacing(place / RECIPE) as text:
+            with atomic_file(place / RECIPE) as text:
                 text.write_text(self.recipe.to_yaml(), encoding="utf-8")
             if self.accelerator.log_with:
                 self.accelerator.init_trackers("tensorboard")
@@ -146,7 +147,7 @@ class Session:
         if self.resumed and not self.is_inside("pretrain"):
             load_weights_(model, read_weights(path))
         elif self._writes:
-            with replacing(path) as weights:
+            with atomic_file(path) as weights:
                 save_model(model, str(weights))
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever is computed
@@ -159,7 +160,7 @@ class Session:
         """A line of the log; its numbers go to the trackers too."""
         self.log.append(record)
         if self._writes:
-            with replacing(cast("Path", self.folder) / LOG) as text:
+            with atomic_file(cast("Path", self.folder) / LOG) as text:
                 text.write_text("".join(json.dumps(line) + "\n" for line in self.log), encoding="utf-8")
         numbers = {f"{record['phase']}/{name}": one for name, one in record.items() if isinstance(one, float | int)}
         self.accelerator.log(numbers, step=record["step"])
@@ -186,7 +187,7 @@ class Session:
         self.accelerator.end_training()
         if not self._writes:
             return
-        from batude_fx.pictures import pictures, write_png
+        from batude_fx.report.figures import pictures, write_png
 
         folder = cast("Path", self.folder)
         shutil.rmtree(folder / TRAINED, ignore_errors=True)  # what a run that was killed here has left
@@ -194,11 +195,11 @@ class Session:
         write_png(pictures(cast("Record", attached(model)))["ranks"], folder / PICTURE)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
-            "threads": torch.get_num_threads(), "python": sys.version.split()[0],
+            "threads": torch.get_num_threads(),
         }  # fmt: skip
-        versions = {name: version(name) for name in _LIBRARIES}
+        versions = library_versions("accelerate")
         facts = {**facts, "seed": self.recipe.seed, "machine": machine, "versions": versions, "log": self.log}
-        with replacing(folder / RESULT) as text:
+        with atomic_file(folder / RESULT) as text:
             text.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (folder / CHECKPOINT).unlink(missing_ok=True)
 
@@ -228,5 +229,5 @@ def _check_new(folder: Path) -> None:
     if (folder / RECIPE).exists():
         ended = "is finished" if (folder / RESULT).exists() else "can be gone on with by --resume"
         raise TrainingError(f"{folder} holds a run already, which {ended}; give a new folder for another.")
-    if held(folder):
+    if visible_entries(folder):
         raise TrainingError(f"{folder} holds other files; give a new folder.")

@@ -5,7 +5,7 @@ import re
 import typer
 from typer.cli import get_docs_for_click
 
-from batude_fx.cli import app
+from batude_fx_cli.app import app
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -10,8 +10,8 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from batude_fx.budget import Budget
-from batude_fx.recipe import Recipe, shipped
+from batude_fx.budget.budget import Budget
+from batude_fx.training.recipe import Recipe, shipped
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import batude_fx
-from batude_fx.compression import Calibration
+from batude_fx.compression.calibrate import Calibration
 from tests.real import inputs
 
 pytestmark = pytest.mark.real

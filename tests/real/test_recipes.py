@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import batude_fx
-from batude_fx.cli import app
+from batude_fx_cli.app import app
 from tests.real.inputs import shop_folder
 
 

@@ -1,0 +1,139 @@
+"""Sites, losses and limits to ranks: a multiple-choice knapsack. Integers and arrays; no model in sight.
+
+Every site offers its rank pairs, dense included, each with a cost and a loss; one option per site is picked so that
+the sum of losses is small and the sum of costs stays within the limits. A Lagrange multiplier, found by bisection,
+gives a point on the convex hull of all solutions; what it leaves unspent is then spent move by move.
+
+Source: P. Sinha, A. Zoltners, "The multiple-choice knapsack problem", Operations Research 27(3), 1979;
+H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+from batude_fx.budget.rank_options import UNITS, RankOptions
+from batude_fx.errors import BudgetError
+from batude_fx.support.arrays import Floats, Integers
+
+_PARTS = {1: 1, 2: 10, 3: 5}  # in which prices are shared out among so many limits that bind
+
+
+def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
+    """Pick one option per site: the smallest sum of losses that can be found with every cost inside its capacity.
+
+    Args:
+        options: What each site can be.
+        capacity: (k,) most of each cost, of all sites together.
+
+    Returns:
+        The row picked in each site's options.
+
+    Raises:
+        BudgetError: When no choice fits.
+    """
+    if not options:
+        return []
+    directions = _price_directions(options, capacity)
+    # What is dominated at all of these prices is hardly worth a look, and nearly every row is where ranks are fine.
+    rows = [np.unique(np.concatenate([_pareto_front(one, weights) for weights in directions])) for one in options]
+    options = [one.at(kept) for one, kept in zip(options, rows, strict=True)]
+    best: list[int] | None = None
+    for weights in directions:
+        fronts = [_pareto_front(option, weights) for option in options]
+        picked = _lagrangian(options, fronts, capacity, weights)
+        if picked is None:
+            continue
+        picked = _spend_remainder(options, picked, capacity)
+        if best is None or _total_loss(options, picked) < _total_loss(options, best):
+            best = picked
+    if best is None:
+        limits = " and ".join(map(describe_cost, capacity.tolist(), UNITS))
+        raise BudgetError(
+            f"no choice of ranks keeps the replaceable sites within {limits}, though each limit can be met alone; "
+            "raise one of them."
+        )
+    return [int(kept[row]) for kept, row in zip(rows, best, strict=True)]
+
+
+def describe_cost(cost: int, unit: str, *, alone: bool = True) -> str:
+    """A cost in words: "5,000 flops", "1.2 ms"; without its unit where another one follows."""
+    number, name = (f"{cost / 1e6:.4g}", "ms") if unit == "latency" else (f"{cost:,}", unit)
+    return f"{number} {name}" if alone else number
+
+
+def _price_directions(options: Sequence[RankOptions], capacity: Integers) -> list[Floats]:
+    """Prices of each cost to try: shares of a whole among the limits that bind; a single one needs a single try."""
+    dense = np.sum([option.dense for option in options], axis=0, dtype=np.float64)
+    unit = 1 / np.maximum(dense, 1)
+    binding = np.flatnonzero(capacity < dense)
+    if not len(binding):
+        binding = np.array([0])
+    parts = _PARTS[len(binding)]
+    shares = (np.array(one) / parts for one in product(range(parts + 1), repeat=len(binding)) if sum(one) == parts)
+    return [unit * (np.eye(len(unit))[binding].T @ share) for share in shares]
+
+
+def _pareto_front(option: RankOptions, weights: Floats) -> Integers:
+    """Rows that no other row beats in both price and loss, from the cheapest to the dense one."""
+    prices = option.costs @ weights
+    order = np.lexsort((option.losses, prices))
+    losses = option.losses[order]
+    better = np.concatenate([[True], losses[1:] < np.minimum.accumulate(losses)[:-1]])
+    front: Integers = order[better]
+    return front
+
+
+def _lagrangian(
+    options: Sequence[RankOptions], fronts: Sequence[Integers], capacity: Integers, weights: Floats
+) -> list[int] | None:
+    """Minimise loss + multiplier * price at every site, with the smallest multiplier that meets the capacity."""
+    width = max(len(front) for front in fronts)
+    losses = np.full((len(fronts), width), np.inf)
+    prices = np.zeros((len(fronts), width))
+    costs = np.zeros((len(fronts), width, len(capacity)), np.int64)
+    for row, (option, front) in enumerate(zip(options, fronts, strict=True)):
+        losses[row, : len(front)] = option.losses[front]
+        costs[row, : len(front)] = option.costs[front]
+        prices[row, : len(front)] = option.costs[front] @ weights
+    sites = np.arange(len(fronts))
+
+    def choose(multiplier: float) -> tuple[Integers, bool]:
+        column = np.argmin(losses + multiplier * prices, axis=1)
+        return column, bool((costs[sites, column].sum(axis=0) <= capacity).all())
+
+    high = 1.0
+    while not choose(high)[1]:
+        high *= 4
+        if high > 1e60:  # noqa: PLR2004 - no saving of loss pays such a price: nothing fits
+            return None
+    low = 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if choose(middle)[1] else (middle, high)
+    column, _ = choose(high)
+    return [int(front[c]) for front, c in zip(fronts, column, strict=True)]
+
+
+def _spend_remainder(options: Sequence[RankOptions], picked: list[int], capacity: Integers) -> list[int]:
+    """Take the move with the most loss saved per unit of remaining capacity, until no move fits."""
+    site_of = np.concatenate([np.full(len(option.losses), site) for site, option in enumerate(options)])
+    first = np.cumsum([0, *(len(option.losses) for option in options)])
+    losses = np.concatenate([option.losses for option in options])
+    costs = np.concatenate([option.costs for option in options])
+    at = first[:-1] + np.array(picked)
+    while True:
+        slack = capacity - costs[at].sum(axis=0)
+        extra = costs - costs[at][site_of]
+        saved = losses[at][site_of] - losses
+        usable = (extra <= slack).all(axis=1) & (saved > 0)
+        if not usable.any():
+            return [int(index - start) for index, start in zip(at, first[:-1], strict=True)]
+        share = np.maximum(extra / np.maximum(slack, 1), 1e-12).max(axis=1)
+        move = int(np.argmax(np.where(usable, saved / share, -np.inf)))
+        at[site_of[move]] = move
+
+
+def _total_loss(options: Sequence[RankOptions], picked: Sequence[int]) -> float:
+    return float(sum(option.losses[row] for option, row in zip(options, picked, strict=True)))

@@ -1,0 +1,151 @@
+"""Images for calibration when the user has none: procedural "dead leaves", generated on the spot from a seed.
+
+Opaque shapes of power-law sizes fall on each other, each with its own colour, shading and texture. This gives the
+edges, flat regions, occlusions, scale invariance and correlated colours of photographs, which is what the covariances
+of a convolutional network depend on.
+
+Source: A. Lee, D. Mumford, J. Huang, "Occlusion models for natural images", IJCV 41, 2001; M. Baradad et al.,
+"Learning to See by Looking at Noise", NeurIPS 2021, https://arxiv.org/abs/2106.05963. Here also: shading and
+band-limited texture inside each shape, mixed shape families, and a slight blur.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.floating[Any]]
+LEAVES = 160
+_CHECKED = 0.3  # share of the gratings that are checks
+_SMALLEST, _LARGEST = 0.02, 0.6  # radii, as fractions of the image's shorter side
+_REACH = 2.9  # no shape reaches further than this many radii: stretched by 2, corner of a square
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """The shapes of one image, from the back to the front; leaf 0 is the background.
+
+    Attributes:
+        middle: (leaves, 2) y and x, in units of the shorter side.
+        axes: (leaves, 2, 2) maps a displacement to the frame in which the leaf is about the unit disc.
+        family: (leaves,) 0 diamond, 1 ellipse, 2 rectangle.
+        colour: (leaves, 3).
+        slope: (leaves, 2) shading across the leaf.
+        texture: (leaves,) amplitude of the noise.
+        stripes: (leaves,) amplitude of the grating.
+        frequency: (leaves, 2) of the grating along both axes, radians per radius.
+    """
+
+    middle: Floats
+    axes: Floats
+    family: NDArray[np.int64]
+    colour: Floats
+    slope: Floats
+    texture: Floats
+    stripes: Floats
+    frequency: Floats
+
+
+def dead_leaves(count: int, size: tuple[int, int], *, seed: int = 0) -> Tensor:
+    """Procedural colour images.
+
+    Args:
+        count: Number of images.
+        size: Height and width in pixels.
+        seed: The same seed gives the same images; image i does not depend on `count`.
+
+    Returns:
+        (count, 3, height, width) float32 inside [0, 1].
+    """
+    images = np.stack([_image(size, np.random.default_rng((seed, index))) for index in range(count)])
+    return torch.from_numpy(images)
+
+
+def _image(size: tuple[int, int], rng: np.random.Generator) -> Floats:
+    """(3, height, width) inside [0, 1]."""
+    leaves = _draw_leaves(size, rng)
+    y, x = (np.arange(extent, dtype=np.float32) / min(size) for extent in size)
+    top = _top_leaf(leaves, y, x)  # (H, W)
+    dy, dx = y[:, None] - leaves.middle[top, 0], x[None, :] - leaves.middle[top, 1]
+    v, u = (leaves.axes[top, row, 0] * dy + leaves.axes[top, row, 1] * dx for row in (0, 1))
+    light = leaves.slope[top, 0] * np.clip(u, -1, 1) + leaves.slope[top, 1] * np.clip(v, -1, 1)
+    light += leaves.texture[top] * _noise(size, rng)
+    light += leaves.stripes[top] * np.sin(leaves.frequency[top, 0] * u) * np.cos(leaves.frequency[top, 1] * v)
+    image = _blurred(leaves.colour[top].transpose(2, 0, 1) + light)
+    contrast = rng.uniform(0.7, 1.3)
+    return cast("Floats", np.clip((image - 0.5) * contrast + 0.5, 0, 1).astype(np.float32))
+
+
+def _draw_leaves(size: tuple[int, int], rng: np.random.Generator) -> _Leaves:
+    n = LEAVES
+    radius = _radii(rng)
+    angle, stretch = rng.uniform(0, np.pi, n), 2 ** rng.uniform(-1, 1, n)
+    cos, sin = np.cos(angle), np.sin(angle)
+    axes = np.stack([np.stack([cos * stretch, -sin * stretch], 1), np.stack([sin / stretch, cos / stretch], 1)], 1)
+    # Photographs are mostly grey: one grey level, with a smaller departure that is warm or cold more often than not.
+    grey, warmth, tint = rng.uniform(0, 1, (n, 1)), rng.normal(0, 0.12, (n, 1)), rng.normal(0, 0.08, (n, 3))
+    checks = rng.uniform(0, 1, n) < _CHECKED
+    frequency = rng.uniform(3, 15, (n, 2)) * np.stack([np.ones(n), checks], 1)
+    leaves = _Leaves(
+        middle=_float(rng.uniform(0, 1, (n, 2)) * np.array(size) / min(size)),
+        axes=_float(axes / radius[:, None, None]),
+        family=rng.choice(np.array([0, 1, 1, 2]), n),
+        colour=_float(grey + warmth * np.array([1.0, 0.0, -1.0]) + tint),
+        slope=_float(rng.normal(0, 0.15, (n, 2))),
+        texture=_float(0.3 * rng.uniform(0, 1, n) ** 3),
+        stripes=_float(0.3 * rng.uniform(0, 1, n) ** 3),
+        frequency=_float(frequency),
+    )
+    leaves.texture[0] = 0.25
+    return leaves
+
+
+def _radii(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Radii with density ~ radius^-3, roughly the largest first so that small leaves stay visible."""
+    power_law = (_LARGEST**-2 + rng.uniform(0, 1, LEAVES) * (_SMALLEST**-2 - _LARGEST**-2)) ** -0.5
+    # Power-law draws are nearly all tiny: half of the leaves are drawn uniformly in log radius.
+    log_uniform = _SMALLEST * (_LARGEST / _SMALLEST) ** rng.uniform(0, 1, LEAVES)
+    radius = np.where(rng.permutation(LEAVES) % 2, power_law, log_uniform)
+    return radius[np.argsort(-radius - 0.15 * rng.uniform(0, 1, LEAVES))]
+
+
+def _top_leaf(leaves: _Leaves, y: Floats, x: Floats) -> NDArray[np.int64]:
+    """(H, W) index of the leaf that is seen at each pixel."""
+    top = np.zeros((len(y), len(x)), np.int64)
+    reach = _REACH / np.sqrt(np.abs(np.linalg.det(leaves.axes)))
+    for leaf in range(1, LEAVES):
+        middle_y, middle_x = leaves.middle[leaf]
+        rows = slice(*np.searchsorted(y, (middle_y - reach[leaf], middle_y + reach[leaf])))
+        columns = slice(*np.searchsorted(x, (middle_x - reach[leaf], middle_x + reach[leaf])))
+        dy, dx = (y[rows] - middle_y)[:, None], (x[columns] - middle_x)[None, :]
+        v, u = (np.abs(a * dy + b * dx) for a, b in leaves.axes[leaf])
+        family = leaves.family[leaf]
+        distance = u + v if family == 0 else u * u + v * v if family == 1 else np.maximum(u, v)
+        top[rows, columns][distance < 1] = leaf
+    return top
+
+
+def _noise(size: tuple[int, int], rng: np.random.Generator) -> Floats:
+    """(H, W) noise with a 1/f amplitude spectrum and unit variance."""
+    spectrum = np.fft.rfft2(rng.normal(size=size))
+    fy, fx = np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])
+    noise = np.fft.irfft2(spectrum / np.sqrt(fy**2 + fx**2 + 1 / (size[0] * size[1])), s=size)
+    return _float(noise / noise.std())
+
+
+def _blurred(image: Floats) -> Floats:
+    """A 3 x 3 binomial blur: no camera gives edges sharper than its pixels."""
+    for axis in (1, 2):
+        padded = np.pad(image, [(int(a == axis), int(a == axis)) for a in range(3)], mode="edge")
+        middle, last = range(1, padded.shape[axis] - 1), range(2, padded.shape[axis])
+        image = 0.25 * (padded.take(range(image.shape[axis]), axis) + padded.take(last, axis)) + 0.5 * padded.take(
+            middle, axis
+        )
+    return image
+
+
+def _float(values: NDArray[np.float64]) -> Floats:
+    return values.astype(np.float32)

@@ -1,0 +1,155 @@
+"""The two verbs: `plan` decides the ranks under a budget, `compress` also builds the network that has them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from batude_fx.budget.budget import Budget
+from batude_fx.budget.cost_limits import options_within_budget
+from batude_fx.budget.layer_times import LayerTimer
+from batude_fx.calibration.images import Inputs
+from batude_fx.compression.calibrate import Calibration, calibration_label, decompose, measure
+from batude_fx.compression.latency_search import add_latency, refine_by_timing
+from batude_fx.compression.plan import ModelT, Plan, check_values
+from batude_fx.compression.rank_search import choose_ranks
+from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
+from batude_fx.graph.discovery import discover
+from batude_fx.graph.example_inputs import resolve_inputs
+from batude_fx.graph.flops import count_flops
+from batude_fx.graph.provenance import checksum
+from batude_fx.graph.site_table import Sites
+from batude_fx.tucker.ranks import Ranks
+
+
+def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
+    model: nn.Module,
+    budget: Budget | float | str,
+    *,
+    example_inputs: Tensor | Inputs | None = None,
+    calibration: Calibration = "synthetic",
+    layers: str = "conv",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    round_to: int | Literal["auto"] = 8,
+    ranks: Mapping[str, Ranks | None] | None = None,
+) -> Plan:
+    """Decide the Tucker-2 ranks of a model under a budget.
+
+    Args:
+        model: Any module; it is bit-identical afterwards.
+        budget: The fraction of flops that remains (0.5), a factor ("2.5x"), a percentage ("40%"), an absolute count
+            ("0.9GFLOPs"), or a `Budget` with several limits, latency among them. Flops are fvcore's: one multiply-add
+            is one. Latency is the wall time of the model in eval mode on its device, with torch's threads of now.
+        example_inputs: Arguments of one run, (1, C, H, W) for an image model, whose batch and memory format count
+            for latency. By default what timm or torchvision knows of the model.
+        calibration: Unlabelled images, normalized as for evaluation: a tensor (N, C, H, W), an iterable of batches or
+            a DataLoader. "synthetic" generates some; None looks at the weights alone.
+        layers: "conv", or "conv+linear" to replace linear layers too.
+        include: Globs over qualified names; only sites that match one are replaced.
+        exclude: Globs; sites that match one stay dense.
+        round_to: Ranks are multiples of this, all groups of a site together. "auto" measures which multiple suits this
+            machine, and leaves sites dense that would be no faster, as far as the budget can then be met.
+        ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
+
+    Returns:
+        The plan; `print` shows it as a table, `plan.apply(model)` builds the network.
+
+    Raises:
+        BudgetError: The budget cannot be read, or is out of reach; then the message names the smallest reachable one.
+        DiscoveryError: The model has no convolution, or does not run on the example input.
+        SelectionError: A pattern or a name in `ranks` matches no site.
+        CalibrationError: The calibration images are empty, not finite or of the wrong shape.
+        UnsupportedError: The model is in half precision, on the meta device, or holds NaN; or this is called inside
+            `torch.inference_mode()` or `torch.autocast()`.
+
+    Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
+        R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
+    """
+    budget = Budget.parse(budget)
+    if round_to != "auto" and (type(round_to) is not int or round_to < 1):
+        raise SelectionError(f'round_to={round_to!r} is not a rank multiple; use 1 or more, 8 by default, or "auto".')
+    if isinstance(calibration, str) and calibration != "synthetic":
+        raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
+    check_values(model)
+    inputs = resolve_inputs(model, example_inputs)
+    sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
+    eligible = sites.replaceable()
+    watch = None
+    if round_to == "auto" or budget.latency is not None:
+        _check_times(sites, model)
+        watch = LayerTimer(model, eligible, inputs, adds_bias=calibration is not None)
+    dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
+    within = budget.model_copy(update={"latency": None})
+    count = partial(
+        options_within_budget, budget=within, dense=dense, ranks=ranks or {}, adds_bias=calibration is not None
+    )
+    try:  # a budget out of reach is said before any image is looked at
+        if watch:
+            options, account = add_latency(partial(count, eligible), budget, watch, round_to)
+        else:
+            options, account = count(eligible, int(round_to))
+    except BudgetError as error:
+        if layers != "conv" or watch:
+            raise
+        wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude)
+        raise _naming_linear(error, lambda: count(wider.replaceable(), int(round_to))) from None
+    measured, kept, norms = measure(model, list(eligible.values()), calibration, inputs)
+    candidates = decompose(model, eligible, options, measured)
+    choice = choose_ranks(candidates, account)
+    if watch:
+        choice, account = refine_by_timing(choice, watch, candidates, account)
+    return Plan(
+        model_name=type(model).__name__,
+        budget=budget,
+        sites=sites,
+        dense_flops=dense[0],
+        dense_params=dense[1],
+        dense_seconds=watch.dense_nanoseconds / 1e9 if watch else None,
+        calibration=calibration_label(calibration, inputs),
+        round_to=account.round_to,
+        **vars(choice),
+        _weights=checksum(model),
+        _account=account,
+        _candidates=candidates,
+        _kept=kept,
+        _norms=norms,
+        _recounted=inputs if sites.sizes_vary else None,
+    )
+
+
+def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> ModelT:  # noqa: ANN401 - those of plan
+    """A smaller model of the same class that meets the budget: `plan(model, budget, **options).apply(model)`.
+
+    Args:
+        model: Any module; it is bit-identical afterwards, also when an error is raised.
+        budget: As for `plan`.
+        **options: As for `plan`: `example_inputs`, `calibration`, `layers`, `include`, `exclude`, `round_to`, `ranks`.
+
+    Returns:
+        A new module of the model's own class, its convolutions replaced by Tucker-2 modules.
+
+    Raises:
+        BatudeError: As `plan`.
+
+    Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
+    """
+    return plan(model, budget, **options).apply(model)
+
+
+def _naming_linear(error: BudgetError, count: Callable[[], object]) -> BudgetError:
+    """The error, and the other way out where the budget is in reach with linear layers."""
+    try:
+        count()
+    except BudgetError:
+        return error
+    return BudgetError(f'{error} With linear layers, layers="conv+linear", it can be met.')
+
+
+def _check_times(sites: Sites, model: nn.Module) -> None:
+    if sites.sizes_vary:
+        raise UnsupportedError(
+            f"{type(model).__name__} may compute more or less for other values, so its time cannot be foreseen; give "
+            "flops or params, and a number for round_to."
+        )

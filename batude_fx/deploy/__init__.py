@@ -1,0 +1,1 @@
+"""Networks for deployment: batch-norms folded, files of other formats, eight bits."""

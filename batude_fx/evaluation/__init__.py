@@ -1,0 +1,1 @@
+"""Networks held against images: folders of images, scores, sweeps over budgets."""

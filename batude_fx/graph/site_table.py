@@ -1,0 +1,115 @@
+"""The sites that discovery found, as a sequence that prints as a table; and the parts that other site tables share."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, Self
+
+from batude_fx.graph.flops import dense_cost
+from batude_fx.graph.sites import ConvSite
+from batude_fx.support.numbers import human
+from batude_fx.support.tables import add_row, as_text, new_table, set_caption
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SITE_WIDTH = 22
+_MOST_NAMES = 3
+
+
+class Convolution(Protocol):
+    """What the description of a convolution needs: a `ConvSite` has it, and so has the record of one in a report."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102 - as in ConvSite
+    @property
+    def in_channels(self) -> int: ...  # noqa: D102
+    @property
+    def out_channels(self) -> int: ...  # noqa: D102
+    @property
+    def kernel_size(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def groups(self) -> int: ...  # noqa: D102
+
+
+class Sites(tuple[ConvSite, ...]):  # noqa: SLOT001 - Python gives tuples no slots but the empty ones
+    """What `discover` found; prints as a table.
+
+    Attributes:
+        sizes_vary: Whether sizes may depend on values, as where a detector chooses its boxes: the run makes a tensor
+            of such a size, or the model decides in Python and cannot be traced. Then another network of the same
+            shapes may need another number of flops.
+    """
+
+    sizes_vary: bool
+
+    def __new__(cls, sites: Iterable[ConvSite], *, sizes_vary: bool = False) -> Self:
+        """A tuple is complete once it is made, hence not in `__init__`."""
+        self = super().__new__(cls, sites)
+        self.sizes_vary = sizes_vary
+        return self
+
+    def replaceable(self) -> dict[str, ConvSite]:
+        """Name to site, of those that nothing keeps dense."""
+        return {site.name: site for site in self if site.skip_reason is None}
+
+    def __str__(self) -> str:
+        """Every site with its sizes and cost, and why some stay dense."""
+        return as_text(sites_table(self, "sites"))
+
+
+def sites_table(sites: Sequence[ConvSite], model_name: str) -> "Table":
+    """Every convolution of a model: sizes, cost, how it was found, and why it would stay dense."""
+    table = new_site_table(model_name, sites, "flops", "params", "calls", "found")
+    for site in sites:
+        flops, params = dense_cost(site)
+        add_site_row(table, site, human(flops), human(params), str(site.calls), site.found_by)
+    eligible = [site for site in sites if site.skip_reason is None]
+    set_caption(
+        table,
+        f"{len(eligible)} of {len(sites)} can be replaced. One multiply-add is one flop.{skip_notes(sites)}",
+    )
+    return table
+
+
+def new_site_table(title: str, sites: Sequence[ConvSite], *columns: str) -> "Table":
+    """An empty table with a row per site to come: its name, its convolution, and the given columns of numbers."""
+    table = new_table(title=title, padding=(0, 1, 0, 0))
+    longest = max((len(site.name) for site in sites), default=0)
+    table.add_column("site", overflow="fold", min_width=min(longest, _SITE_WIDTH))
+    table.add_column("convolution", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")  # the mark of a note
+    return table
+
+
+def add_site_row(table: "Table", site: ConvSite, *cells: str) -> None:
+    """Add the row of a site; a star marks one that cannot be replaced."""
+    add_row(table, site.name, describe_convolution(site), *cells, "*" if site.skip_reason else "")
+
+
+def skip_notes(sites: Iterable[ConvSite]) -> str:
+    """The reasons why sites cannot be replaced, each with its sites; a line per reason, for the caption."""
+    sites_by_reason: dict[str, list[str]] = {}
+    for site in sites:
+        if site.skip_reason:
+            sites_by_reason.setdefault(site.skip_reason, []).append(site.name)
+    return "".join(f"\n* {reason}: {_first_names(names)}" for reason, names in sites_by_reason.items())
+
+
+def describe_convolution(site: Convolution) -> str:
+    """A convolution in a few characters: "64 > 128 3x3", "Conv1d 8 > 8 5 dw" where it is depthwise."""
+    kernel = "x".join(map(str, site.kernel_size))
+    groups = " dw" if site.groups == site.in_channels > 1 else f" /{site.groups}" if site.groups > 1 else ""
+    kind = "" if site.kind == "Conv2d" else f"{site.kind} "
+    return f"{kind}{site.in_channels} > {site.out_channels} {kernel}{groups}".rstrip()
+
+
+def describe_ranks(ranks: tuple[int, int] | None) -> str:
+    """Ranks in a few characters: "24 / 16", or "dense"."""
+    return "{} / {}".format(*ranks) if ranks else "dense"
+
+
+def _first_names(names: Sequence[str]) -> str:
+    if len(names) <= _MOST_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"

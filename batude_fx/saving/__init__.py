@@ -1,0 +1,1 @@
+"""Networks as folders, and how they are built again without executing anything."""

@@ -1,0 +1,42 @@
+"""The tables of the command line: what a saved folder holds, and what a sweep measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from batude_fx.graph.site_table import describe_ranks
+from batude_fx.report.sweep_points import Point
+from batude_fx.support.numbers import human
+from batude_fx.support.tables import add_row, new_table
+
+
+def saved_table(folder: object, facts: dict[str, Any]) -> Table:
+    """What a saved folder holds, and its Tucker modules."""
+    saved = facts["model_args"]
+    title = f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}"
+    table = new_table("site", "ranks", title=title)
+    for name, (rank_out, rank_in) in saved["ranks"].items():
+        add_row(table, name, describe_ranks((rank_out, rank_in)))
+    flops = f"{human(facts['flops'])}FLOPs, " if "flops" in facts else ""
+    table.caption = (
+        f"{flops}{human(facts['params'])} parameters, {human(facts['bytes'])}B on disk; {len(saved['ranks'])} sites in "
+        "Tucker form. Ranks are out / in, per group."
+    )
+    return table
+
+
+def sweep_table(name: str, points: Sequence[Point]) -> Table:
+    """Every budget of a sweep."""
+    labelled = points[0].top1 is not None
+    columns = ("budget", "flops", "parameters", "ms/image", "agreement", *(("top 1", "top 5") if labelled else ()))
+    table = new_table(title=name)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in points:
+        shares = [point.agreement, *((point.top1 or 0.0, point.top5 or 0.0) if labelled else ())]
+        budget = f"{point.budget:g}" if point.budget < 1 else "original"
+        counts = human(point.flops).strip(), human(point.params).strip(), f"{point.milliseconds:.2f}"
+        add_row(table, budget, *counts, *(f"{share:.4f}" for share in shares))
+    table.caption = "Agreement: images for which the original names the same class. One image at a time, medians."
+    return table
