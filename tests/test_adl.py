@@ -42,8 +42,8 @@ def layers(seed: int = 0) -> dict[str, nn.Conv2d]:
     }
 
 
-def lagrangian(seed: int = 0, *, rho: float = 0.5, soft: bool = False) -> Lagrangian:
-    return Lagrangian({name: constraint(layer) for name, layer in layers(seed).items()}, rho=rho, soft=soft)
+def lagrangian(seed: int = 0, *, rho: float = 0.5) -> Lagrangian:
+    return Lagrangian({name: constraint(layer) for name, layer in layers(seed).items()}, rho=rho)
 
 
 def capacity(lagrangian: Lagrangian, keep: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -51,29 +51,27 @@ def capacity(lagrangian: Lagrangian, keep: float) -> np.ndarray[tuple[int], np.d
     return np.array([int(keep * dense), 2**60])
 
 
-@pytest.mark.parametrize(("soft", "expected"), [(False, [4.0, 3, 0, 0]), (True, [2.0, 1, 0, 0])])
-def test_thresholds_by_hand(soft: bool, expected: list[float]) -> None:
+def test_truncation_by_hand() -> None:
     weight = torch.diag(torch.tensor([4.0, 3, 2, 1], dtype=torch.float64))[None, ..., None, None]
     spectrum = weight_spectrum(weight, pointwise=True)
-    cut = truncate(weight, spectrum, Ranks(2, 2), soft=soft)
-    torch.testing.assert_close(cut[0, :, :, 0, 0].diagonal(), torch.tensor(expected, dtype=torch.float64))
-    assert truncate(weight, spectrum, None, soft=soft) is weight
+    cut = truncate(weight, spectrum, Ranks(2, 2))
+    torch.testing.assert_close(cut[0, :, :, 0, 0].diagonal(), torch.tensor([4.0, 3, 0, 0], dtype=torch.float64))
+    assert truncate(weight, spectrum, None) is weight
 
 
-def test_both_modes_shrink_softly_by_what_is_cut() -> None:
+def test_both_modes_are_cut() -> None:
     weight = torch.zeros(1, 3, 3, 1, 2, dtype=torch.float64)
     for index, value in enumerate((5.0, 3.0, 1.0)):
         weight[0, index, index, 0, index % 2] = value  # both unfoldings have the singular values 5, 3, 1
-    cut = truncate(weight, weight_spectrum(weight, pointwise=False), Ranks(2, 2), soft=True)
+    cut = truncate(weight, weight_spectrum(weight, pointwise=False), Ranks(2, 2))
     diagonal = cut.sum((3, 4))[0].diagonal()
-    # Each mode multiplies by (1 - 1 / value).
-    torch.testing.assert_close(diagonal, torch.tensor([5 * 0.8**2, 3 * (2 / 3) ** 2, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(diagonal, torch.tensor([5.0, 3.0, 0.0], dtype=torch.float64))
 
 
-@given(st.integers(0, 50), st.floats(0.3, 0.95), st.booleans())
+@given(st.integers(0, 50), st.floats(0.3, 0.95))
 @settings(max_examples=25, deadline=None)
-def test_a_projection_meets_the_budget_with_exactly_the_planned_ranks(seed: int, keep: float, soft: bool) -> None:
-    split = lagrangian(seed, soft=soft)
+def test_a_projection_meets_the_budget_with_exactly_the_planned_ranks(seed: int, keep: float) -> None:
+    split = lagrangian(seed)
     limit = capacity(split, keep)
     split.project_(limit)
     spent = 0

@@ -109,7 +109,7 @@ def test_the_options_of_a_site_need_fewer_flops_than_the_dense_layer() -> None:
         found_by="fx",
     )
     loss = SiteLoss(out=np.linspace(1, 0, 17), in_=np.linspace(2, 0, 33))
-    options = site_options(site, 8, adds_bias=True).judged(loss)
+    options = site_options(site, 8, adds_bias=True).with_losses(loss)
     assert options.dense.tolist() == [100 * 9 * 32 * 16, 9 * 32 * 16]
     assert (options.costs[1:, 0] < options.dense[0]).all()
     row = options.ranks.tolist().index([8, 16])
@@ -118,5 +118,5 @@ def test_the_options_of_a_site_need_fewer_flops_than_the_dense_layer() -> None:
         32 * 16 + 9 * 16 * 8 + 8 * 16 + 16,
     ]
     assert options.losses[row] == pytest.approx(0.5 + 1.0)
-    assert options.only(8, 16) is not None
-    assert options.only(7, 16) is None
+    assert options.only_at(8, 16) is not None
+    assert options.only_at(7, 16) is None

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from timm.layers import register_notrace_module
-from torch import Tensor, fx, nn
-from torch.fx.passes.infra.pass_manager import PassManager
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import batude_fx
 from batude_fx.errors import DiscoveryError, SelectionError
-from batude_fx.graph.discovery import DiscoverConvolutions, discover
+from batude_fx.graph.discovery import discover
 from batude_fx.graph.example_inputs import example_inputs
 from batude_fx.graph.sites import ConvSite
 
@@ -479,16 +478,6 @@ def test_tracing_has_no_say_in_whether_a_model_can_be_discovered() -> None:
             return y
 
     assert discover(Hostile(), Toy.inputs) == (site("conv", found_by="child"),)
-
-
-def test_the_pass_marks_the_nodes_of_a_graph() -> None:
-    model = fx.symbolic_trace(Shared())
-    manager = PassManager([DiscoverConvolutions(Toy.inputs)])
-    assert manager(model).modified
-    marks = [node.meta["batude_fx"] for node in model.graph.nodes if node.op == "call_module"]
-    assert [mark.calls for mark in marks] == [2, 2]
-    assert marks[0] == marks[1] == discover(model, Toy.inputs)[0]
-    assert not manager(model).modified
 
 
 def raft() -> nn.Module:

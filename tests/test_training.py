@@ -228,7 +228,6 @@ WITHOUT_ACCELERATE = """
 import sys
 sys.modules["accelerate"] = None
 import batude_fx
-from batude_fx.training.loop import Result
 from batude_fx_cli.app import app
 app(["train", "digits-demo", "--dry-run", "--json"], standalone_mode=False)
 try:
@@ -315,7 +314,7 @@ def test_accumulated_parts_are_one_batch(photos: Path) -> None:
 def test_bfloat16_channels_last_mixup_and_a_moving_average(photos: Path) -> None:
     changes = {
         "model__precision": "bf16", "model__channels_last": True, "data__mixup": 0.2, "data__smoothing": 0.1,
-        "data__auto_augment": "rand-m5", "data__erase": 0.2, "one_shot__threshold": "soft",
+        "data__auto_augment": "rand-m5", "data__erase": 0.2,
         "one_shot__optimizer": "adamw", "one_shot__calibration_images": 0,
     }  # fmt: skip
     result = batude_fx.run(_recipe(photos, **changes))
@@ -378,12 +377,6 @@ def test_a_moving_average_of_few_steps_follows_them(photos: Path) -> None:
         for way in ways
     )
     assert (averaged - before).norm() > 0.3 * (after - before).norm()
-
-
-def test_soft_thresholds_shrink_nothing_at_the_end(photos: Path) -> None:
-    short = {"pretrain": None, "one_shot__epochs": 0, "finalize__epochs": 0, "one_shot__calibration_images": 0}
-    hard, soft = (batude_fx.run(_recipe(photos, **short, one_shot__threshold=how)) for how in ("hard", "soft"))
-    assert soft.rounds[-1]["primal"] == hard.rounds[-1]["primal"] > 0
 
 
 def test_what_run_returns_knows_how_it_was_made(photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sites, losses and limits to ranks: a multiple-choice knapsack. Integers and arrays; no model in sight.
+"""From options, losses and limits to one option per site: a multiple-choice knapsack over integers and arrays.
 
 Every site offers its rank pairs, dense included, each with a cost and a loss; one option per site is picked so that
 the sum of losses is small and the sum of costs stays within the limits. A Lagrange multiplier, found by bisection,
@@ -38,7 +38,7 @@ def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
     directions = _price_directions(options, capacity)
     # What is dominated at all of these prices is hardly worth a look, and nearly every row is where ranks are fine.
     rows = [np.unique(np.concatenate([_pareto_front(one, weights) for weights in directions])) for one in options]
-    options = [one.at(kept) for one, kept in zip(options, rows, strict=True)]
+    options = [one.subset(kept) for one, kept in zip(options, rows, strict=True)]
     best: list[int] | None = None
     for weights in directions:
         fronts = [_pareto_front(option, weights) for option in options]

@@ -17,7 +17,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +34,7 @@ from batude_fx.graph.sites import ConvSite
 from batude_fx.graph.surgery import build_skeleton
 from batude_fx.support.arrays import Floats, Integers
 from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.hooks import observe_calls
 from batude_fx.support.model_state import eval_and_restore
 from batude_fx.support.progress import track
 from batude_fx.support.timing import time_calls, time_networks
@@ -141,7 +142,7 @@ class LayerTimer:
         site = self.sites[name]
         full = (site.group_out_channels, site.group_in_channels)
         dense = self._nanoseconds(name, None)
-        is_dense = (options.costs == options.dense).all(axis=1)
+        is_dense = options.is_dense
         times = np.full(len(options.ranks), dense, np.float64)
         rest = ~is_dense
         if site.is_pointwise and rest.any():
@@ -292,14 +293,11 @@ def _observed(
     """What every site gets in one run."""
     calls: dict[str, Counter[_Input]] = {name: Counter() for name in sites}
 
-    def listener(name: str) -> Callable[..., None]:
-        def listen(_module: nn.Module, args: object, kwargs: object) -> None:
-            calls[name][_Input.of(next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))] += 1
+    def count_input(name: str, args: object, kwargs: object) -> None:
+        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        calls[name][_Input.of(first)] += 1
 
-        return listen
-
-    with eval_and_restore(model), torch.no_grad():
-        for name in sites:
-            model.get_submodule(name).register_forward_pre_hook(listener(name), with_kwargs=True)
+    layers = {name: model.get_submodule(name) for name in sites}
+    with eval_and_restore(model), torch.no_grad(), observe_calls(layers, before=count_input):
         model(*inputs)
     return calls

@@ -1,12 +1,4 @@
-"""Sites, losses and limits to ranks: a multiple-choice knapsack. Integers and arrays; no model in sight.
-
-Every site offers its rank pairs, dense included, each with a cost and a loss; one option per site is picked so that
-the sum of losses is small and the sum of costs stays within the limits. A Lagrange multiplier, found by bisection,
-gives a point on the convex hull of all solutions; what it leaves unspent is then spent move by move.
-
-Source: P. Sinha, A. Zoltners, "The multiple-choice knapsack problem", Operations Research 27(3), 1979;
-H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
-"""
+"""What each site can be: dense, or one of the rank pairs that need fewer flops, each with its costs and its loss."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -17,11 +9,13 @@ import numpy as np
 from batude_fx.errors import SelectionError
 from batude_fx.graph.flops import dense_cost, tucker_cost
 from batude_fx.graph.sites import ConvSite
-from batude_fx.support.arrays import Floats, Integers
+from batude_fx.support.arrays import Booleans, Floats, Integers
 from batude_fx.tucker.ranks import Ranks, SiteLoss
 
 UNITS = ("flops", "params", "latency")
-"""Of the costs, in their order; latency in nanoseconds."""
+"""The costs in the order of the last axis of every array of costs; latency in nanoseconds."""
+FLOPS, PARAMS, NANOSECONDS = range(3)
+"""Their places on that axis."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class RankOptions:
     Attributes:
         ranks: (n, 2) rank_out and rank_in per group; the full ranks mean "leave it dense".
         costs: (n, k) flops, parameters and, where they were measured, nanoseconds.
-        losses: (n,), 0 for the dense one, and for all before `judged`.
+        losses: (n,) predicted loss; 0 for the dense one, and for all before `with_losses`.
         dense: (k,) costs of the dense site.
     """
 
@@ -40,19 +34,25 @@ class RankOptions:
     losses: Floats
     dense: Integers
 
-    def judged(self, loss: SiteLoss) -> "RankOptions":
+    @property
+    def is_dense(self) -> Booleans:
+        """(n,) which of the options leaves the site dense; all others need fewer flops."""
+        dense: Booleans = (self.costs == self.dense).all(axis=1)
+        return dense
+
+    def with_losses(self, loss: SiteLoss) -> "RankOptions":
         """The same options with the losses of their ranks."""
-        replaced = (self.costs != self.dense).any(axis=1)
+        replaced = ~self.is_dense
         losses = np.zeros(len(self.losses))
         losses[replaced] = loss.out[self.ranks[replaced, 0]] + loss.in_[self.ranks[replaced, 1]]
         return replace(self, losses=losses)
 
-    def only(self, rank_out: int, rank_in: int) -> "RankOptions | None":
+    def only_at(self, rank_out: int, rank_in: int) -> "RankOptions | None":
         """The same site with these ranks and no other choice; None where they are not among the options."""
         rows = np.flatnonzero((self.ranks == (rank_out, rank_in)).all(axis=1))
-        return self.at(rows) if len(rows) else None
+        return self.subset(rows) if len(rows) else None
 
-    def at(self, rows: Integers) -> "RankOptions":
+    def subset(self, rows: Integers) -> "RankOptions":
         """The same site with these rows (m,) for its choices."""
         return replace(self, ranks=self.ranks[rows], costs=self.costs[rows], losses=self.losses[rows])
 
@@ -119,7 +119,7 @@ def options_by_site(
             raise SelectionError(f"ranks of {name!r} are {wanted!r}; give Ranks(rank_out, rank_in), or None for dense.")
         full = Ranks(rank_out=sites[name].group_out_channels, rank_in=sites[name].group_in_channels)
         kept = wanted or full
-        single = options[name].only(kept.rank_out, kept.rank_in)
+        single = options[name].only_at(kept.rank_out, kept.rank_in)
         if single is None:
             raise SelectionError(
                 f"{wanted} at {name!r} is not among its options: multiples of {round_to}, all groups together, up to "

@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from batude_fx.support.hooks import observe_calls
 from batude_fx.support.model_state import run_on_copies
 from batude_fx.tucker.modules import TuckerModule
 
@@ -58,8 +59,8 @@ def match_moments_(
         for batch in batches:
             wanted.clear()
             given.clear()
-            _run_listening(original, names, batch, _on_channels(remember, compressed))
-            _run_listening(compressed, names, batch, _on_channels(correct, compressed))
+            _run(original, names, batch, _on_channels(remember, compressed))
+            _run(compressed, names, batch, _on_channels(correct, compressed))
         for name, seen in matches.items():
             if seen:
                 _fold_(cast("TuckerModule", compressed.get_submodule(name)), _average(seen))
@@ -127,21 +128,13 @@ def _on_channels(
     return listen
 
 
-def _run_listening(
+def _run(
     model: nn.Module,
     names: Collection[str],
     inputs: tuple[object, ...],
-    listener: Callable[[str, Tensor], Tensor | None],
+    receive: Callable[[str, Tensor], Tensor | None],
 ) -> None:
-    """Run the model; the listener hears the output of every named submodule and may replace it."""
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _module, _args, output, name=name: listener(name, output)
-        )
-        for name in names
-    ]
-    try:
+    """Run the model; a function gets the output of every named submodule and may replace it."""
+    layers = {name: model.get_submodule(name) for name in names}
+    with observe_calls(layers, after=lambda name, _args, _kwargs, output: receive(name, output)):
         run_on_copies(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batude_fx.errors import CalibrationError, first_line
 from batude_fx.graph.sites import ConvSite
+from batude_fx.support.hooks import observe_calls, on_gradient
 from batude_fx.support.model_state import eval_and_restore
 from batude_fx.tucker.decomposition import mode_product, unfold
 from batude_fx.tucker.dense_layers import canonical_weight
@@ -52,7 +53,14 @@ def statistics(
     sums = {site.name: _Sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
     generator = torch.Generator().manual_seed(0)
     images = 0
-    with eval_and_restore(model), _frozen_parameters(model), _listening(model, sums, generator), torch.enable_grad():
+    layers = {name: model.get_submodule(name) for name in sums}
+
+    def add_call(name: str, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
+        sums[name].add(tree_leaves((args, kwargs))[0], output, generator)
+
+    with (
+        eval_and_restore(model), _frozen_parameters(model), observe_calls(layers, after=add_call), torch.enable_grad()
+    ):  # fmt: skip
         for batch in batches:
             inputs = tree_map_only(Tensor, _differentiable, batch)
             images += _images(batch)
@@ -148,7 +156,7 @@ class _Sums:
                 vectors = self._vectors(self._maps(gradient), positions)
                 self.gradients.add(vectors if self.through is None else vectors @ self.through, weight)
 
-            y.register_hook(add_gradient)  # type: ignore[no-untyped-call]
+            on_gradient(y, add_gradient)
 
     def _maps(self, x: Tensor) -> Tensor:
         """(N, C, positions); a classifier's features have a single one, and one image may come without its N."""
@@ -218,24 +226,6 @@ def _sample(positions: int, generator: torch.Generator) -> Tensor:
     if positions <= _POSITIONS:
         return torch.arange(positions, device="cpu")
     return torch.randperm(positions, generator=generator, device="cpu")[:_POSITIONS]
-
-
-@contextmanager
-def _listening(model: nn.Module, sums: Mapping[str, _Sums], generator: torch.Generator) -> Iterator[None]:
-    handles = []
-    for name, site_sums in sums.items():
-
-        def hook(
-            _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor, sums: _Sums = site_sums
-        ) -> None:
-            sums.add(tree_leaves((args, kwargs))[0], output, generator)
-
-        handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -71,4 +71,4 @@ def _candidate(
 ) -> SiteCandidate:
     weight = canonical_weight(model.get_submodule(site.name))
     spectrum = metric_spectrum(measured) if measured else weight_spectrum(weight, pointwise=site.is_pointwise)
-    return SiteCandidate(site, options.judged(spectrum.loss()), spectrum)
+    return SiteCandidate(site, options.with_losses(spectrum.loss()), spectrum)

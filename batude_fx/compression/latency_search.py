@@ -71,7 +71,7 @@ def _timed(
         fastest = {
             name: Ranks(*options[name].ranks[row].tolist())
             for name, row in rows.items()
-            if (options[name].costs[row] != options[name].dense).any()
+            if not options[name].is_dense[row]
         }
         foreseen = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
         account = account.with_timed(foreseen, watch.compare(fastest))

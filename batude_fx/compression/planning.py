@@ -17,7 +17,7 @@ from batude_fx.compression.rank_search import choose_ranks
 from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
 from batude_fx.graph.discovery import discover
 from batude_fx.graph.example_inputs import resolve_inputs
-from batude_fx.graph.flops import count_flops
+from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
 from batude_fx.graph.site_table import Sites
 from batude_fx.tucker.ranks import Ranks
@@ -80,7 +80,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     if round_to == "auto" or budget.latency is not None:
         _check_times(sites, model)
         watch = LayerTimer(model, eligible, inputs, adds_bias=calibration is not None)
-    dense: tuple[int, ...] = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
+    dense = count_costs(model, inputs)
     within = budget.model_copy(update={"latency": None})
     count = partial(
         options_within_budget, budget=within, dense=dense, ranks=ranks or {}, adds_bias=calibration is not None

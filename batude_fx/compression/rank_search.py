@@ -88,7 +88,7 @@ def choose_ranks(candidates: Mapping[str, SiteCandidate], account: CostLimits) -
     total = account.fixed
     for name, option, row in zip(candidates, options, rows, strict=True):
         total = total + option.costs[row]
-        if (option.costs[row] != option.dense).any():
+        if not option.is_dense[row]:
             rank_out, rank_in = option.ranks[row].tolist()
             ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
     flops, params, *nanoseconds = total.tolist()

@@ -20,6 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from batude_fx.graph.call_recorder import TorchCallHook
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.surgery import replace_modules
+from batude_fx.support.hooks import observe_calls
 from batude_fx.support.model_state import eval_and_restore
 from batude_fx.tucker.dense_layers import convolves_as_stored, from_canonical, to_canonical, user_modification
 from batude_fx.tucker.modules import TuckerModule
@@ -70,22 +71,22 @@ def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
         if function.__name__ not in _QUESTIONS or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             uses.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
 
-    def after_layer(layer: nn.Module, _args: object, output: object) -> None:
+    def after_layer(layer: nn.Module, _args: object, _kwargs: object, output: object) -> None:
         calls[layer] += 1
         if isinstance(output, Tensor) and output.ndim == _batched(layer):
             outputs[id(output)] = layer, output
             uses[id(output)] = 0  # an earlier tensor may have had this identity
 
-    def before_norm(norm: nn.Module, args: tuple[object, ...]) -> None:
+    def before_norm(norm: nn.Module, args: tuple[object, ...], _kwargs: object) -> None:
         calls[norm] += 1
         if args and id(args[0]) in outputs:
             followed[outputs[id(args[0])][0]] = norm
 
-    with eval_and_restore(model), torch.no_grad(), TorchCallHook(hear):
-        for layer in layers:
-            layer.register_forward_hook(after_layer)
-        for norm in norms:
-            norm.register_forward_pre_hook(before_norm)
+    with (
+        eval_and_restore(model), torch.no_grad(), TorchCallHook(hear),
+        observe_calls({layer: layer for layer in layers}, after=after_layer),
+        observe_calls({norm: norm for norm in norms}, before=before_norm),
+    ):  # fmt: skip
         returned = {id(leaf) for leaf in tree_leaves(model(*inputs))}
     elsewhere = {layer for key, (layer, _) in outputs.items() if uses[key] > 1 or key in returned}
     shared = {module for module in names if any(uses[id(one)] > 1 for one in module.parameters(recurse=False))}

@@ -10,7 +10,7 @@ alpha 0.5; M. Nagel et al., ICCV 2019, https://arxiv.org/abs/1906.04721, section
 CVPR 2018, https://arxiv.org/abs/1712.05877, by `onnxruntime.quantization`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from batude_fx.support.hooks import observe_calls
 from batude_fx.support.progress import track
 from batude_fx.tucker.dense_layers import to_canonical
 from batude_fx.tucker.modules import TuckerModule
@@ -39,18 +40,14 @@ def equalize_(network: nn.Module, batches: Iterable[Tensor]) -> None:
     pairs = [pair for module in network.modules() if isinstance(module, TuckerModule) for pair in _pairs(module)]
     largest: dict[nn.Module, Tensor] = {}
 
-    def listen(first: nn.Module, _args: object, output: Tensor) -> None:
+    def note_largest(first: nn.Module, _args: object, _kwargs: object, output: Tensor) -> None:
         axis = 1 if getattr(first, "kernel_size", ()) else -1
-        seen = output.abs().movedim(axis, 0).flatten(1).amax(1)  # (C,)
-        largest[first] = torch.maximum(largest.get(first, seen), seen)
+        values = output.abs().movedim(axis, 0).flatten(1).amax(1)  # (C,)
+        largest[first] = torch.maximum(largest.get(first, values), values)
 
-    handles = [first.register_forward_hook(cast("Callable[..., None]", listen)) for first, _ in pairs]
-    try:
+    with observe_calls({first: first for first, _ in pairs}, after=note_largest):
         for batch in batches:
             network(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for first, second in pairs:
         if first in largest:
             _share_(first, second, largest[first])

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import DiscoveryError, first_line
 from batude_fx.graph.sites import ConvSite, FoundBy
+from batude_fx.support.hooks import observe_calls
 
 _TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
@@ -81,23 +82,17 @@ class CallRecorder:
     def __post_init__(self) -> None:
         self.calls = {one.names[0]: Calls() for one in self.found}
         self._weights = {id(one.weight): one.names[0] for one in self.found if one.weight is not None}
+        self._spatial = {one.names[0]: _spatial_axes(one.layer) for one in self.found}
         self._total = 0
 
     def enter(self, *_: object) -> None:
-        """A layer begins to compute (forward pre-hook)."""
+        """A layer begins to compute."""
         self.depth += 1
 
-    def leaver(self, one: FoundLayer) -> Callable[..., None]:
-        """The forward hook of a layer."""
-        conv = isinstance(one.layer, _ConvNd)
-        spatial = len(cast("nn.Conv2d", one.layer).kernel_size) if conv else None
-
-        def leave(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-            self.depth -= 1
-            # Subclasses may take and return more than one tensor.
-            self._count(one.names[0], _tensors((args, kwargs))[0], _tensors(output)[0], spatial)
-
-        return leave
+    def leave(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        """A layer has computed: count the call. Subclasses may take and return more than one tensor."""
+        self.depth -= 1
+        self._count(name, _tensors((args, kwargs))[0], _tensors(output)[0], self._spatial[name])
 
     def heard(self, function: object, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:
         """A torch function was called; those outside of all found layers count."""
@@ -183,6 +178,11 @@ def _selects(function: object, args: tuple[object, ...]) -> bool:
     return function in _SELECTIONS
 
 
+def _spatial_axes(layer: nn.Module) -> int | None:
+    """How many spatial axes a convolution has; None for a linear layer, whose channels come last."""
+    return len(cast("nn.Conv2d", layer).kernel_size) if isinstance(layer, _ConvNd) else None
+
+
 def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -204,12 +204,13 @@ def record_calls(model: nn.Module, found: list[FoundLayer], inputs: tuple[object
         DiscoveryError: The model does not run on these arguments.
     """
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    listener = CallRecorder(found, names)
-    for one in found:
-        one.layer.register_forward_pre_hook(listener.enter)
-        one.layer.register_forward_hook(listener.leaver(one), with_kwargs=True)
+    recorder = CallRecorder(found, names)
+    layers = {one.names[0]: one.layer for one in found}
     try:
-        with torch.no_grad(), TorchCallHook(listener.heard):
+        with (
+            torch.no_grad(), TorchCallHook(recorder.heard),
+            observe_calls(layers, before=recorder.enter, after=recorder.leave),
+        ):  # fmt: skip
             model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _tensors(inputs))
@@ -217,4 +218,4 @@ def record_calls(model: nn.Module, found: list[FoundLayer], inputs: tuple[object
             f"{type(model).__name__} does not run on the example input of shape {shapes}: "
             f"{type(error).__name__}: {first_line(error)}. Pass example_inputs= with what its forward takes."
         ) from error
-    return listener
+    return recorder

@@ -19,7 +19,6 @@ from typing import Any, cast
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # type: ignore[attr-defined]
 from torch import Tensor, fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
@@ -269,30 +268,3 @@ def _deselected(site: ConvSite, include: Sequence[str], exclude: Sequence[str]) 
     if include and not any(_matches(site, pattern) for pattern in include):
         return "not included"
     return None
-
-
-class DiscoverConvolutions(PassBase):
-    """Discovery for those who hold a `torch.fx.GraphModule`: a graph pass that marks the nodes.
-
-    Every `call_module` node of a convolution gets `node.meta["batude_fx"]`, its `ConvSite`.
-
-    Args:
-        example_inputs: Arguments of one run of the graph module.
-    """
-
-    def __init__(self, example_inputs: tuple[object, ...]) -> None:
-        super().__init__()
-        self.example_inputs = example_inputs
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Mark the nodes; a second application changes nothing."""
-        sites = {
-            name: site for site in discover(graph_module, self.example_inputs) for name in (site.name, *site.aliases)
-        }
-        modified = False
-        for node in graph_module.graph.nodes:
-            site = sites.get(str(node.target)) if node.op == "call_module" else None
-            if site is not None and node.meta.get("batude_fx") != site:
-                node.meta["batude_fx"] = site
-                modified = True
-        return PassResult(graph_module, modified=modified)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from batude_fx.errors import DiscoveryError
+from batude_fx.graph.flops import count_params
 from batude_fx.graph.provenance import attached
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _crop_size(model: nn.Module) -> list[int]:
     """Crop of the weights that torchvision has for this very model, recognised by file and number of parameters."""
     weights = list(_weights_of_file(type(model).__module__))
     record = attached(model)  # of a compressed network, which has fewer
-    count = record.dense_params if record else sum(parameter.numel() for parameter in model.parameters())
+    count = record.dense_params if record else count_params(model)
     counts = {count, *(count + (_CLASSES - head.out_features) * (head.in_features + 1) for head in _head(model))}
     same = [entry for entry in weights if entry.meta.get("num_params") in counts]
     sizes = {tuple(_crop(entry)) for entry in same or weights}

@@ -86,6 +86,20 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
             ) from error
 
 
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model; one that is shared counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_costs(model: nn.Module, example_inputs: tuple[object, ...]) -> tuple[int, int]:
+    """Flops of one run of the example input, as `count_flops`, and parameters of a whole model.
+
+    Raises:
+        DiscoveryError: As `count_flops`.
+    """
+    return count_flops(model, example_inputs), count_params(model)
+
+
 @contextmanager
 def _unfused() -> Iterator[None]:
     """Without gradients torch's attention takes a fused path that fvcore does not see; with them it does not."""

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from batude_fx.errors import SavedModelError, last_line
 from batude_fx.graph import provenance
 from batude_fx.graph.example_inputs import example_inputs
+from batude_fx.graph.flops import count_params
 from batude_fx.graph.surgery import refuse_wrappers
 from batude_fx.report import record
 from batude_fx.saving.architecture import ENTRYPOINT, Architecture, candidate_architectures
@@ -178,7 +179,7 @@ def _config(model: nn.Module, weights: Path) -> SavedConfig:
         num_classes=getattr(model, "num_classes", classes),
         pretrained_cfg={key: metadata[key] for key in METADATA if key in metadata},
         channels_last=has_channels_last(model),
-        params=sum(parameter.numel() for parameter in model.parameters()),
+        params=count_params(model),
         format=1,
         versions=library_versions("safetensors"),
     )

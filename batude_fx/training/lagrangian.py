@@ -30,7 +30,7 @@ from batude_fx.support.arrays import Integers
 from batude_fx.tucker.decomposition import mode_product
 from batude_fx.tucker.dense_layers import from_canonical, to_canonical
 from batude_fx.tucker.ranks import Ranks, SiteLoss
-from batude_fx.tucker.spectra import Metric, Modes, Spectrum, metric_spectrum, weight_spectrum
+from batude_fx.tucker.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,6 @@ class Lagrangian:
     Args:
         constraints: Site name to constraint.
         rho: Weight of the penalty; may be changed between rounds with `rescale_`.
-        soft: Whether z is thresholded softly: what is kept of a mode shrinks by the first singular value that is cut,
-            as the nuclear norm's proximal operator does. Otherwise what is kept stays as it is.
 
     Attributes:
         z: Site name to the twin of its weight; until the first projection the weight itself.
@@ -77,9 +75,9 @@ class Lagrangian:
         flops: What the constrained sites need at these ranks.
     """
 
-    def __init__(self, constraints: Mapping[str, Constraint], *, rho: float, soft: bool = False) -> None:
+    def __init__(self, constraints: Mapping[str, Constraint], *, rho: float) -> None:
         self.constraints = dict(constraints)
-        self.rho, self.soft = rho, soft
+        self.rho = rho
         self.z = {name: one.weight.detach().clone() for name, one in self.constraints.items()}
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self.ranks: dict[str, Ranks | None] = dict.fromkeys(self.constraints)
@@ -184,32 +182,30 @@ class Lagrangian:
         if loss is not None:
             losses.copy_(torch.from_numpy(np.concatenate([loss.out, loss.in_])))
         out, in_ = torch.split(_from_owner(losses, index).cpu().double(), lengths)
-        return one.options.judged(SiteLoss(out.numpy(), in_.numpy()))
+        return one.options.with_losses(SiteLoss(out.numpy(), in_.numpy()))
 
     def _ranks(self, name: str, row: int) -> Ranks | None:
         options = self.constraints[name].options
-        dense = (options.costs[row] == options.dense).all()
-        return None if dense else Ranks(*options.ranks[row].tolist())
+        return None if options.is_dense[row] else Ranks(*options.ranks[row].tolist())
 
     def _thresholded(self, index: int, name: str, spectrum: Spectrum | None) -> Tensor:
         layer = self.constraints[name].layer
         z = self._sum(name)
         if spectrum is not None:
-            z = truncate(z, spectrum, self.ranks[name], soft=self.soft)
+            z = truncate(z, spectrum, self.ranks[name])
         return _from_owner(from_canonical(z, layer).contiguous(), index)
 
     def _retarget(self) -> None:
         self._targets = [self.z[name] - self.u[name] for name in self.constraints]
 
 
-def truncate(weight: Tensor, spectrum: Spectrum, ranks: Ranks | None, *, soft: bool) -> Tensor:
+def truncate(weight: Tensor, spectrum: Spectrum, ranks: Ranks | None) -> Tensor:
     """A weight with both modes cut to their ranks.
 
     Args:
         weight: (groups, C_out, C_in, k...).
         spectrum: Of this weight, by `weight_spectrum`.
         ranks: Per group; None leaves the weight as it is.
-        soft: Whether what is kept of a mode shrinks by the first singular value that is cut.
 
     Returns:
         (groups, C_out, C_in, k...), of these ranks.
@@ -218,18 +214,9 @@ def truncate(weight: Tensor, spectrum: Spectrum, ranks: Ranks | None, *, soft: b
         return weight
     for mode, modes, rank in ((0, spectrum.out, ranks.rank_out), (1, spectrum.in_, ranks.rank_in)):
         if modes is not None and rank < modes.energy.shape[1]:
-            weight = mode_product(weight, _shrinking(modes, rank, soft=soft), mode)
+            projection = modes.decode[..., :rank] @ modes.encode[:, :rank]  # (groups, C, C)
+            weight = mode_product(weight, projection, mode)
     return weight
-
-
-def _shrinking(modes: Modes, rank: int, *, soft: bool) -> Tensor:
-    """(groups, C, C) projection on the leading directions, shrunk where thresholding is soft."""
-    kept, encode = modes.decode[..., :rank], modes.encode[:, :rank]
-    if not soft:
-        return kept @ encode
-    singular = modes.energy.sqrt()  # (groups, C), all relative to the same norm
-    gains = 1 - singular[:, rank : rank + 1] / singular[:, :rank].clamp_min(torch.finfo(singular.dtype).tiny)
-    return (kept * gains[:, None, :]) @ encode
 
 
 def _is_ours(index: int) -> bool:

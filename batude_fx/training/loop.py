@@ -15,7 +15,7 @@ from torch import nn
 
 from batude_fx.calibration.batch_norm import renormalize
 from batude_fx.deploy.fold import fold
-from batude_fx.graph.flops import count_flops
+from batude_fx.graph.flops import count_flops, count_params
 from batude_fx.graph.provenance import attach_
 from batude_fx.graph.surgery import build_skeleton
 from batude_fx.report.record import Record, TrainingRecord, site_records
@@ -103,7 +103,7 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     result = Result(
         model=small, accuracy=accuracy(session, small), original_accuracy=original_accuracy,
         flops=count_flops(small.cpu(), problem.inputs), dense_flops=problem.dense[0],
-        params=sum(parameter.numel() for parameter in small.parameters()), dense_params=problem.dense[1],
+        params=count_params(small), dense_params=problem.dense[1],
         ranks=ranks, rounds=session.rounds,
     )  # fmt: skip
     attach_(small, _record(recipe, problem, result))

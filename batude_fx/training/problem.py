@@ -23,7 +23,7 @@ from batude_fx.errors import (
 )
 from batude_fx.graph.discovery import discover
 from batude_fx.graph.example_inputs import example_inputs
-from batude_fx.graph.flops import count_flops
+from batude_fx.graph.flops import count_costs
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.sites import ConvSite
 from batude_fx.saving.weights import load_weights_, read_weights
@@ -108,7 +108,7 @@ class Problem:
             raise recipe.problem("model.name", str(error)) from None
         _check_head(model, recipe, classes)
         sites = found.replaceable()
-        dense = count_flops(model, inputs), sum(parameter.numel() for parameter in model.parameters())
+        dense = count_costs(model, inputs)
         try:
             options, account = options_within_budget(sites, wanted.round_to, recipe.budget, dense, {}, adds_bias=False)
         except BudgetError as error:

@@ -249,8 +249,6 @@ class OneShot(Training):
     """Weight of the penalty in the first and in the last round, growing geometrically between them."""
     anneal: float = Field(default=0.6, ge=0, le=1)
     """Share of the rounds over which the budget shrinks from the dense network to its target."""
-    threshold: Literal["hard", "soft"] = "hard"
-    """Whether kept singular values stay, or shrink by the first that is cut."""
     calibration_images: NonNegativeInt = 256
     """Training images that show, each round, which errors matter; 0 judges weights alone."""
     distillation: Distillation | None = None

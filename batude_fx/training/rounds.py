@@ -32,7 +32,7 @@ class Rounds:
     def __init__(self, session: Session, settings: OneShot, problem: Problem, model: nn.Module) -> None:
         self.session, self.settings, self.problem, self.model = session, settings, problem, model
         self.schedule = settings.rounds(session.per_epoch)
-        self.split = Lagrangian(problem.constraints(model), rho=settings.rho[0], soft=settings.threshold == "soft")
+        self.split = Lagrangian(problem.constraints(model), rho=settings.rho[0])
 
     def begin_if_due(self, step: int) -> bool:
         """At the first step of a round: find its ranks, move z and u, set rho. Whether it was one."""
@@ -50,7 +50,6 @@ class Rounds:
     def end(self, step: int) -> None:
         """After the last step: decide the ranks for good, and give the weights exactly these ranks."""
         self.split.forget_duals_()
-        self.split.soft = False  # no step is left to make up for shrunken singular values
         self._project(1.0)
         self._note(step, len(self.schedule), self.split.residuals())
         for name, one in self.split.constraints.items():
