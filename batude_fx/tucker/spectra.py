@@ -1,13 +1,12 @@
-"""What each site loses at each rank, and its factors at the ranks it gets.
+"""The spectrum of a site: what cutting each direction of its channels costs, and the factors at any ranks.
 
-One mechanism serves both levels. A loss in a channel mode of a site is weighed by a *metric*: how much the channels
-vary together (`covariance`), and how much the network's output moves with them (`sensitivity`). The directions of a
-mode are the eigenvectors of one in the basis of the other, and their eigenvalues are what cutting them costs. Without
-calibration the weight's own unfoldings decide, which is its HOSVD.
+With calibration, an error in the channels of a site is weighed by how much it changes the output of the network; see
+`ModeMetric` for the formula, `_output_modes` and `_input_modes` for the directions that follow from it. Without
+calibration the singular values of the weight's own unfoldings decide, which gives the truncated HOSVD.
 
-Source: the metric is the Kronecker-factored approximation of the output's Gauss-Newton matrix: R. Grosse, J. Martens,
-"A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016, https://arxiv.org/abs/1602.01407.
-The weights-only loss is the bound of De Lathauwer et al. 2000, property 10.
+Source: the metric is the Kronecker-factored approximation of the Gauss-Newton matrix: R. Grosse, J. Martens, "A
+Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016, https://arxiv.org/abs/1602.01407. The
+loss without calibration is the error bound of the truncated HOSVD: De Lathauwer et al. 2000, property 10.
 """
 
 from dataclasses import dataclass, replace
@@ -21,37 +20,44 @@ from batude_fx.support.arrays import Floats
 from batude_fx.tucker.decomposition import Factors, leading_modes, mode_product, mode_spectrum
 from batude_fx.tucker.ranks import Ranks, SiteLoss
 
-# Relative to the mean eigenvalue. Directions that the calibration images do not use must not count as free: users have
-# other images. On held-out photos 1e-3 to 1e-1 did alike.
+# Added to the matrix that is factored, relative to its mean eigenvalue: a direction that the calibration images do not
+# use must not be free to cut, as other images may use it. On held-out photos, 1e-3 to 1e-1 did equally well.
 DAMPING = 1e-2
-_DEAD = 1e-6  # of the group that is most alive: what one counts that no image wakes
+_LEAST_MEAN = 1e-6  # the mean eigenvalue that a group is given at least, relative to the largest group mean
 
 
 @dataclass(frozen=True)
 class ModeMetric:
-    """How errors in one channel mode of a site are weighed.
+    """The weights of errors in one channel mode of a site.
+
+    An error e_p in the channels at each position p changes the network's output by sum_p J_p e_p, where J_p is the
+    Jacobian at p. The loss is half of the squared norm of that change, in the mean over images. K-FAC takes errors to
+    be independent of Jacobians, and the Jacobians of different positions to be uncorrelated. Then the loss is
+    trace(Cov(e) H) / 2 with H = sum_p mean(J_p^T J_p). For random r of unit covariance, the gradients g_p = J_p^T r of
+    r^T output have the second moment J_p^T J_p, so that backward passes estimate H. Cutting all directions of the
+    channels x, but not their mean, makes e = mean(x) - x, whose covariance is that of x.
 
     Attributes:
-        covariance: (groups, C, C) centred covariance of the channels: how much there is to lose in a direction.
-        sensitivity: (groups, C, C) second moment of the gradient of the network's output with respect to the channels,
-            summed over positions, per image: how much a loss in a direction matters.
+        covariance: (groups, C, C) covariance of the channels, the mean subtracted.
+        sensitivity: (groups, C, C) the H above: the second moment of the gradients g_p, summed over positions, per
+            image.
     """
 
     covariance: Tensor
     sensitivity: Tensor
 
     def total(self) -> float:
-        """What the network would lose if this mode lost everything."""
-        return float((self.covariance * self.sensitivity).sum())
+        """Return trace(covariance sensitivity), twice the loss of cutting all directions; all groups together."""
+        return float((self.covariance * self.sensitivity).sum())  # the trace of a product, as both are symmetric
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How errors at one site are weighed; made by `measuring`.
+    """The weights of errors at one site, as `calibration.statistics` measures them.
 
     Attributes:
-        out: Of the output channels; None at a pointwise site that has fewer input channels.
-        in_: Of the input channels; None at other pointwise sites.
+        out: For the output channels; None at a pointwise site that has fewer input channels.
+        in_: For the input channels; None at all other pointwise sites.
     """
 
     out: ModeMetric | None
@@ -59,12 +65,14 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Modes:
-    """Directions of one channel mode, from the one whose loss would hurt most to the one that hurts least.
+class ModeDirections:
+    """A basis of one channel mode, from the direction that costs most to cut to the one that costs least.
+
+    Keeping the first r directions replaces channels x by `decode[..., :r] @ encode[:, :r] @ x`.
 
     Attributes:
-        energy: (groups, C) what cutting each direction costs.
-        encode: (groups, C, C) row i gives the coordinate along direction i.
+        energy: (groups, C) twice the loss of cutting each direction.
+        encode: (groups, C, C) row i maps channels to their coordinate along direction i.
         decode: (groups, C, C) column i is direction i; `decode @ encode` is the identity.
     """
 
@@ -72,8 +80,8 @@ class Modes:
     encode: Tensor
     decode: Tensor
 
-    def tail(self) -> Floats:
-        """(C + 1,) half of the energy cut off when r directions remain, r = 0 ... C, all groups together."""
+    def loss_by_rank(self) -> Floats:
+        """Return (C + 1,) half of the energy that is cut when r directions remain, r = 0 ... C, summed over groups."""
         energy = self.energy.sum(0).cpu().double().numpy()
         return np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / 2
 
@@ -83,32 +91,39 @@ class Spectrum:
     """The decomposition of one site at all ranks at once.
 
     Attributes:
-        out: Directions of the output channels; at a pointwise site None unless it is the smaller mode.
-        in_: Directions of the input channels; at a pointwise site None unless it is the smaller mode.
+        out: Directions of the output channels; None at a pointwise site that has fewer input channels.
+        in_: Directions of the input channels; None at all other pointwise sites.
     """
 
-    out: Modes | None
-    in_: Modes | None
+    out: ModeDirections | None
+    in_: ModeDirections | None
 
     def loss(self) -> SiteLoss:
-        """The loss of every rank of both modes."""
+        """Return the loss of every rank of both modes."""
         if self.out is not None and self.in_ is not None:
-            return SiteLoss(out=self.out.tail(), in_=self.in_.tail())
-        only = (self.out or cast("Modes", self.in_)).tail()
-        return SiteLoss(out=only, in_=np.zeros_like(only))
+            return SiteLoss(out=self.out.loss_by_rank(), in_=self.in_.loss_by_rank())
+        losses = self._any_mode.loss_by_rank()
+        return SiteLoss(out=losses, in_=np.zeros_like(losses))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight that it was made from."""
-        return cast("Modes", self.out or self.in_).energy.dtype
+        """The dtype of the directions, which is that of the weight."""
+        return self._any_mode.energy.dtype
 
     @property
     def device(self) -> torch.device:
-        """Likewise."""
-        return cast("Modes", self.out or self.in_).energy.device
+        """The device of the directions."""
+        return self._any_mode.energy.device
+
+    @property
+    def _any_mode(self) -> ModeDirections:
+        return cast("ModeDirections", self.out or self.in_)
 
     def factors(self, weight: Tensor, ranks: Ranks) -> Factors:
-        """Factors of the weight at some ranks.
+        """Return the factors of a weight at the given ranks.
+
+        Keeping r output directions turns the weight W into D_r E_r W: E_r W is the core and D_r the output factor. On
+        the input side it turns W into W D_r E_r: there D_r goes into the core, and E_r is the input factor.
 
         Args:
             weight: (groups, C_out, C_in, k...), the one that the spectrum was made from.
@@ -126,78 +141,106 @@ class Spectrum:
         if ranks.rank_in < weight.shape[2]:
             core = mode_product(core, self.in_.decode[..., : ranks.rank_in].mT, 1)
             factor_in = self.in_.encode[:, : ranks.rank_in].mT
-        return _evened(Factors(factor_in, core, factor_out, bias=None))
+        return _with_equal_norms(Factors(factor_in, core, factor_out, bias=None))
 
     def _pair(self, weight: Tensor, rank: int) -> Factors:
+        """Return the two factors of a pointwise weight (groups, C_out, C_in), which has no core."""
         if self.out is not None:
             factor_out = self.out.decode[..., :rank]
             factor_in = (self.out.encode[:, :rank] @ weight).mT
         else:
-            modes = cast("Modes", self.in_)
-            factor_out = weight @ modes.decode[..., :rank]
-            factor_in = modes.encode[:, :rank].mT
-        return _evened(Factors(factor_in, None, factor_out, bias=None))
+            directions = self._any_mode
+            factor_out = weight @ directions.decode[..., :rank]
+            factor_in = directions.encode[:, :rank].mT
+        return _with_equal_norms(Factors(factor_in, None, factor_out, bias=None))
 
 
-def _evened(factors: Factors) -> Factors:
-    """The same product of parts of equal norms, in each group: a metric can put all of the scale into one of them.
+def _with_equal_norms(factors: Factors) -> Factors:
+    """Scale the parts of each group to equal norms; their product stays the same.
 
-    In training, gradients of a part are as large as the others are, so that a large one would starve.
+    A metric can put all of the scale into one part. In training, the gradient of a part is as large as the other parts
+    are, so that a part that is much larger than the others would hardly move.
     """
     parts = {name: part for name, part in vars(factors).items() if part is not None}
     if len(parts) < 2:  # noqa: PLR2004
         return factors
     norms = {name: part.flatten(1).norm(dim=1) for name, part in parts.items()}  # (groups,)
-    mean = torch.stack(list(norms.values())).log().mean(0).exp()
-    scaled = (mean > 0) & mean.isfinite()  # weights of zeros have no scale
-    gains = {name: torch.where(scaled, mean / norm, 1) for name, norm in norms.items()}
+    mean = torch.stack(list(norms.values())).log().mean(0).exp()  # geometric, so that the gains multiply to 1
+    scalable = (mean > 0) & mean.isfinite()  # a weight of zeros has no scale
+    gains = {name: torch.where(scalable, mean / norm, 1) for name, norm in norms.items()}
     return replace(
         factors, **{name: part * gains[name].view(-1, *[1] * (part.ndim - 1)) for name, part in parts.items()}
     )
 
 
 def weight_spectrum(weight: Tensor, *, pointwise: bool) -> Spectrum:
-    """The spectrum from the weight alone: squared singular values of the unfoldings, relative to the weight's energy.
+    """Return the spectrum of the weight alone; losses are cut squared singular values, relative to |weight|^2.
 
     Args:
         weight: (groups, C_out, C_in, k...).
         pointwise: Whether all k are 1.
     """
     _, c_out, c_in, *_ = weight.shape
-    energy = weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    weight_energy = weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
-    def modes(mode: int) -> Modes:
+    def directions(mode: int) -> ModeDirections:
         values, vectors = mode_spectrum(weight, mode)
-        return Modes(energy=2 * values / energy, encode=vectors.mT, decode=vectors)
+        return ModeDirections(energy=2 * values / weight_energy, encode=vectors.mT, decode=vectors)
 
     if pointwise:
-        return Spectrum(out=modes(0), in_=None) if c_out <= c_in else Spectrum(out=None, in_=modes(1))
-    return Spectrum(out=modes(0), in_=modes(1))
+        return Spectrum(directions(0), None) if c_out <= c_in else Spectrum(None, directions(1))
+    return Spectrum(directions(0), directions(1))
 
 
 def metric_spectrum(metric: Metric) -> Spectrum:
-    """The spectrum in the metric of a site: what the network's output loses, second order, per image."""
-    out, in_ = metric.out, metric.in_
+    """Return the spectrum in the metric of a site; losses are those of the network's output, per image."""
     return Spectrum(
-        # Outputs are encoded by what matters, and decoded back.
-        out=None if out is None else _modes(out.covariance, out.sensitivity, encode_weighed=True),
-        # Inputs are encoded by whitening, and the weight absorbs the root of their covariance.
-        in_=None if in_ is None else _modes(in_.sensitivity, in_.covariance, encode_weighed=False),
+        out=None if metric.out is None else _output_modes(metric.out),
+        in_=None if metric.in_ is None else _input_modes(metric.in_),
     )
 
 
-def _modes(gram: Tensor, moment: Tensor, *, encode_weighed: bool) -> Modes:
-    """Eigenvectors V of `root.T gram root`, where `moment = root root.T`: coordinates `root V` and `root.T^-1 V`."""
-    root = torch.linalg.cholesky(_damped(moment))
-    values, vectors = leading_modes(root.mT @ gram @ root)
-    weighed, back = root @ vectors, torch.linalg.solve_triangular(root.mT, vectors, upper=True)
-    encode, decode = (weighed, back) if encode_weighed else (back, weighed)
-    return Modes(energy=values, encode=encode.mT, decode=decode)
+def _output_modes(metric: ModeMetric) -> ModeDirections:
+    """Return the principal components of the outputs, after a change of basis in which all errors matter alike.
+
+    Let S be the covariance and H = L L^T the sensitivity with its Cholesky root. An error e costs e^T H e = |L^T e|^2,
+    so in the coordinates L^T y the cost is the squared length. Their covariance is L^T S L = V diag(energy) V^T, and
+    PCA is optimal there: z = V^T L^T y has uncorrelated coordinates, and cutting coordinate i costs its variance,
+    energy_i. Hence encode = V^T L^T, and decode = L^-T V is its inverse because V is orthogonal. The energies sum to
+    trace(S H), the cost of cutting everything.
+    """
+    root = torch.linalg.cholesky(_damped(metric.sensitivity))
+    energy, vectors = leading_modes(root.mT @ metric.covariance @ root)
+    encode = (root @ vectors).mT
+    decode = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+    return ModeDirections(energy, encode, decode)
+
+
+def _input_modes(metric: ModeMetric) -> ModeDirections:
+    """Return whitened coordinates of the inputs, rotated so that their costs add up.
+
+    Let S = L L^T be the covariance with its Cholesky root, and H the sensitivity. The coordinates L^-1 x are white:
+    their covariance is the identity. In them the sensitivity is L^T H L = V diag(energy) V^T. So z = V^T L^-1 x is
+    still white, its coordinates do not interact in the cost, and cutting coordinate i costs energy_i times its
+    variance, which is 1. Hence encode = V^T L^-1, and decode = L V is its inverse, which the weight absorbs.
+
+    Without damping, `_output_modes` would find the same directions, the eigenvectors of S H. Damping is added to the
+    matrix that is factored: to the covariance here, so that inputs which the calibration images lack are not free to
+    cut; to the sensitivity there, for outputs that the network ignored on these images.
+    """
+    root = torch.linalg.cholesky(_damped(metric.covariance))
+    energy, vectors = leading_modes(root.mT @ metric.sensitivity @ root)
+    encode = torch.linalg.solve_triangular(root.mT, vectors, upper=True).mT
+    decode = root @ vectors
+    return ModeDirections(energy, encode, decode)
 
 
 def _damped(moment: Tensor) -> Tensor:
-    """(groups, n, n), positive definite."""
+    """Return a second moment (groups, n, n) made positive definite by adding a multiple of the identity.
+
+    A group whose moment is zero, as no image activates it, is damped relative to the largest of the groups instead.
+    """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)  # (groups,)
-    most = mean.max()
-    damping = DAMPING * mean.maximum(torch.where(most > 0, _DEAD * most, 1))[:, None, None]
+    largest = mean.max()
+    damping = DAMPING * mean.maximum(torch.where(largest > 0, _LEAST_MEAN * largest, 1))[:, None, None]
     return moment + damping * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
