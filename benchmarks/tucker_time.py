@@ -3,7 +3,7 @@
 Run `python -m benchmarks.tucker_time`; two minutes. Both sides decompose the same random weight to the same ranks (half
 of each mode) by HOSVD and ten sweeps of HOOI, in one process, on one thread, taking turns. tensorly decomposes one
 group at a time; ours all groups in one call. The last column is the ratio of the errors: 1 where both end at the same
-approximation. `tests/test_tucker.py` holds the two equal in float64.
+approximation. `tests/tucker/test_decomposition.py` holds the two equal in float64.
 """
 
 import time

@@ -20,7 +20,7 @@ from batude_fx.errors import BudgetError, SavedModelError
 from batude_fx.evaluation import scores, sweep
 from batude_fx.graph import provenance
 from batude_fx.report import figures, html_page, record, sweep_points
-from tests import toy
+from tests.toy_networks import small_net
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 
@@ -57,13 +57,13 @@ class Tables(HTMLParser):
 
 @pytest.fixture(scope="module")
 def plan() -> batude_fx.Plan:
-    return batude_fx.plan(toy.net(), 0.7, example_inputs=IMAGE, calibration=torch.rand(8, 3, 16, 16), round_to=2)
+    return batude_fx.plan(small_net(), 0.7, example_inputs=IMAGE, calibration=torch.rand(8, 3, 16, 16), round_to=2)
 
 
 @pytest.fixture
 def folder(plan: batude_fx.Plan, tmp_path: Path) -> Path:
     with pytest.warns(UserWarning, match="cannot be rebuilt by name"):
-        batude_fx.save(plan.apply(toy.net()), tmp_path / "out")
+        batude_fx.save(plan.apply(small_net()), tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -122,7 +122,7 @@ def test_dollars_in_names_are_no_formulas(tmp_path: Path) -> None:
 
 
 def test_a_loaded_network_keeps_its_report(plan: batude_fx.Plan, folder: Path, tmp_path: Path) -> None:
-    again = batude_fx.load(folder, model=toy.net())
+    again = batude_fx.load(folder, model=small_net())
     with pytest.warns(UserWarning, match="cannot be rebuilt by name"):
         batude_fx.save(again, tmp_path / "again")
     for name in ("report.html", "report.json"):
@@ -133,7 +133,7 @@ def test_a_loaded_network_keeps_its_report(plan: batude_fx.Plan, folder: Path, t
 def test_another_network_takes_the_old_report_away(plan: batude_fx.Plan, folder: Path) -> None:
     sweep_points.write(POINTS, folder)
     html_page.write_pages(folder)
-    other = plan.apply(toy.net())
+    other = plan.apply(small_net())
     provenance.attach_(other, None)
     batude_fx.save(other, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -249,7 +249,7 @@ def photos(tmp_path: Path) -> Callable[[int], Path]:
 
 
 def _network() -> nn.Module:
-    model = toy.net()
+    model = small_net()
     vars(model)["pretrained_cfg"] = {"input_size": (3, 16, 16)}  # what images are resized to
     return model
 

@@ -6,7 +6,7 @@ from torch import nn
 from batude_fx.graph.sites import ConvSite
 
 
-def net() -> nn.Sequential:
+def small_net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
@@ -19,7 +19,7 @@ def net() -> nn.Sequential:
     )
 
 
-def site(name: str, layer: nn.Conv2d) -> ConvSite:
+def site_of(name: str, layer: nn.Conv2d) -> ConvSite:
     return ConvSite(
         name, "Conv2d", layer.in_channels, layer.out_channels, (3, 3), layer.groups,
         transposed=False, positions_in=49, positions_out=49, calls=1, found_by="fx",

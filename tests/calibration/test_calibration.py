@@ -13,11 +13,11 @@ from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import falls_back_to_noise, synthetic_batches
 from batude_fx.errors import CalibrationError
 from batude_fx.tucker.spectra import Metric, ModeMetric
-from tests import toy
+from tests.toy_networks import site_of, small_net
 
 
 def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
-    net = toy.net().eval()
+    net = small_net().eval()
     images = torch.randn(32, 3, 7, 7) * 5 + 3
     vars(net[1])["momentum"] = 0.3
     adapted = renormalize(net, [(images,)])
@@ -29,8 +29,8 @@ def test_a_copy_normalized_by_images_gives_standard_channels() -> None:
 
 
 def test_mixing_statistics_with_themselves_changes_nothing() -> None:
-    net = toy.net().eval()
-    measured = statistics(net, [toy.site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
+    net = small_net().eval()
+    measured = statistics(net, [site_of("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
     both = average_metrics(measured, measured)["0"]
     for mode in ("out", "in_"):
         for field in ("covariance", "sensitivity"):
@@ -96,7 +96,7 @@ def test_bad_images_are_refused_in_one_line(source: object, message: str) -> Non
 
 def test_an_empty_loader_is_refused() -> None:
     with pytest.raises(CalibrationError, match="empty"):
-        statistics(toy.net(), [], [])
+        statistics(small_net(), [], [])
 
 
 def test_images_for_a_model_of_several_inputs_are_refused() -> None:

@@ -14,11 +14,11 @@ from batude_fx.errors import CalibrationError
 from batude_fx.graph.sites import ConvSite
 from batude_fx.tucker.ranks import Ranks
 from batude_fx.tucker.spectra import metric_spectrum
-from tests import toy
+from tests.toy_networks import site_of, small_net
 
 
 def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
-    sites = [toy.site(name, net[int(name)]) for name in ("0", "3")]
+    sites = [site_of(name, net[int(name)]) for name in ("0", "3")]
     return dict(statistics(net, sites, [(batch,) for batch in torch.split(images, 4)]))
 
 
@@ -64,9 +64,9 @@ def test_what_few_images_do_not_show_is_not_free() -> None:
 
 
 def test_statistics_are_the_covariances_of_all_positions() -> None:
-    net = toy.net().double().eval()
+    net = small_net().double().eval()
     images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
-    measured = statistics(net, [toy.site("0", net[0]), toy.site("3", net[3])], [(b,) for b in torch.split(images, 4)])
+    measured = statistics(net, [site_of("0", net[0]), site_of("3", net[3])], [(b,) for b in torch.split(images, 4)])
     first = images.movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(measured["0"].in_.covariance[0], _oas(first))
     hidden = net[:3](images)
@@ -78,17 +78,17 @@ def test_statistics_are_the_covariances_of_all_positions() -> None:
 
 
 def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
-    net = toy.net().eval()
+    net = small_net().eval()
     images = 1e3 + torch.randn(8, 3, 7, 7)
-    measured = statistics(net, [toy.site("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
+    measured = statistics(net, [site_of("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
     vectors = images.movedim(1, -1).flatten(0, 2).double()
     torch.testing.assert_close(measured.in_.covariance[0].double(), _oas(vectors), rtol=1e-3, atol=1e-3)
 
 
 def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
-    net = toy.net().double().eval()
+    net = small_net().double().eval()
     images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
-    measured = statistics(net, [toy.site("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
+    measured = statistics(net, [site_of("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
     # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
     centred = net[6].weight - net[6].weight.mean(0)
     expected = (centred.T @ centred / 25).detach()
@@ -134,24 +134,24 @@ def test_where_no_gradient_arrives_all_outputs_matter_alike() -> None:
             return x.argmax(1)
 
     net = nn.Sequential(nn.Conv2d(3, 6, 3), Argmax())
-    metric = statistics(net, [toy.site("0", net[0])], [(torch.randn(8, 3, 7, 7),)])["0"]
+    metric = statistics(net, [site_of("0", net[0])], [(torch.randn(8, 3, 7, 7),)])["0"]
     assert metric.out.total() == pytest.approx(1)
     torch.testing.assert_close(metric.out.sensitivity[0], metric.out.sensitivity[0, 0, 0] * torch.eye(6))
 
 
 def test_no_batch_is_an_error() -> None:
-    net = toy.net()
+    net = small_net()
     with pytest.raises(CalibrationError, match="loader is empty"):
-        statistics(net, [toy.site("0", net[0])], [])
+        statistics(net, [site_of("0", net[0])], [])
 
 
 def test_what_overflows_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"gradients at 0 are too large for torch\.float32"):
-        _statistics(toy.net(), 1e30 * torch.randn(2, 3, 8, 8))
+        _statistics(small_net(), 1e30 * torch.randn(2, 3, 8, 8))
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    net = toy.net().train()
+    net = small_net().train()
     net[0].weight.requires_grad_(False)
     net[1].eval()
     before = copy.deepcopy(net.state_dict())

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.zoo_checks import all_models, family
 
-DATA: dict[str, Any] = json.loads((Path(__file__).parents[1] / "docs" / "data" / "zoo.json").read_text())
+DATA: dict[str, Any] = json.loads((Path(__file__).parents[2] / "docs" / "data" / "zoo.json").read_text())
 MODELS, FAMILIES = DATA["models"], DATA["families"]
 SWEPT = {name: record for record in MODELS for name in [record["name"]]}
 same_libraries = pytest.mark.skipif(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import zoo_checks, zoo_sweep
 from benchmarks.zoo_sweep import Journal, Record, Task
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
