@@ -96,7 +96,7 @@ def measure(name: str, width: int) -> dict[str, Any]:
     options = [site_options(site, 8) for site in sites]
     judged = [one.with_losses(spectra[site.name].loss()) for site, one in zip(sites, options, strict=True)]
     dense = tuple(int(cost) for cost in np.sum([one.dense for one in options], axis=0))
-    capacity = CostLimits.of(options, batude_fx.Budget(flops=0.5), dense, 8).capacity(options)
+    capacity = CostLimits.of_sites(options, batude_fx.Budget(flops=0.5), dense, 8).capacity(options)
     part("allocate", lambda: allocate(judged, capacity))
     layers = [canonical_weight(model.get_submodule(site.name)) for site in sites]
     part(

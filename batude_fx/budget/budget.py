@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from batude_fx.errors import BudgetError
+from batude_fx.support.validation import first_problem
 
 _FORMS = 'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute'
 _ABSOLUTE = {
@@ -72,11 +73,11 @@ class Budget(BaseModel):
         try:
             super().__init__(**limits)
         except ValidationError as error:
-            first = error.errors()[0]
-            reason = first["msg"].removeprefix("Value error, ")
-            limit = "".join(f" {name}={limits.get(str(name))!r}" for name in first["loc"][:1])
-            absolute = _ABSOLUTE.get(str(first["loc"][0]) if first["loc"] else "", _ABSOLUTE["flops"])
-            raise BudgetError(f"budget{limit}: {reason}. Write {_FORMS} {absolute}.") from None
+            problem = first_problem(error)
+            name = problem.path[0] if problem.path else ""
+            limit = f" {name}={limits[name]!r}" if name else ""
+            absolute = _ABSOLUTE.get(name, _ABSOLUTE["flops"])
+            raise BudgetError(f"budget{limit}: {problem.reason}. Write {_FORMS} {absolute}.") from None
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":
@@ -99,8 +100,12 @@ class Budget(BaseModel):
                 return cls(**{name: budget})
         return cls(flops=budget)
 
+    def without_latency(self) -> "Budget":
+        """Return the same limits on flops and parameters; there may be none left."""
+        return self.model_copy(update={"latency": None})
+
     def __str__(self) -> str:
-        """The limits in the user's words: "flops 2.5x, params 40%"."""
+        """Return the limits in the user's words: "flops 2.5x, params 40%"."""
         return ", ".join(f"{name} {limit}" for name, limit in self if limit is not None)
 
     def limits(self, dense_flops: int, dense_params: int, dense_nanoseconds: int = 0) -> "Limits":

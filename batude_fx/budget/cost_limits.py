@@ -1,23 +1,88 @@
-"""From a budget on the whole model to what its sites can be, and to what they may cost together."""
+"""What a whole model may cost, and what of that is left for its sites; and the model of its latency.
+
+Costs are arrays whose last axis is (flops, params) or, where times were measured, (flops, params, nanoseconds); see
+`rank_options.UNITS`.
+"""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from operator import itemgetter
+from operator import attrgetter
 from typing import Self
 
 import numpy as np
 
 from batude_fx.budget.budget import Budget
-from batude_fx.budget.knapsack import describe_cost
-from batude_fx.budget.rank_options import UNITS, RankOptions, options_by_site, smallest_costs
+from batude_fx.budget.rank_options import (
+    NANOSECONDS,
+    UNITS,
+    RankOptions,
+    describe_cost,
+    options_by_site,
+    smallest_costs,
+)
 from batude_fx.errors import BudgetError
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.arrays import Integers
 from batude_fx.tucker.ranks import Ranks
 
 _UNLIMITED = 2**60
-_STEEPEST = 4.0  # slope from what sites foresee to what a network takes, and one over the flattest
+_STEEPEST = 4.0  # slope of a latency model, and one over the flattest
+
+
+@dataclass(frozen=True)
+class TimedNetwork:
+    """A network that was timed as a whole.
+
+    Attributes:
+        site_time: Nanoseconds that the times of its sites, each timed alone, and the time of all else add up to.
+        network_time: Nanoseconds that one run of it took.
+    """
+
+    site_time: int
+    network_time: int
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """The line `network_time = slope * site_time + offset`.
+
+    The two times differ as the sites may have been timed on another day, when the machine was less busy, and as layers
+    that are timed alone do not wait for each other.
+    """
+
+    slope: float
+    offset: float
+
+    @classmethod
+    def near(cls, limit: int, dense: TimedNetwork, timed: Sequence[TimedNetwork]) -> Self:
+        """The line through the networks that were timed nearest above and below a limit.
+
+        While there is none below, it is the line through the dense network and the one that was timed last.
+
+        Args:
+            limit: Nanoseconds that a network may take.
+            dense: The dense network, whose site time is its network time by definition.
+            timed: Compressed networks, the last one last.
+        """
+        low, high = (timed or [dense])[-1], dense
+        if below := [network for network in timed if network.network_time <= limit]:
+            low = max(below, key=attrgetter("network_time"))
+            above = (network for network in (dense, *timed) if network.network_time > limit)
+            high = min(above, key=attrgetter("network_time"), default=dense)
+        slope = 1.0
+        if low.site_time < high.site_time:
+            slope = (high.network_time - low.network_time) / (high.site_time - low.site_time)
+        slope = min(max(slope, 1 / _STEEPEST), _STEEPEST)
+        return cls(slope, low.network_time - slope * low.site_time)
+
+    def predict(self, site_time: int) -> int:
+        """Nanoseconds of the network whose sites add up to a time."""
+        return round(self.slope * site_time + self.offset)
+
+    def invert(self, network_time: int) -> int:
+        """Nanoseconds that the sites may add up to, so that the network takes no more than a time."""
+        return math.floor((network_time - self.offset) / self.slope)
 
 
 @dataclass(frozen=True)
@@ -25,87 +90,71 @@ class CostLimits:
     """What a whole model may cost, and what it costs besides its sites.
 
     Attributes:
-        budget: On the whole model.
-        dense: (k,) costs of the whole dense model: flops, parameters and, where they were measured, nanoseconds.
-        fixed: (k,) what everything but the sites costs.
+        budget: The limits on the whole model.
+        dense: (k,) costs of the whole dense model.
+        fixed: (k,) costs of everything but the sites.
         round_to: Multiple of the ranks, for messages.
-        timed: The compressed networks that were timed as a whole, the last one last: nanoseconds that the times of the
-            sites foresee, and nanoseconds that it took.
+        timed: The compressed networks that were timed as a whole, the last one last.
     """
 
     budget: Budget
     dense: tuple[int, ...]
     fixed: Integers
     round_to: int
-    timed: tuple[tuple[int, int], ...] = ()
+    timed: tuple[TimedNetwork, ...] = ()
 
     @classmethod
-    def of(cls, options: Collection[RankOptions], budget: Budget, dense: tuple[int, ...], round_to: int) -> Self:
-        """The account of a model whose sites have these options."""
+    def of_sites(cls, options: Collection[RankOptions], budget: Budget, dense: tuple[int, ...], round_to: int) -> Self:
+        """The limits for a model whose sites have these options."""
         sites = sum((option.dense for option in options), start=np.zeros(len(dense), np.int64))
         return cls(budget, dense, np.array(dense, np.int64) - sites, round_to)
 
-    def with_timed(self, foreseen: int, taken: int) -> Self:
-        """The account that knows a network's time."""
-        return replace(self, timed=(*self.timed, (foreseen, taken)))
+    @property
+    def latency(self) -> int | None:
+        """The most nanoseconds of one run; None where time is not limited."""
+        return self.budget.limits(*self.dense).nanoseconds
 
-    def taken(self, foreseen: int) -> int:
-        """Nanoseconds of a network for which the times of the sites foresee so many."""
-        slope, offset = self._line()
-        return round(slope * foreseen + offset)
+    @property
+    def latency_model(self) -> LatencyModel:
+        """From the times of sites to that of the network, as far as networks were timed. Needs times."""
+        dense = TimedNetwork(self.dense[NANOSECONDS], self.dense[NANOSECONDS])
+        return LatencyModel.near(self.latency or 0, dense, self.timed)
 
-    def foreseen(self, taken: int) -> int:
-        """The inverse of `taken`."""
-        slope, offset = self._line()
-        return math.floor((taken - offset) / slope)
-
-    def _line(self) -> tuple[float, float]:
-        """Slope and offset of the line through two networks: the nearest ones above and below the limit.
-
-        While there is none below, it is the line through the dense one and the one that was timed last, which it ends
-        at. The sites' times may be of another day, when the machine was less busy, and they leave out what layers wait
-        for.
-        """
-        dense = self.dense[2], self.dense[2]
-        limit = self.budget.limits(*self.dense).nanoseconds or 0
-        low, high = (self.timed or (dense,))[-1], dense
-        if below := [one for one in self.timed if one[1] <= limit]:
-            low = max(below, key=itemgetter(1))
-            above = (one for one in (dense, *self.timed) if one[1] > limit)
-            high = min(above, key=itemgetter(1), default=dense)
-        slope = (high[1] - low[1]) / (high[0] - low[0]) if low[0] < high[0] else 1.0
-        slope = min(max(slope, 1 / _STEEPEST), _STEEPEST)
-        return slope, low[1] - slope * low[0]
+    def with_timed(self, network: TimedNetwork) -> Self:
+        """The limits that know one more timed network."""
+        return replace(self, timed=(*self.timed, network))
 
     def capacity(self, options: Collection[RankOptions]) -> Integers:
-        """(k,) what is left for all sites together.
+        """(k,) what all sites together may cost.
 
         Raises:
             BudgetError: Out of reach; the message names the smallest budget that is not.
         """
-        if self.budget.latency is not None and len(self.dense) < len(UNITS):
+        if self.budget.latency is not None and len(self.dense) <= NANOSECONDS:
             raise BudgetError(f"{self.budget}: no times have been measured; call plan with a latency first.")
         limits = astuple(self.budget.limits(*self.dense))[: len(self.dense)]
         most = np.array([_UNLIMITED if limit is None else limit for limit in limits], np.int64)
-        smallest = (self.fixed + smallest_costs(options) if options else self.fixed).tolist()
-        smallest[2:] = [self.taken(nanoseconds) for nanoseconds in smallest[2:]]
-        for unit, need, allowed, full in zip(UNITS, smallest, most.tolist(), self.dense, strict=False):
-            if need > allowed and not options:
-                raise BudgetError(
-                    f"budget of {allowed / full:.4f} of the {unit} is out of reach: no site can be replaced; "
-                    "print(batude_fx.discover(model)) says why."
-                )
-            if need > allowed:
-                share = f"{describe_cost(need, unit, alone=False)} of {describe_cost(full, unit)}"
-                least = _reachable(need, full)
-                way_out = f"Use at least {least:.4f}" if least < 1 else "Use a smaller round_to, or more sites"
-                raise BudgetError(
-                    f"budget of {allowed / full:.4f} of the {unit} is out of reach: the smallest ranks (multiples of "
-                    f"{self.round_to}) at every replaceable site, {len(options)} in all, still need {share}. "
-                    f"{way_out}."
-                )
-        most[2:] = [self.foreseen(nanoseconds) for nanoseconds in most[2:].tolist()]
+        least = self.fixed + smallest_costs(options) if options else self.fixed.copy()
+        if len(self.dense) > NANOSECONDS:
+            least[NANOSECONDS] = self.latency_model.predict(int(least[NANOSECONDS]))
+        for cost, unit in enumerate(UNITS[: len(self.dense)]):
+            if least[cost] > most[cost]:
+                raise self._out_of_reach(unit, int(least[cost]), int(most[cost]), self.dense[cost], len(options))
+        if len(self.dense) > NANOSECONDS:
+            most[NANOSECONDS] = self.latency_model.invert(int(most[NANOSECONDS]))
         return most - self.fixed
+
+    def _out_of_reach(self, unit: str, least: int, most: int, dense: int, sites: int) -> BudgetError:
+        """The error for a cost whose least value is above its limit, with the way out."""
+        budget = f"budget of {most / dense:.4f} of the {unit} is out of reach"
+        if not sites:
+            return BudgetError(f"{budget}: no site can be replaced; print(batude_fx.discover(model)) says why.")
+        keep = _smallest_keep(least, dense)
+        way_out = f"Use at least {keep:.4f}" if keep < 1 else "Use a smaller round_to, or more sites"
+        return BudgetError(
+            f"{budget}: the smallest ranks (multiples of {self.round_to}) at every replaceable site, {sites} in all, "
+            f"still need {describe_cost(least, unit, with_unit=False)} of {describe_cost(dense, unit)}. {way_out}."
+        )
 
 
 def options_within_budget(
@@ -120,24 +169,24 @@ def options_within_budget(
     """What each site can be and what the whole model may cost, once it is known that the budget is in reach.
 
     Args:
-        sites: As for `choices`.
-        round_to: As for `choices`.
+        sites: Name to site, all of them replaceable.
+        round_to: Multiple of the ranks, all groups of a site together.
         budget: On the whole model, without latency.
         dense: (2,) flops and parameters of the whole dense model.
-        ranks: As for `choices`.
-        adds_bias: As for `choices`.
+        ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
+        adds_bias: Whether replacements have a bias even where the dense layer has none.
 
     Raises:
         BudgetError: Out of reach.
-        SelectionError: As `choices`.
+        SelectionError: A name in `ranks` is no site, or its ranks are not among what the site can be.
     """
     options = options_by_site(sites, round_to, ranks, adds_bias=adds_bias)
-    account = CostLimits.of(options.values(), budget, dense, round_to)
-    account.capacity(options.values())
-    return options, account
+    limits = CostLimits.of_sites(options.values(), budget, dense, round_to)
+    limits.capacity(options.values())
+    return options, limits
 
 
-def _reachable(need: int, full: int) -> float:
-    """The smallest fraction of four digits that, multiplied and rounded down as a budget is, allows what is needed."""
-    digits = math.ceil(need / full * 1e4)
-    return (digits if math.floor(digits / 1e4 * full) >= need else digits + 1) / 1e4
+def _smallest_keep(least: int, dense: int) -> float:
+    """The smallest fraction of four digits that, multiplied and rounded down as a budget is, allows a cost."""
+    digits = math.ceil(least / dense * 1e4)
+    return (digits if math.floor(digits / 1e4 * dense) >= least else digits + 1) / 1e4

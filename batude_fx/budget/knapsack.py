@@ -1,8 +1,14 @@
-"""From options, losses and limits to one option per site: a multiple-choice knapsack over integers and arrays.
+"""From the options of all sites to one option per site: a multiple-choice knapsack. Integers and arrays only.
 
-Every site offers its rank pairs, dense included, each with a cost and a loss; one option per site is picked so that
-the sum of losses is small and the sum of costs stays within the limits. A Lagrange multiplier, found by bisection,
-gives a point on the convex hull of all solutions; what it leaves unspent is then spent move by move.
+Every site offers its rank pairs, dense included, each with costs and a loss. One option per site is picked so that the
+sum of losses is small and every sum of costs stays within its capacity:
+
+    minimise sum_s loss_s(i_s)  subject to  sum_s cost_s(i_s) <= capacity.
+
+With a multiplier m for the price of a unit of cost, the minimum of `loss + m * price` can be found at every site alone,
+and the smallest m whose choice fits gives a point on the convex hull of all solutions. It is found by bisection. What
+that choice leaves of the capacity is then spent move by move. Where several limits bind, a price is a mixture of costs,
+and some mixtures are tried.
 
 Source: P. Sinha, A. Zoltners, "The multiple-choice knapsack problem", Operations Research 27(3), 1979;
 H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
@@ -13,11 +19,11 @@ from itertools import product
 
 import numpy as np
 
-from batude_fx.budget.rank_options import UNITS, RankOptions
+from batude_fx.budget.rank_options import UNITS, RankOptions, describe_cost
 from batude_fx.errors import BudgetError
 from batude_fx.support.arrays import Floats, Integers
 
-_PARTS = {1: 1, 2: 10, 3: 5}  # in which prices are shared out among so many limits that bind
+_PARTS = {1: 1, 2: 10, 3: 5}  # limits that bind, to the parts in which a price is shared out among them
 
 
 def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
@@ -36,9 +42,9 @@ def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
     if not options:
         return []
     directions = _price_directions(options, capacity)
-    # What is dominated at all of these prices is hardly worth a look, and nearly every row is where ranks are fine.
-    rows = [np.unique(np.concatenate([_pareto_front(one, weights) for weights in directions])) for one in options]
-    options = [one.subset(kept) for one, kept in zip(options, rows, strict=True)]
+    # An option that is dominated at all of these prices is hardly ever picked, and with fine ranks most of them are.
+    rows = [np.unique(np.concatenate([_pareto_front(site, weights) for weights in directions])) for site in options]
+    options = [site.subset(front) for site, front in zip(options, rows, strict=True)]
     best: list[int] | None = None
     for weights in directions:
         fronts = [_pareto_front(option, weights) for option in options]
@@ -54,25 +60,19 @@ def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
             f"no choice of ranks keeps the replaceable sites within {limits}, though each limit can be met alone; "
             "raise one of them."
         )
-    return [int(kept[row]) for kept, row in zip(rows, best, strict=True)]
-
-
-def describe_cost(cost: int, unit: str, *, alone: bool = True) -> str:
-    """A cost in words: "5,000 flops", "1.2 ms"; without its unit where another one follows."""
-    number, name = (f"{cost / 1e6:.4g}", "ms") if unit == "latency" else (f"{cost:,}", unit)
-    return f"{number} {name}" if alone else number
+    return [int(front[row]) for front, row in zip(rows, best, strict=True)]
 
 
 def _price_directions(options: Sequence[RankOptions], capacity: Integers) -> list[Floats]:
-    """Prices of each cost to try: shares of a whole among the limits that bind; a single one needs a single try."""
+    """(k,) prices of the costs to try: mixtures of the limits that bind. A single one needs a single try."""
     dense = np.sum([option.dense for option in options], axis=0, dtype=np.float64)
-    unit = 1 / np.maximum(dense, 1)
+    unit = 1 / np.maximum(dense, 1)  # the dense model has price 1 in every cost
     binding = np.flatnonzero(capacity < dense)
     if not len(binding):
         binding = np.array([0])
     parts = _PARTS[len(binding)]
-    shares = (np.array(one) / parts for one in product(range(parts + 1), repeat=len(binding)) if sum(one) == parts)
-    return [unit * (np.eye(len(unit))[binding].T @ share) for share in shares]
+    mixtures = (mixture for mixture in product(range(parts + 1), repeat=len(binding)) if sum(mixture) == parts)
+    return [unit * (np.eye(len(unit))[binding].T @ (np.array(mixture) / parts)) for mixture in mixtures]
 
 
 def _pareto_front(option: RankOptions, weights: Floats) -> Integers:

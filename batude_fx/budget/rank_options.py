@@ -91,6 +91,12 @@ def site_options(site: ConvSite, round_to: int, *, adds_bias: bool = False) -> R
     )
 
 
+def describe_cost(cost: int, unit: str, *, with_unit: bool = True) -> str:
+    """Return a cost in words: "5,000 flops", "1.2 ms"; without its unit where another cost with one follows."""
+    number, name = (f"{cost / 1e6:.4g}", "ms") if unit == "latency" else (f"{cost:,}", unit)
+    return f"{number} {name}" if with_unit else number
+
+
 def smallest_costs(options: Collection[RankOptions]) -> Integers:
     """(k,) the least of each cost that any choice of ranks needs; each on its own."""
     smallest: Integers = np.sum([option.costs.min(axis=0) for option in options], axis=0)

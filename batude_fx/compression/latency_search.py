@@ -1,138 +1,195 @@
-"""From judged sites to ranks under a budget; where time is limited, the network itself is timed until it meets it."""
+"""Ranks that meet a latency: sites get times, then the whole network is timed until it meets the limit."""
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import replace as replaced
-from itertools import product
-from operator import itemgetter
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Literal, cast
 
-from batude_fx.budget import rank_options
 from batude_fx.budget.budget import Budget
-from batude_fx.budget.cost_limits import CostLimits
-from batude_fx.budget.layer_times import LayerTimer
+from batude_fx.budget.cost_limits import CostLimits, TimedNetwork
+from batude_fx.budget.layer_timer import LayerTimer
+from batude_fx.budget.rank_options import NANOSECONDS, RankOptions
 from batude_fx.compression.rank_search import RankPlan, SiteCandidate, choose_ranks
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.support.progress import track
 from batude_fx.tucker.ranks import Ranks
 
-_ROUNDS, _CLOSE, _ALLOWED = 6, 0.02, 0.05  # to meet a latency: trials, when to stop, how much above is bearable
+_MOST_TRIALS = 6
+_CLOSE = 0.02  # below the limit: near enough to stop
+_TOLERATED = 0.05  # above the limit: met within the accuracy of the clock
+
+Costed = tuple[dict[str, RankOptions], CostLimits]
 
 
 def add_latency(
-    count: Callable[[int], tuple[dict[str, rank_options.RankOptions], CostLimits]],
-    budget: Budget,
-    watch: LayerTimer,
-    round_to: int | Literal["auto"],
-) -> tuple[dict[str, rank_options.RankOptions], CostLimits]:
-    """What each site can be, with its times, and the account of a budget that is in reach.
+    options_at: Callable[[int], Costed], budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]
+) -> Costed:
+    """Give the options of all sites their times, once it is known that the budget is in reach.
 
-    For "auto" ranks are multiples that suit the machine, and no site gets slower; where the budget is out of reach so,
+    For "auto", ranks are multiples that suit the machine, and no site gets slower. Where the budget is out of reach so,
     finer multiples are tried, then slower sites.
 
     Args:
-        count: From a multiple of ranks to what each site can be and to the account of flops and parameters.
-        budget: Latency included.
-        watch: Times the sites and the network.
+        options_at: From a multiple of ranks to what each site can be and to the limits on flops and parameters.
+        budget: On the whole model, latency included.
+        timer: Times the sites and the network.
         round_to: Multiple of the ranks.
+
+    Returns:
+        Site name to its options with their times, and the limits that know times.
 
     Raises:
         BudgetError: A limit is out of reach.
         SelectionError: Ranks that the user fixed are no multiples.
     """
-    multiples = watch.multiples() if round_to == "auto" else [round_to]
-    wishes = [round_to == "auto"]  # that only faster sites are replaced
-    if round_to == "auto" and (budget.flops, budget.params) != (None, None):  # slower ones never help a latency
-        wishes.append(False)
-    *preferred, last = product(wishes, multiples)
-    for way in preferred:
-        with suppress(BudgetError, SelectionError):
-            return _timed(way, count, budget, watch)
-    return _timed(last, count, budget, watch)
+    *attempts, last = _attempts(budget, timer, round_to)
+    for multiple, only_faster in attempts:
+        try:
+            return _with_times(options_at(multiple), budget, timer, only_faster=only_faster)
+        except (BudgetError, SelectionError):
+            continue
+    multiple, only_faster = last
+    return _with_times(options_at(multiple), budget, timer, only_faster=only_faster)
 
 
-def _timed(
-    way: tuple[bool, int],
-    count: Callable[[int], tuple[dict[str, rank_options.RankOptions], CostLimits]],
-    budget: Budget,
-    watch: LayerTimer,
-) -> tuple[dict[str, rank_options.RankOptions], CostLimits]:
-    only_faster, multiple = way
-    options, account = count(multiple)
-    options = watch.priced(options, only_faster=only_faster)
-    account = CostLimits.of(options.values(), account.budget, (*account.dense, watch.dense_nanoseconds), multiple)
-    account.capacity(options.values())  # where flops or parameters are out of reach, the network is not timed
-    account = replaced(account, budget=budget)
+def _attempts(budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]) -> list[tuple[int, bool]]:
+    """Rank multiples, and whether only sites are replaced that get faster; the preferred ones first."""
+    if round_to != "auto":
+        return [(round_to, False)]
+    multiples = timer.multiples()
+    attempts = [(multiple, True) for multiple in multiples]
+    if (budget.flops, budget.params) != (None, None):  # a slower site never helps a latency, but it helps these
+        attempts += [(multiple, False) for multiple in multiples]
+    return attempts
+
+
+def _with_times(costed: Costed, budget: Budget, timer: LayerTimer, *, only_faster: bool) -> Costed:
+    options, limits = costed
+    options = timer.with_times(options, only_faster=only_faster)
+    dense = (*limits.dense, timer.dense_nanoseconds)
+    limits = CostLimits.of_sites(options.values(), limits.budget, dense, limits.round_to)
+    limits.capacity(options.values())  # where flops or parameters are out of reach, no network is timed
+    limits = replace(limits, budget=budget)
     try:
-        account.capacity(options.values())
+        limits.capacity(options.values())
     except BudgetError:  # by the times of the sites; the network's own may be shorter
-        rows = {name: int(one.costs[:, 2].argmin()) for name, one in options.items()}
-        fastest = {
-            name: Ranks(*options[name].ranks[row].tolist())
-            for name, row in rows.items()
-            if not options[name].is_dense[row]
-        }
-        foreseen = int(account.fixed[2]) + sum(int(options[name].costs[row, 2]) for name, row in rows.items())
-        account = account.with_timed(foreseen, watch.compare(fastest))
-        account.capacity(options.values())
-    return options, account
+        limits = limits.with_timed(_time_fastest(options, limits, timer))
+        limits.capacity(options.values())
+    return options, limits
+
+
+def _time_fastest(options: Mapping[str, RankOptions], limits: CostLimits, timer: LayerTimer) -> TimedNetwork:
+    """Time the network whose sites all take their fastest option."""
+    site_time, ranks = int(limits.fixed[NANOSECONDS]), {}
+    for name, option in options.items():
+        row = int(option.costs[:, NANOSECONDS].argmin())
+        site_time += int(option.costs[row, NANOSECONDS])
+        if not option.is_dense[row]:
+            ranks[name] = Ranks(*option.ranks[row].tolist())
+    return TimedNetwork(site_time, timer.compare(ranks))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A network that was timed as a whole.
+
+    Attributes:
+        plan: Its ranks, with the time that was measured.
+        limits: The limits that know this time.
+        excess: Nanoseconds above the latency that is allowed; 0 or less where it is met.
+    """
+
+    plan: RankPlan
+    limits: CostLimits
+    excess: int
+
+
+class _End(Enum):
+    """Why no further network is timed."""
+
+    CLOSE = "the last network is near enough, or another limit binds"
+    FAR = "a network meets the limit, and no ranks lie between"
+    UNMET = "the fastest network was timed twice and does not meet the limit"
 
 
 def refine_by_timing(
-    choice: RankPlan, watch: LayerTimer, candidates: Mapping[str, SiteCandidate], account: CostLimits
+    plan: RankPlan, timer: LayerTimer, candidates: Mapping[str, SiteCandidate], limits: CostLimits
 ) -> tuple[RankPlan, CostLimits]:
-    """Time the whole network with the chosen ranks, and choose anew with what that tells, until it meets the limit.
+    """Time the network with the chosen ranks, and choose anew with what that shows, until it meets the limit.
 
     Returns:
-        The choice that comes closest to the limit, from below where one does, with its measured time; and the account
-        that predicts it right.
+        The plan that comes closest to the limit, from below where one does, with its measured time; and the limits that
+        predict this time right.
 
     Raises:
-        BudgetError: No choice comes close to the limit.
+        BudgetError: No network comes close to the limit.
     """
-    limit = account.budget.limits(*account.dense).nanoseconds
-    tried: list[tuple[tuple[bool, int], RankPlan, CostLimits]] = []
-    far, foreseen = False, account.foreseen(round(1e9 * cast("float", choice.seconds)))
-    for _ in track(range(_ROUNDS), "timing the network"):
-        taken = watch.compare(choice.ranks) if choice.ranks else watch.dense_nanoseconds
-        account = account.with_timed(foreseen, taken)
-        over = taken - (limit or taken)
-        tried.append(((over > 0, abs(over)), replaced(choice, seconds=taken / 1e9), account))
-        known = [one.ranks for _, one, _ in tried]
-        if limit is None or (1 - _CLOSE) * limit <= taken <= limit:
+    trials: list[_Trial] = []
+    end: _End | None = None
+    for _ in track(range(_MOST_TRIALS), "timing the network"):
+        trials.append(_time(plan, timer, limits))
+        limits = trials[-1].limits
+        following = _next_plan(trials, candidates)
+        if isinstance(following, _End):
+            end = following
             break
-        with suppress(BudgetError):
-            other = choose_ranks(candidates, account)
-            if other.ranks not in known:
-                choice, foreseen = other, account.foreseen(round(1e9 * cast("float", other.seconds)))
-                continue
-            if over <= 0 and other.ranks == choice.ranks:  # another limit binds, or no ranks lie between
-                break
-        # It goes round in a circle; or this network is the fastest, and the machine may have been busy meanwhile.
-        met = any(not missed for (missed, _), _, _ in tried)
-        if met or known.count(choice.ranks) > 1:
-            far = met
-            break
-    else:
-        far = True
-    if far:
+        plan = following
+    if end in {None, _End.FAR}:
         warnings.warn(
-            f"in {len(tried)} timings the network did not come within {_CLOSE:.0%} of latency "
-            f"{account.budget.latency}: no ranks lie between, or the machine may be busy. The plan says what was "
+            f"in {len(trials)} timings the network did not come within {_CLOSE:.0%} of latency "
+            f"{limits.budget.latency}: no ranks lie between, or the machine may be busy. The plan says what was "
             "measured.",
             stacklevel=4,
         )
-    _, choice, account = min(tried, key=itemgetter(0))
-    taken = round(1e9 * cast("float", choice.seconds))
-    if limit is not None and taken > (1 + _ALLOWED) * limit:
-        share = taken / watch.dense_nanoseconds
-        way_out = (
-            f"Use at least {share:.4f}" if share < 1 else "None is faster than the dense one; limit the flops instead"
-        )
-        raise BudgetError(
-            f"latency {limit / 1e6:.4g} ms is out of reach: in {len(tried)} timings the fastest network took "
-            f"{taken / 1e6:.4g} ms, the dense one {watch.dense_nanoseconds / 1e6:.4g} ms. {way_out}, or try again "
-            "while the machine is idle."
-        )
-    return choice, account
+    best = min(trials, key=lambda trial: (trial.excess > 0, abs(trial.excess)))
+    _check_met(best, len(trials), timer.dense_nanoseconds)
+    return best.plan, best.limits
+
+
+def _time(plan: RankPlan, timer: LayerTimer, limits: CostLimits) -> _Trial:
+    network_time = timer.compare(plan.ranks) if plan.ranks else timer.dense_nanoseconds
+    timed = TimedNetwork(cast("int", plan.site_time), network_time)
+    excess = network_time - (limits.latency or network_time)
+    return _Trial(replace(plan, seconds=network_time / 1e9), limits.with_timed(timed), excess)
+
+
+def _next_plan(trials: list[_Trial], candidates: Mapping[str, SiteCandidate]) -> RankPlan | _End:
+    """The plan to time next, with the latency model that the trials so far give; or why there is none."""
+    last = trials[-1]
+    limit = last.limits.latency
+    if limit is None or -_CLOSE * limit <= last.excess <= 0:
+        return _End.CLOSE
+    tried = [trial.plan.ranks for trial in trials]
+    try:
+        plan = choose_ranks(candidates, last.limits)
+    except BudgetError:
+        plan = None
+    if plan is not None and plan.ranks not in tried:
+        return plan
+    if plan is not None and plan.ranks == last.plan.ranks and last.excess <= 0:  # another limit binds
+        return _End.CLOSE
+    # The search goes in a circle, or this is the fastest network there is.
+    if any(trial.excess <= 0 for trial in trials):
+        return _End.FAR
+    # The machine may have been busy: time this network once more.
+    return _End.UNMET if tried.count(last.plan.ranks) > 1 else last.plan
+
+
+def _check_met(best: _Trial, trials: int, dense_nanoseconds: int) -> None:
+    """Refuse a network that is too far above the limit.
+
+    Raises:
+        BudgetError: With its time, the dense one's, and the way out.
+    """
+    limit = best.limits.latency
+    if limit is None or best.excess <= _TOLERATED * limit:
+        return
+    taken = limit + best.excess
+    share = taken / dense_nanoseconds
+    way_out = f"Use at least {share:.4f}" if share < 1 else "None is faster than the dense one; limit the flops instead"
+    raise BudgetError(
+        f"latency {limit / 1e6:.4g} ms is out of reach: in {trials} timings the fastest network took "
+        f"{taken / 1e6:.4g} ms, the dense one {dense_nanoseconds / 1e6:.4g} ms. {way_out}, or try again while the "
+        "machine is idle."
+    )

@@ -8,18 +8,19 @@ from torch import Tensor, nn
 
 from batude_fx.budget.budget import Budget
 from batude_fx.budget.cost_limits import options_within_budget
-from batude_fx.budget.layer_times import LayerTimer
+from batude_fx.budget.layer_timer import LayerTimer
+from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.calibration.images import Inputs
-from batude_fx.compression.calibrate import Calibration, calibration_label, decompose, measure
+from batude_fx.compression.calibrate import Calibration, calibration_label, measure
+from batude_fx.compression.checks import check_constant_sizes, check_model, check_options
 from batude_fx.compression.latency_search import add_latency, refine_by_timing
-from batude_fx.compression.plan import ModelT, Plan, check_values
-from batude_fx.compression.rank_search import choose_ranks
-from batude_fx.errors import BudgetError, CalibrationError, SelectionError, UnsupportedError
+from batude_fx.compression.plan import ModelT, Plan
+from batude_fx.compression.rank_search import choose_ranks, decompose_sites
+from batude_fx.errors import BudgetError
 from batude_fx.graph.discovery import discover
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
-from batude_fx.graph.site_table import Sites
 from batude_fx.tucker.ranks import Ranks
 
 
@@ -68,53 +69,54 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
     """
     budget = Budget.parse(budget)
-    if round_to != "auto" and (type(round_to) is not int or round_to < 1):
-        raise SelectionError(f'round_to={round_to!r} is not a rank multiple; use 1 or more, 8 by default, or "auto".')
-    if isinstance(calibration, str) and calibration != "synthetic":
-        raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
-    check_values(model)
+    check_options(round_to, calibration)
+    check_model(model)
     inputs = resolve_inputs(model, example_inputs)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
-    eligible = sites.replaceable()
-    watch = None
+    replaceable, adds_bias = sites.replaceable(), calibration is not None
+
+    timer = None
     if round_to == "auto" or budget.latency is not None:
-        _check_times(sites, model)
-        watch = LayerTimer(model, eligible, inputs, adds_bias=calibration is not None)
+        check_constant_sizes(sites, model)
+        timer = LayerTimer(model, replaceable, inputs, adds_bias=adds_bias)
     dense = count_costs(model, inputs)
-    within = budget.model_copy(update={"latency": None})
-    count = partial(
-        options_within_budget, budget=within, dense=dense, ranks=ranks or {}, adds_bias=calibration is not None
+    options_at = partial(
+        options_within_budget, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias
     )
     try:  # a budget out of reach is said before any image is looked at
-        if watch:
-            options, account = add_latency(partial(count, eligible), budget, watch, round_to)
+        if timer:
+            options, limits = add_latency(partial(options_at, replaceable), budget, timer, round_to)
         else:
-            options, account = count(eligible, int(round_to))
+            options, limits = options_at(replaceable, int(round_to))
     except BudgetError as error:
-        if layers != "conv" or watch:
+        if timer or layers != "conv":
             raise
-        wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude)
-        raise _naming_linear(error, lambda: count(wider.replaceable(), int(round_to))) from None
-    measured, kept, norms = measure(model, list(eligible.values()), calibration, inputs)
-    candidates = decompose(model, eligible, options, measured)
-    choice = choose_ranks(candidates, account)
-    if watch:
-        choice, account = refine_by_timing(choice, watch, candidates, account)
+        wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude).replaceable()
+        raise _with_linear_hint(error, lambda: options_at(wider, int(round_to))) from None
+
+    measurements = measure(model, list(replaceable.values()), calibration, inputs)
+    candidates = decompose_sites(model, replaceable, options, measurements.metrics)
+    chosen = choose_ranks(candidates, limits)
+    if timer:
+        chosen, limits = refine_by_timing(chosen, timer, candidates, limits)
     return Plan(
         model_name=type(model).__name__,
         budget=budget,
         sites=sites,
-        dense_flops=dense[0],
-        dense_params=dense[1],
-        dense_seconds=watch.dense_nanoseconds / 1e9 if watch else None,
+        ranks=chosen.ranks,
+        losses=chosen.losses,
+        dense_flops=dense[FLOPS],
+        flops=chosen.flops,
+        dense_params=dense[PARAMS],
+        params=chosen.params,
+        dense_seconds=timer.dense_nanoseconds / 1e9 if timer else None,
+        seconds=chosen.seconds,
         calibration=calibration_label(calibration, inputs),
-        round_to=account.round_to,
-        **vars(choice),
-        _weights=checksum(model),
-        _account=account,
+        round_to=limits.round_to,
+        _checksum=checksum(model),
+        _limits=limits,
         _candidates=candidates,
-        _kept=kept,
-        _norms=norms,
+        _measurements=measurements,
         _recounted=inputs if sites.sizes_vary else None,
     )
 
@@ -138,18 +140,10 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
     return plan(model, budget, **options).apply(model)
 
 
-def _naming_linear(error: BudgetError, count: Callable[[], object]) -> BudgetError:
-    """The error, and the other way out where the budget is in reach with linear layers."""
+def _with_linear_hint(error: BudgetError, options_with_linear: Callable[[], object]) -> BudgetError:
+    """The error, with the other way out where linear layers bring the budget into reach."""
     try:
-        count()
+        options_with_linear()
     except BudgetError:
         return error
     return BudgetError(f'{error} With linear layers, layers="conv+linear", it can be met.')
-
-
-def _check_times(sites: Sites, model: nn.Module) -> None:
-    if sites.sizes_vary:
-        raise UnsupportedError(
-            f"{type(model).__name__} may compute more or less for other values, so its time cannot be foreseen; give "
-            "flops or params, and a number for round_to."
-        )

@@ -1,42 +1,43 @@
-"""From judged sites to ranks under a budget; where time is limited, the network itself is timed until it meets it."""
+"""From the metrics of all sites to their ranks: every site is decomposed once, then a knapsack chooses its ranks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace as replaced
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from batude_fx.budget import knapsack, rank_options
 from batude_fx.budget.cost_limits import CostLimits
+from batude_fx.budget.knapsack import allocate
+from batude_fx.budget.rank_options import FLOPS, NANOSECONDS, PARAMS, RankOptions
 from batude_fx.errors import UnsupportedError
 from batude_fx.graph.sites import ConvSite
+from batude_fx.support.progress import track
 from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight
 from batude_fx.tucker.modules import TuckerModule, tucker_conv
 from batude_fx.tucker.ranks import Ranks
-from batude_fx.tucker.spectra import Spectrum
+from batude_fx.tucker.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
 
 
 @dataclass(frozen=True)
 class SiteCandidate:
-    """What planning knows of a site that can be replaced.
+    """A site that can be replaced, with everything that planning needs of it.
 
     Attributes:
-        site: The site.
-        options: The ranks it may get.
-        spectrum: Its factors at all of them.
+        site: The convolution.
+        options: The ranks it may get, with their costs and losses.
+        spectrum: Its factors at all ranks.
     """
 
     site: ConvSite
-    options: rank_options.RankOptions
+    options: RankOptions
     spectrum: Spectrum
 
     def replacement(self, layer: nn.Module, ranks: Ranks, *, with_bias: bool) -> TuckerModule:
-        """The Tucker form of the site's layer.
+        """Build the Tucker form of the site's layer.
 
         Args:
-            layer: That of the model that was planned for.
-            ranks: Among the options.
-            with_bias: Whether it has a bias even where the layer has none.
+            layer: The layer of the model that was planned for.
+            ranks: One of the options.
+            with_bias: Whether to add a bias where the layer has none.
 
         Raises:
             UnsupportedError: The layer has another shape, dtype or device than in the plan.
@@ -57,40 +58,75 @@ class SiteCandidate:
             )
         if bias is None and with_bias:
             bias = weight.new_zeros(weight.shape[:2].numel())
-        return tucker_conv(layer, ranks, replaced(self.spectrum.factors(weight, ranks), bias=bias))
+        return tucker_conv(layer, ranks, replace(self.spectrum.factors(weight, ranks), bias=bias))
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What a plan decides.
+    """Ranks of all sites, and what the compressed network costs with them.
 
     Attributes:
         ranks: Site name to its ranks, for the sites that are replaced.
         losses: Site name to predicted loss, for the same sites.
-        flops: Of the whole compressed model.
-        params: Likewise.
-        seconds: Likewise, of one run; None where nothing was timed.
+        flops: Multiply-adds of the whole compressed network.
+        params: Parameters of the whole compressed network.
+        site_time: Nanoseconds that the times of its sites and the time of all else add up to; None where nothing was
+            timed.
+        seconds: Wall time of one run, predicted or measured; None where nothing was timed.
     """
 
     ranks: Mapping[str, Ranks]
     losses: Mapping[str, float]
     flops: int
     params: int
+    site_time: int | None
     seconds: float | None
 
 
-def choose_ranks(candidates: Mapping[str, SiteCandidate], account: CostLimits) -> RankPlan:
-    """Ranks and losses of the sites that are replaced, and what the whole compressed model costs."""
+def decompose_sites(
+    model: nn.Module,
+    sites: Mapping[str, ConvSite],
+    options: Mapping[str, RankOptions],
+    metrics: Mapping[str, Metric],
+) -> dict[str, SiteCandidate]:
+    """Decompose the weight of every site, in its metric where it has one, and judge its options by that.
+
+    Args:
+        model: Holds the layers.
+        sites: Name to site, all of them replaceable.
+        options: Site name to what the site can be.
+        metrics: Site name to metric; a site without one is judged by its weight alone.
+    """
+    return {
+        name: _decompose(model.get_submodule(name), sites[name], options[name], metrics.get(name))
+        for name in track(list(sites), "decomposing")
+    }
+
+
+def choose_ranks(candidates: Mapping[str, SiteCandidate], limits: CostLimits) -> RankPlan:
+    """Choose the ranks that lose least within the limits.
+
+    Raises:
+        BudgetError: No choice of ranks fits.
+    """
     options = [candidate.options for candidate in candidates.values()]
-    rows = knapsack.allocate(options, account.capacity(options))
+    rows = allocate(options, limits.capacity(options))
     ranks: dict[str, Ranks] = {}
     losses: dict[str, float] = {}
-    total = account.fixed
+    costs = limits.fixed
     for name, option, row in zip(candidates, options, rows, strict=True):
-        total = total + option.costs[row]
+        costs = costs + option.costs[row]
         if not option.is_dense[row]:
             rank_out, rank_in = option.ranks[row].tolist()
             ranks[name], losses[name] = Ranks(rank_out, rank_in), float(option.losses[row])
-    flops, params, *nanoseconds = total.tolist()
-    seconds = account.taken(nanoseconds[0]) / 1e9 if nanoseconds else None
-    return RankPlan(ranks, losses, flops, params, seconds)
+    site_time = int(costs[NANOSECONDS]) if len(costs) > NANOSECONDS else None
+    seconds = None if site_time is None else limits.latency_model.predict(site_time) / 1e9
+    return RankPlan(ranks, losses, int(costs[FLOPS]), int(costs[PARAMS]), site_time, seconds)
+
+
+def _decompose(layer: nn.Module, site: ConvSite, options: RankOptions, metric: Metric | None) -> SiteCandidate:
+    if metric is not None:
+        spectrum = metric_spectrum(metric)
+    else:
+        spectrum = weight_spectrum(canonical_weight(layer), pointwise=site.is_pointwise)
+    return SiteCandidate(site, options.with_losses(spectrum.loss()), spectrum)

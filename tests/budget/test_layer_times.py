@@ -14,8 +14,8 @@ from torch import nn
 
 import batude_fx
 from batude_fx import Budget, BudgetError, Ranks, SelectionError, UnsupportedError
-from batude_fx.budget import layer_times
-from batude_fx.budget.layer_times import LayerTimer
+from batude_fx.budget import layer_timer, time_table
+from batude_fx.budget.layer_timer import LayerTimer
 from batude_fx.budget.rank_options import options_by_site
 from batude_fx.support.timing import time_calls, time_networks
 from batude_fx.tucker.modules import TuckerModule
@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[nn.Module]:
         return _layer_seconds(layer, x)
 
     monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(layer_times, "_seconds", seconds)
+    monkeypatch.setattr(time_table, "_seconds", seconds)
     monkeypatch.setattr(
         LayerTimer, "_seconds", lambda _self, *networks: [_network_seconds(network) for network in networks]
     )
@@ -82,18 +82,18 @@ def _network() -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def _watch(model: nn.Module) -> LayerTimer:
+def _timer(model: nn.Module) -> LayerTimer:
     sites = batude_fx.discover(model, INPUT).replaceable()
     return LayerTimer(model, sites, INPUT, adds_bias=False)
 
 
 def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Module]) -> None:
     model = _network()
-    watch = _watch(model)
-    options = options_by_site(watch.sites, 8, {}, adds_bias=False)
-    priced = watch.priced(options, only_faster=False)
-    for name, one in priced.items():
-        layer, x = model.get_submodule(name), torch.zeros(next(iter(watch._calls[name])).shape)
+    timer = _timer(model)
+    options = options_by_site(timer.sites, 8, {}, adds_bias=False)
+    timed = timer.with_times(options, only_faster=False)
+    for name, one in timed.items():
+        layer, x = model.get_submodule(name), torch.zeros(next(iter(timer._calls[name])).shape)
         assert one.dense[2] == pytest.approx(1e9 * _layer_seconds(layer, x), rel=1e-6)
         for ranks, costs in zip(one.ranks[1:].tolist(), one.costs[1:], strict=True):
             exact = 1e9 * _layer_seconds(batude_fx.tucker.modules.build(layer, Ranks(*ranks)), x)
@@ -103,8 +103,8 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
 
 def test_what_is_no_faster_than_the_dense_layer_is_no_option(clock: list[nn.Module]) -> None:
     del clock
-    watch = _watch(_network())
-    for name, one in watch.priced(options_by_site(watch.sites, 8, {}, adds_bias=False), only_faster=True).items():
+    timer = _timer(_network())
+    for name, one in timer.with_times(options_by_site(timer.sites, 8, {}, adds_bias=False), only_faster=True).items():
         faster = one.costs[:, 2] < one.dense[2]
         assert (faster | (one.costs == one.dense).all(axis=1)).all(), name
     # The first layer has three input channels: two more layers cost more time than they save.
@@ -281,15 +281,15 @@ def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
             return 1.0
         return float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
 
-    monkeypatch.setattr(layer_times, "_seconds", seconds)
-    assert list(_watch(_network()).multiples()) == [one for one in (32, 16, 8, 4) if one <= staircase]
+    monkeypatch.setattr(time_table, "_seconds", seconds)
+    assert list(_timer(_network()).multiples()) == [one for one in (32, 16, 8, 4) if one <= staircase]
 
 
 def test_auto_takes_finer_multiples_where_coarse_ones_are_too_large_for_the_budget(
     clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del clock
-    monkeypatch.setattr(layer_times, "_seconds", lambda layer, _: 1 - 0.5 * isinstance(layer, TuckerModule))
+    monkeypatch.setattr(time_table, "_seconds", lambda layer, _: 1 - 0.5 * isinstance(layer, TuckerModule))
     monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16, 8, 4])
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None}
     smallest = {step: _smallest(_network(), round_to=step, **options) for step in (4, 8, 16, 32)}
@@ -305,7 +305,7 @@ def test_auto_replaces_slower_sites_where_the_budget_asks_for_it(
     clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del clock
-    monkeypatch.setattr(layer_times, "_seconds", lambda layer, _: 1 + isinstance(layer, TuckerModule))
+    monkeypatch.setattr(time_table, "_seconds", lambda layer, _: 1 + isinstance(layer, TuckerModule))
     plan = batude_fx.plan(_network(), 0.5, example_inputs=INPUT, calibration=None, round_to="auto")
     assert plan.flops <= 0.5 * plan.dense_flops
 
@@ -321,7 +321,7 @@ def test_auto_takes_finer_multiples_before_slower_sites(
             return 1.5
         return 2.0 if max(layer.ranks.rank_in, layer.ranks.rank_out) > 16 else 1.0
 
-    monkeypatch.setattr(layer_times, "_seconds", seconds)
+    monkeypatch.setattr(time_table, "_seconds", seconds)
     monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16])
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "include": "6"}
     plan = batude_fx.plan(_network(), 0.7, round_to="auto", **options)
@@ -344,7 +344,7 @@ def test_the_layers_that_take_longest_decide_the_multiple(
     clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del clock
-    monkeypatch.setattr(layer_times, "_PROBED", 1)
+    monkeypatch.setattr(layer_timer, "_PROBED", 1)
 
     def seconds(layer: nn.Module, x: torch.Tensor) -> float:
         slow = 3.0 if x.shape[1] == 128 else 1.0
@@ -353,8 +353,8 @@ def test_the_layers_that_take_longest_decide_the_multiple(
         staircase = 32 if x.shape[1] == 128 else 4
         return slow * float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
 
-    monkeypatch.setattr(layer_times, "_seconds", seconds)
-    assert _watch(_network()).multiples()[0] == 32
+    monkeypatch.setattr(time_table, "_seconds", seconds)
+    assert _timer(_network()).multiples()[0] == 32
 
 
 def _smallest(model: nn.Module, **options: Any) -> float:
@@ -366,8 +366,8 @@ def _smallest(model: nn.Module, **options: Any) -> float:
 
 def test_the_model_and_the_random_state_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(layer_times, "_LAYER_SECONDS", 0)
-    monkeypatch.setattr(layer_times, "_MODEL_SECONDS", 0)
+    monkeypatch.setattr(time_table, "_SECONDS", 0)
+    monkeypatch.setattr(layer_timer, "_MODEL_SECONDS", 0)
     model = _network().train()
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -387,8 +387,8 @@ def test_a_multiple_below_one_is_refused(multiple: Any) -> None:
 
 def test_a_real_clock_gives_real_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
-    monkeypatch.setattr(layer_times, "_LAYER_SECONDS", 0)
-    monkeypatch.setattr(layer_times, "_MODEL_SECONDS", 0)
+    monkeypatch.setattr(time_table, "_SECONDS", 0)
+    monkeypatch.setattr(layer_timer, "_MODEL_SECONDS", 0)
     model = timm.create_model("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
     plan = batude_fx.plan(model, 0.6, calibration=None, round_to="auto")
     assert plan.dense_seconds is not None

@@ -1,0 +1,77 @@
+"""What cannot be compressed, said before anything is computed."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batude_fx.errors import CalibrationError, SelectionError, UnsupportedError
+from batude_fx.graph.site_table import Sites
+from batude_fx.graph.surgery import refuse_wrappers
+
+_BYTES_OF_FLOAT32 = 4
+
+
+def check_options(round_to: int | Literal["auto"], calibration: object) -> None:
+    """Refuse options of `plan` whose values mean nothing.
+
+    Raises:
+        SelectionError: `round_to` is neither a number from 1 on nor "auto".
+        CalibrationError: `calibration` is a text other than "synthetic".
+    """
+    if round_to != "auto" and (type(round_to) is not int or round_to < 1):
+        raise SelectionError(f'round_to={round_to!r} is not a rank multiple; use 1 or more, 8 by default, or "auto".')
+    if isinstance(calibration, str) and calibration != "synthetic":
+        raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
+
+
+def check_model(model: object) -> None:
+    """Refuse what has no weights that could be decomposed, and modes of torch that would spoil the result.
+
+    Raises:
+        UnsupportedError: With the reason and the way out.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"{model!r} is no model; batude_fx.create makes one from a name.")
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedError(
+            "inside torch.inference_mode() calibration gets no gradients, and the result could never be trained; call "
+            "compress outside. torch.no_grad() is no hindrance."
+        )
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise UnsupportedError(
+            "inside torch.autocast() weights would be decomposed in half precision; compress outside."
+        )
+    refuse_wrappers(model, "compress")
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if not is_lazy(parameter):  # discovery says what to do about lazy ones
+            _check_parameter(name, parameter)
+
+
+def check_constant_sizes(sites: Sites, model: nn.Module) -> None:
+    """Refuse to time a model whose work depends on values.
+
+    Raises:
+        UnsupportedError: When it does, as in a detector.
+    """
+    if sites.sizes_vary:
+        raise UnsupportedError(
+            f"{type(model).__name__} may compute more or less for other values, so its time cannot be foreseen; give "
+            "flops or params, and a number for round_to."
+        )
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if parameter.is_meta:
+        raise UnsupportedError(f"{name} is on the meta device and has no values; load the weights first.")
+    if parameter.is_inference():
+        raise UnsupportedError(f"{name} was made inside torch.inference_mode(), without gradients; make it outside.")
+    if parameter.is_floating_point() and parameter.dtype.itemsize < _BYTES_OF_FLOAT32:
+        raise UnsupportedError(
+            f"{name} is {parameter.dtype}, too coarse to decompose; compress model.float(), "
+            f"then convert the result back with .to({parameter.dtype})."
+        )
+    if not parameter.isfinite().all():
+        raise UnsupportedError(f"{name} holds NaN or infinite values; load other weights.")
