@@ -169,13 +169,13 @@ def export(
     Example: batude-fx export small/ small.onnx
     """
     import batude_fx
-    from batude_fx.deploy.export import check
+    from batude_fx.deploy.export import check_path
     from batude_fx.evaluation.image_folder import batches, image_paths
     from batude_fx.support.numbers import human
     from batude_fx.support.tables import facts_table
     from batude_fx_cli.inputs import network_by_name
 
-    check(output, int8=int8 is not None)  # before any weights are fetched
+    check_path(output, int8=int8 is not None)  # before any weights are fetched
     paths = None if int8 is None else image_paths(int8, images)
     network = network_by_name(model, "cpu", pretrained=pretrained)
     photos = None if paths is None else batches(network, paths)
@@ -225,7 +225,7 @@ def evaluate(
     from batude_fx.support.tables import facts_table
     from batude_fx_cli.inputs import network_by_name
 
-    photos = scores.photos(data)
+    photos = scores.find_photos(data)
     if against is None and not photos.labelled:
         raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
     network = network_by_name(model, device, pretrained=True)
@@ -240,7 +240,7 @@ def evaluate(
         say(f"warning: {error}.", "yellow")
         truth = None
     if truth is not None:
-        facts["top1"], facts["top5"] = scores.scores(outputs, truth)
+        facts["top1"], facts["top5"] = scores.top1_and_top5(outputs, truth)
     if other is not None:
         others = scores.logits(other, photos.paths)
         if others.shape != outputs.shape:
@@ -277,7 +277,8 @@ def sweep_budgets(
     from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name
     from batude_fx_cli.tables import sweep_table
 
-    keeps, photos, source = sweep.fractions(budgets), scores.photos(evaluate), calibration_source(calibration, images)
+    keeps, photos = sweep.parse_budgets(budgets), scores.find_photos(evaluate)
+    source = calibration_source(calibration, images)
     if output:
         output = network_folder(output)
         sweep_points.make_writable(output)
@@ -286,7 +287,7 @@ def sweep_budgets(
     def plan_for(keep: float) -> "Plan":
         return make_plan(network, Budget(flops=keep), source, layers.value, include, exclude, round_to)
 
-    plan = sweep.tightest(plan_for, keeps) if round_to == "auto" else plan_for(keeps[-1])
+    plan = sweep.plan_tightest(plan_for, keeps) if round_to == "auto" else plan_for(keeps[-1])
     if output:
         html_page.check_network(output, plan.record())
     points = sweep.sweep(network, plan, keeps, photos)

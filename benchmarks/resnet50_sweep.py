@@ -36,7 +36,7 @@ def main() -> None:
     plan = batude_fx.plan(model, BUDGETS[-1], calibration=inputs.shop_photos("train", 256))
     with TemporaryDirectory() as folder:
         write_photos(inputs.shop_photos("test", 400, (0, 0, 0), (1, 1, 1)), Path(folder))
-        points = sweep.sweep(model, plan, BUDGETS, scores.photos(Path(folder)))
+        points = sweep.sweep(model, plan, BUDGETS, scores.find_photos(Path(folder)))
     about = {
         "command": "make bench-resnet50", "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -34,17 +34,17 @@ class BatchReservoir:
 
     def __init__(self, batches: Iterable[Inputs]) -> None:
         self._batches = batches
-        self.kept: list[Inputs] = []
+        self.sample: list[Inputs] = []
 
     def __iter__(self) -> Iterator[Inputs]:
         """Reservoir sampling: Vitter's algorithm R, ACM Transactions on Mathematical Software 11(1), 1985."""
         chance = random.Random(0)  # noqa: S311 - no secret depends on it
         for index, batch in enumerate(self._batches):
             slot = chance.randrange(index + 1)
-            if len(self.kept) < _KEPT:
-                self.kept.append(batch)
+            if len(self.sample) < _KEPT:
+                self.sample.append(batch)
             elif slot < _KEPT:
-                self.kept[slot] = batch
+                self.sample[slot] = batch
             yield batch
 
 

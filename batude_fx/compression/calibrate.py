@@ -59,13 +59,13 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
     procedural = BatchReservoir(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
         metrics, norm_statistics = _measure_procedural(model, sites, procedural, draws=SYNTHETIC_DRAWS)
-        return Measurements(metrics, tuple(procedural.kept), norm_statistics)
+        return Measurements(metrics, tuple(procedural.sample), norm_statistics)
     images = BatchReservoir(track(image_batches(calibration, inputs), "calibrating"))
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so procedural ones count as well; noise tells nothing of them.
     if not falls_back_to_noise(inputs):
         metrics = average_metrics(metrics, _measure_procedural(model, sites, procedural, draws=1)[0])
-    return Measurements(metrics, tuple(images.kept))
+    return Measurements(metrics, tuple(images.sample))
 
 
 def _measure_procedural(

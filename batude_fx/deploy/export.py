@@ -78,7 +78,7 @@ def export(
     Source: `torch.onnx.export(dynamo=True)`, `openvino.convert_model`, `onnxruntime.quantization.quantize_static`.
     """
     path = Path(path)
-    check(path, int8=int8 is not None)
+    check_path(path, int8=int8 is not None)
     example = resolve_inputs(model, example_inputs)
     # Files have no memory format; torch would write views of what is channels-last as gathers.
     inputs = tuple(one.cpu().contiguous() for one in example if isinstance(one, Tensor))
@@ -117,7 +117,7 @@ def export(
     return difference
 
 
-def check(path: Path, *, int8: bool) -> None:
+def check_path(path: Path, *, int8: bool) -> None:
     """Say what can be said before anything is computed.
 
     Args:

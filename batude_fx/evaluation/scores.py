@@ -54,7 +54,7 @@ class Photos:
         return found
 
 
-def photos(folder: Path) -> Photos:
+def find_photos(folder: Path) -> Photos:
     """The images below a folder.
 
     Raises:
@@ -79,7 +79,7 @@ def logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
     return torch.cat(outputs).cpu()
 
 
-def scores(outputs: Tensor, truth: Sequence[int]) -> tuple[float, float]:
+def top1_and_top5(outputs: Tensor, truth: Sequence[int]) -> tuple[float, float]:
     """Shares of images whose class is the first, and among the first five, of the outputs (N, classes)."""
     hits = outputs.topk(min(_TOP, outputs.shape[1])).indices == torch.tensor(truth)[:, None]
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()

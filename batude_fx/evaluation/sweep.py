@@ -19,7 +19,7 @@ _RUNS = 10  # timed, of each network
 _SLACK = 1e-9
 
 
-def fractions(text: str) -> list[float]:
+def parse_budgets(text: str) -> list[float]:
     """Read the budgets of a sweep: "0.3:0.9:0.1", last included, or "0.3,0.5,0.75"; sorted.
 
     Raises:
@@ -42,7 +42,7 @@ def fractions(text: str) -> list[float]:
     return sorted(set(numbers))
 
 
-def tightest(decide: Callable[[float], Plan], budgets: Sequence[float]) -> Plan:
+def plan_tightest(decide: Callable[[float], Plan], budgets: Sequence[float]) -> Plan:
     """The plan for the smallest budget in reach.
 
     Where ranks suit the machine, what sites can be is settled for a budget: these choices serve all larger ones too,
@@ -116,4 +116,4 @@ def _in_reach(plan: Plan, budgets: Sequence[float]) -> tuple[list[Plan], list[fl
 
 
 def _accuracy(outputs: Tensor, truth: Sequence[int] | None) -> tuple[float, ...]:
-    return () if truth is None else scores.scores(outputs, truth)
+    return () if truth is None else scores.top1_and_top5(outputs, truth)

@@ -521,10 +521,10 @@ def test_a_sweep_plans_for_its_tightest_budget_in_reach() -> None:
             raise batude_fx.BudgetError(f"{keep} is out of reach")
         return keep
 
-    planned: Any = sweep.tightest(decide, [0.1, 0.2, 0.4, 0.5])
+    planned: Any = sweep.plan_tightest(decide, [0.1, 0.2, 0.4, 0.5])
     assert planned == 0.4
     with pytest.raises(batude_fx.BudgetError, match=r"0\.2 is out of reach"):
-        sweep.tightest(decide, [0.1, 0.2])
+        sweep.plan_tightest(decide, [0.1, 0.2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

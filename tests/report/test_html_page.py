@@ -222,7 +222,7 @@ def test_training_has_its_pictures(plan: batude_fx.Plan) -> None:
     ],
 )
 def test_budgets_are_read(text: str, numbers: list[float]) -> None:
-    assert sweep.fractions(text) == numbers
+    assert sweep.parse_budgets(text) == numbers
 
 
 NONSENSE = ["", "a", "nan", "0,0.5", "0.3:0.9", "0.9:0.3:0.1", "0.3:0.9:0", "0.3:0.9:-1", "0.3:1.2:0.1"]
@@ -232,7 +232,7 @@ NONSENSE += ["0.1,0.2:0.3:1", "0.1:0.9:0.0001", "0.1:nan:0.1", "0.1:inf:0.1"]
 @pytest.mark.parametrize("text", NONSENSE)
 def test_budgets_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(BudgetError, match=re.escape(repr(text))):
-        sweep.fractions(text)
+        sweep.parse_budgets(text)
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def _network() -> nn.Module:
 
 def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     model = _network()
-    points = sweep.sweep(model, plan, [0.6, 0.8], scores.photos(photos(5)))
+    points = sweep.sweep(model, plan, [0.6, 0.8], scores.find_photos(photos(5)))
     assert [point.budget for point in points] == [0.6, 0.8, 1.0]
     assert [point.flops for point in points] == [plan.at(0.6).flops, plan.at(0.8).flops, plan.dense_flops]
     assert points[-1].params == sum(parameter.numel() for parameter in model.parameters())
@@ -266,7 +266,7 @@ def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callabl
 
 def test_folders_that_are_no_classes_give_agreement_alone(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     with pytest.warns(UserWarning, match="has 2 class folders, the network has 5"):
-        points = sweep.sweep(_network(), plan, [0.6], scores.photos(photos(2)))
+        points = sweep.sweep(_network(), plan, [0.6], scores.find_photos(photos(2)))
     assert [point.top1 for point in points] == [None, None]
 
 
@@ -277,5 +277,5 @@ def test_a_budget_out_of_reach_stops_a_sweep_before_it_begins(plan: batude_fx.Pl
 
 def test_budgets_out_of_reach_are_left_out(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     with pytest.warns(UserWarning, match=r"left out: 0\.01, 0\.02, as the budget of 0\.0200 of the flops is out of"):
-        points = sweep.sweep(_network(), plan, [0.01, 0.02, 0.6], scores.photos(photos(5)))
+        points = sweep.sweep(_network(), plan, [0.01, 0.02, 0.6], scores.find_photos(photos(5)))
     assert [point.budget for point in points] == [0.6, 1.0]
