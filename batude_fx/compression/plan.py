@@ -168,10 +168,7 @@ class Plan:
         chosen = choose_ranks(self._candidates, replace(self._limits, budget=budget))
         # The latency model is a line near the limit, so that without a limit it predicts nothing.
         seconds = None if budget.latency is None else chosen.seconds
-        return replace(
-            self, budget=budget, ranks=chosen.ranks, losses=chosen.losses, flops=chosen.flops, params=chosen.params,
-            seconds=seconds,
-        )  # fmt: skip
+        return replace(self, budget=budget, **{**chosen.plan_fields(), "seconds": seconds})
 
     def __str__(self) -> str:
         """Return the plan as a table."""

@@ -13,7 +13,7 @@ from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.calibration.images import Inputs
 from batude_fx.compression.calibrate import Calibration, calibration_label, measure
 from batude_fx.compression.checks import check_constant_sizes, check_model, check_options
-from batude_fx.compression.latency_search import add_latency, refine_by_timing
+from batude_fx.compression.latency_search import Costed, add_latency, refine_by_timing
 from batude_fx.compression.plan import ModelT, Plan
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
 from batude_fx.errors import BudgetError
@@ -84,10 +84,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         options_within_budget, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias
     )
     try:  # a budget out of reach is said before any image is looked at
-        if timer:
-            options, limits = add_latency(partial(options_at, replaceable), budget, timer, round_to)
-        else:
-            options, limits = options_at(replaceable, int(round_to))
+        options, limits = _find_options(partial(options_at, replaceable), budget, timer, round_to)
     except BudgetError as error:
         if timer or layers != "conv":
             raise
@@ -103,14 +100,10 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         model_name=type(model).__name__,
         budget=budget,
         sites=sites,
-        ranks=chosen.ranks,
-        losses=chosen.losses,
+        **chosen.plan_fields(),
         dense_flops=dense[FLOPS],
-        flops=chosen.flops,
         dense_params=dense[PARAMS],
-        params=chosen.params,
         dense_seconds=timer.dense_nanoseconds / 1e9 if timer else None,
-        seconds=chosen.seconds,
         calibration=calibration_label(calibration, inputs),
         round_to=limits.round_to,
         _checksum=checksum(model),
@@ -138,6 +131,15 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
     Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
     """
     return plan(model, budget, **options).apply(model)
+
+
+def _find_options(
+    options_at: Callable[[int], Costed], budget: Budget, timer: LayerTimer | None, round_to: int | Literal["auto"]
+) -> Costed:
+    """What each site can be and what the whole model may cost; with times where a timer is given."""
+    if timer is None:
+        return options_at(int(round_to))
+    return add_latency(options_at, budget, timer, round_to)
 
 
 def _with_linear_hint(error: BudgetError, options_with_linear: Callable[[], object]) -> BudgetError:
