@@ -1,4 +1,4 @@
-"""What the user may spend: `0.5`, `"2.5x"`, `"0.9GFLOPs"`, `"12ms"`, or several limits at once, read into one type."""
+"""The budget of a compressed network, read from what the user wrote: `0.5`, `"2.5x"`, `"0.9GFLOPs"`, `"12ms"`."""
 
 import math
 import re
@@ -15,38 +15,10 @@ _ABSOLUTE = {
     "flops": 'count ("0.9GFLOPs")', "params": 'count ("12MParams")', "latency": 'time ("12ms"; s, ms, us or ns)'
 }  # fmt: skip
 _NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
-_MOST = 2**62  # of any count, so that it is an integer of 64 bits
+_MOST = 2**62  # a count is never larger, so that it fits into an integer of 64 bits
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS = {"flop": r"([kmgt]?)flops?", "param": r"([kmgt]?)params?", "latency": r"(ns|us|ms|s)"}
 _NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
-
-
-def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
-    """Read one limit; exactly one of (fraction that remains, absolute count) is not None."""
-    text = text.strip().lower()
-    if match := re.fullmatch(rf"{_NUMBER}x", text):
-        return (1 / factor if (factor := float(match[1])) > 0 else math.inf), None
-    if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
-        return float(match[1]) / 100, None
-    if match := re.fullmatch(rf"{_NUMBER}\s*{_UNITS[unit]}", text):
-        return None, int(min(float(match[1]) * (_SCALES | _NANOSECONDS)[match[2]], _MOST))
-    if re.fullmatch(_NUMBER, text):
-        return float(text), None
-    raise ValueError(f"cannot read {text!r}")
-
-
-def _checked(limit: float | str | None, unit: str) -> float | str | None:
-    if limit is None:
-        return None
-    keep, count = _keep_or_count(str(limit), unit)
-    if keep is not None and not 0 < keep < 1:
-        raise ValueError(
-            f"{limit!r} keeps {keep:g} of the {unit if unit == 'latency' else f'{unit}s'}; "
-            "the fraction that remains must be inside (0, 1)"
-        )
-    if count is not None and count <= 0:
-        raise ValueError(f"{limit!r} is not a positive count")
-    return limit
 
 
 class Budget(BaseModel):
@@ -65,9 +37,9 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    flops: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "flop"))] = None
-    params: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "param"))] = None
-    latency: Annotated[float | str | None, AfterValidator(lambda limit: _checked(limit, "latency"))] = None
+    flops: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "flop"))] = None
+    params: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "param"))] = None
+    latency: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "latency"))] = None
 
     def __init__(self, **limits: float | str | None) -> None:
         try:
@@ -87,7 +59,7 @@ class Budget(BaseModel):
 
     @classmethod
     def parse(cls, budget: "Budget | float | str") -> "Budget":
-        """Read what the user wrote; a bare number or text is a flops limit, unless its unit says another ("12ms").
+        """Read what the user wrote: a limit on flops, unless its unit is that of another limit ("12ms").
 
         Raises:
             BudgetError: When it cannot be read, with the forms that can.
@@ -108,23 +80,23 @@ class Budget(BaseModel):
         """Return the limits in the user's words: "flops 2.5x, params 40%"."""
         return ", ".join(f"{name} {limit}" for name, limit in self if limit is not None)
 
-    def limits(self, dense_flops: int, dense_params: int, dense_nanoseconds: int = 0) -> "Limits":
-        """The absolute limits for a model of these costs."""
-        return Limits(
-            flops=_absolute(self.flops, "flop", dense_flops),
-            params=_absolute(self.params, "param", dense_params),
-            nanoseconds=_absolute(self.latency, "latency", dense_nanoseconds),
+    def limits(self, dense_flops: int, dense_params: int, dense_nanoseconds: int = 0) -> "AbsoluteLimits":
+        """Return the absolute limits for a dense model of these costs."""
+        return AbsoluteLimits(
+            flops=_absolute_limit(self.flops, "flop", dense_flops),
+            params=_absolute_limit(self.params, "param", dense_params),
+            nanoseconds=_absolute_limit(self.latency, "latency", dense_nanoseconds),
         )
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Absolute limits, None where there is none.
+class AbsoluteLimits:
+    """The limits of a budget for one model, as counts; None where there is no limit.
 
     Attributes:
-        flops: Most multiply-adds.
+        flops: Most multiply-adds of one run of the example input.
         params: Most parameters.
-        nanoseconds: Longest run.
+        nanoseconds: Longest time of one run of the example input.
     """
 
     flops: int | None
@@ -132,7 +104,37 @@ class Limits:
     nanoseconds: int | None
 
 
-def _absolute(limit: float | str | None, unit: str, dense: int) -> int | None:
+def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
+    """Read one limit as (fraction that remains, absolute count), of which exactly one is not None."""
+    text = text.strip().lower()
+    if match := re.fullmatch(rf"{_NUMBER}x", text):
+        return (1 / factor if (factor := float(match[1])) > 0 else math.inf), None
+    if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
+        return float(match[1]) / 100, None
+    if match := re.fullmatch(rf"{_NUMBER}\s*{_UNITS[unit]}", text):
+        return None, int(min(float(match[1]) * (_SCALES | _NANOSECONDS)[match[2]], _MOST))
+    if re.fullmatch(_NUMBER, text):
+        return float(text), None
+    raise ValueError(f"cannot read {text!r}")
+
+
+def _check_limit(limit: float | str | None, unit: str) -> float | str | None:
+    """Return the limit as it is, once it is known to be readable and to lie in its range."""
+    if limit is None:
+        return None
+    keep, count = _keep_or_count(str(limit), unit)
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(
+            f"{limit!r} keeps {keep:g} of the {unit if unit == 'latency' else f'{unit}s'}; "
+            "the fraction that remains must be inside (0, 1)"
+        )
+    if count is not None and count <= 0:
+        raise ValueError(f"{limit!r} is not a positive count")
+    return limit
+
+
+def _absolute_limit(limit: float | str | None, unit: str, dense: int) -> int | None:
+    """Return a limit as a count; a fraction of the dense count is rounded down, so that it is never exceeded."""
     if limit is None:
         return None
     keep, count = _keep_or_count(str(limit), unit)

@@ -41,14 +41,14 @@ def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
     """
     if not options:
         return []
-    directions = _price_directions(options, capacity)
+    mixtures = _price_mixtures(options, capacity)
     # An option that is dominated at all of these prices is hardly ever picked, and with fine ranks most of them are.
-    rows = [np.unique(np.concatenate([_pareto_front(site, weights) for weights in directions])) for site in options]
+    rows = [np.unique(np.concatenate([_pareto_front(site, weights) for weights in mixtures])) for site in options]
     options = [site.subset(front) for site, front in zip(options, rows, strict=True)]
     best: list[int] | None = None
-    for weights in directions:
+    for weights in mixtures:
         fronts = [_pareto_front(option, weights) for option in options]
-        picked = _lagrangian(options, fronts, capacity, weights)
+        picked = _choose_by_multiplier(options, fronts, capacity, weights)
         if picked is None:
             continue
         picked = _spend_remainder(options, picked, capacity)
@@ -63,7 +63,7 @@ def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
     return [int(front[row]) for front, row in zip(rows, best, strict=True)]
 
 
-def _price_directions(options: Sequence[RankOptions], capacity: Integers) -> list[Floats]:
+def _price_mixtures(options: Sequence[RankOptions], capacity: Integers) -> list[Floats]:
     """(k,) prices of the costs to try: mixtures of the limits that bind. A single one needs a single try."""
     dense = np.sum([option.dense for option in options], axis=0, dtype=np.float64)
     unit = 1 / np.maximum(dense, 1)  # the dense model has price 1 in every cost
@@ -71,12 +71,12 @@ def _price_directions(options: Sequence[RankOptions], capacity: Integers) -> lis
     if not len(binding):
         binding = np.array([0])
     parts = _PARTS[len(binding)]
-    mixtures = (mixture for mixture in product(range(parts + 1), repeat=len(binding)) if sum(mixture) == parts)
-    return [unit * (np.eye(len(unit))[binding].T @ (np.array(mixture) / parts)) for mixture in mixtures]
+    shares = (share for share in product(range(parts + 1), repeat=len(binding)) if sum(share) == parts)
+    return [unit * (np.eye(len(unit))[binding].T @ (np.array(share) / parts)) for share in shares]
 
 
 def _pareto_front(option: RankOptions, weights: Floats) -> Integers:
-    """Rows that no other row beats in both price and loss, from the cheapest to the dense one."""
+    """Rows that no other row beats in both price and loss, from the cheapest to the one that loses least."""
     prices = option.costs @ weights
     order = np.lexsort((option.losses, prices))
     losses = option.losses[order]
@@ -85,10 +85,13 @@ def _pareto_front(option: RankOptions, weights: Floats) -> Integers:
     return front
 
 
-def _lagrangian(
+def _choose_by_multiplier(
     options: Sequence[RankOptions], fronts: Sequence[Integers], capacity: Integers, weights: Floats
 ) -> list[int] | None:
-    """Minimise loss + multiplier * price at every site, with the smallest multiplier that meets the capacity."""
+    """Minimise loss + multiplier * price at every site, with the smallest multiplier that meets the capacity.
+
+    The larger the multiplier, the cheaper the choice, so that bisection finds it. None where no choice fits.
+    """
     width = max(len(front) for front in fronts)
     losses = np.full((len(fronts), width), np.inf)
     prices = np.zeros((len(fronts), width))
@@ -100,8 +103,8 @@ def _lagrangian(
     sites = np.arange(len(fronts))
 
     def choose(multiplier: float) -> tuple[Integers, bool]:
-        column = np.argmin(losses + multiplier * prices, axis=1)
-        return column, bool((costs[sites, column].sum(axis=0) <= capacity).all())
+        columns = np.argmin(losses + multiplier * prices, axis=1)
+        return columns, bool((costs[sites, columns].sum(axis=0) <= capacity).all())
 
     high = 1.0
     while not choose(high)[1]:
@@ -112,27 +115,27 @@ def _lagrangian(
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (low, middle) if choose(middle)[1] else (middle, high)
-    column, _ = choose(high)
-    return [int(front[c]) for front, c in zip(fronts, column, strict=True)]
+    columns, _ = choose(high)
+    return [int(front[column]) for front, column in zip(fronts, columns, strict=True)]
 
 
 def _spend_remainder(options: Sequence[RankOptions], picked: list[int], capacity: Integers) -> list[int]:
-    """Take the move with the most loss saved per unit of remaining capacity, until no move fits."""
+    """Move single sites to other options: the most loss saved per share of what is left, until no move fits."""
     site_of = np.concatenate([np.full(len(option.losses), site) for site, option in enumerate(options)])
     first = np.cumsum([0, *(len(option.losses) for option in options)])
     losses = np.concatenate([option.losses for option in options])
     costs = np.concatenate([option.costs for option in options])
-    at = first[:-1] + np.array(picked)
+    current = first[:-1] + np.array(picked)  # (sites,) rows of the concatenated options
     while True:
-        slack = capacity - costs[at].sum(axis=0)
-        extra = costs - costs[at][site_of]
-        saved = losses[at][site_of] - losses
+        slack = capacity - costs[current].sum(axis=0)
+        extra = costs - costs[current][site_of]
+        saved = losses[current][site_of] - losses
         usable = (extra <= slack).all(axis=1) & (saved > 0)
         if not usable.any():
-            return [int(index - start) for index, start in zip(at, first[:-1], strict=True)]
+            return [int(index - start) for index, start in zip(current, first[:-1], strict=True)]
         share = np.maximum(extra / np.maximum(slack, 1), 1e-12).max(axis=1)
         move = int(np.argmax(np.where(usable, saved / share, -np.inf)))
-        at[site_of[move]] = move
+        current[site_of[move]] = move
 
 
 def _total_loss(options: Sequence[RankOptions], picked: Sequence[int]) -> float:

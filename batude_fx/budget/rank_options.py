@@ -41,30 +41,30 @@ class RankOptions:
         return dense
 
     def with_losses(self, loss: SiteLoss) -> "RankOptions":
-        """The same options with the losses of their ranks."""
+        """Return the same options with the losses of their ranks."""
         replaced = ~self.is_dense
         losses = np.zeros(len(self.losses))
         losses[replaced] = loss.out[self.ranks[replaced, 0]] + loss.in_[self.ranks[replaced, 1]]
         return replace(self, losses=losses)
 
     def only_at(self, rank_out: int, rank_in: int) -> "RankOptions | None":
-        """The same site with these ranks and no other choice; None where they are not among the options."""
+        """Return the same site with these ranks as its only option; None where they are not among the options."""
         rows = np.flatnonzero((self.ranks == (rank_out, rank_in)).all(axis=1))
         return self.subset(rows) if len(rows) else None
 
     def subset(self, rows: Integers) -> "RankOptions":
-        """The same site with these rows (m,) for its choices."""
+        """Return the same site with only these rows (m,) as its options."""
         return replace(self, ranks=self.ranks[rows], costs=self.costs[rows], losses=self.losses[rows])
 
 
 def rank_candidates(channels: int, groups: int, round_to: int) -> list[int]:
-    """Ranks per group of one mode: multiples of `round_to` over all groups together, and the full rank."""
+    """List the ranks per group of one mode: multiples of `round_to` over all groups together, and the full rank."""
     step = round_to // gcd(groups, round_to)
     return [*range(step, channels, step), channels]
 
 
 def site_options(site: ConvSite, round_to: int, *, adds_bias: bool = False) -> RankOptions:
-    """All rank pairs of one site that need fewer flops than the dense layer, and the dense layer; not judged yet.
+    """List the dense layer and all rank pairs of one site that need fewer flops; their losses are still 0.
 
     Args:
         site: Any site that can be replaced.
@@ -80,9 +80,10 @@ def site_options(site: ConvSite, round_to: int, *, adds_bias: bool = False) -> R
         ranks = np.stack(np.meshgrid(*candidates, indexing="ij"), axis=-1).reshape(-1, 2)
     costs = np.stack(tucker_cost(site, ranks[:, 0], ranks[:, 1]), axis=1)  # (n, 2)
     dense = np.array(dense_cost(site), np.int64)
-    cheaper = costs[:, 0] < dense[0] - site.own_flops  # than convolving: full ranks decompose nothing
+    # Compared with the convolution alone: at full ranks nothing is decomposed.
+    cheaper = costs[:, FLOPS] < dense[FLOPS] - site.own_flops
     ranks, costs = ranks[cheaper], costs[cheaper]
-    costs[:, 1] += site.out_channels * (adds_bias and not site.has_bias)
+    costs[:, PARAMS] += site.out_channels * (adds_bias and not site.has_bias)
     return RankOptions(
         ranks=np.concatenate([np.array([[c_out, c_in]], np.int64), ranks]),
         costs=np.concatenate([dense[None], costs]),
@@ -98,7 +99,7 @@ def describe_cost(cost: int, unit: str, *, with_unit: bool = True) -> str:
 
 
 def smallest_costs(options: Collection[RankOptions]) -> Integers:
-    """(k,) the least of each cost that any choice of ranks needs; each on its own."""
+    """Return (k,) the least of each cost that any choice of ranks needs, each cost taken alone."""
     smallest: Integers = np.sum([option.costs.min(axis=0) for option in options], axis=0)
     return smallest
 
@@ -106,7 +107,7 @@ def smallest_costs(options: Collection[RankOptions]) -> Integers:
 def options_by_site(
     sites: Mapping[str, ConvSite], round_to: int, ranks: Mapping[str, Ranks | None], *, adds_bias: bool
 ) -> dict[str, RankOptions]:
-    """What each site can be, with a single choice left where the user fixed the ranks.
+    """List what each site can be, with a single option where the user fixed the ranks.
 
     Args:
         sites: Name to site, all of them replaceable.
@@ -120,15 +121,15 @@ def options_by_site(
     if unknown := [name for name in ranks if name not in sites]:
         raise SelectionError(f"ranks are given for {unknown[0]!r}, which is no replaceable site; see discover(model).")
     options = {name: site_options(site, round_to, adds_bias=adds_bias) for name, site in sites.items()}
-    for name, wanted in ranks.items():
-        if not isinstance(wanted, Ranks | None):
-            raise SelectionError(f"ranks of {name!r} are {wanted!r}; give Ranks(rank_out, rank_in), or None for dense.")
+    for name, fixed in ranks.items():
+        if not isinstance(fixed, Ranks | None):
+            raise SelectionError(f"ranks of {name!r} are {fixed!r}; give Ranks(rank_out, rank_in), or None for dense.")
         full = Ranks(rank_out=sites[name].group_out_channels, rank_in=sites[name].group_in_channels)
-        kept = wanted or full
-        single = options[name].only_at(kept.rank_out, kept.rank_in)
+        chosen = fixed or full
+        single = options[name].only_at(chosen.rank_out, chosen.rank_in)
         if single is None:
             raise SelectionError(
-                f"{wanted} at {name!r} is not among its options: multiples of {round_to}, all groups together, up to "
+                f"{fixed} at {name!r} is not among its options: multiples of {round_to}, all groups together, up to "
                 f"{full} per group, that need fewer flops than the dense layer."
             )
         options[name] = single

@@ -1,4 +1,4 @@
-"""The two verbs: `plan` decides the ranks under a budget, `compress` also builds the network that has them."""
+"""The two verbs: `plan` decides the ranks under a budget, `compress` also builds the compressed network."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -42,11 +42,11 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         model: Any module; it is bit-identical afterwards.
         budget: The fraction of flops that remains (0.5), a factor ("2.5x"), a percentage ("40%"), an absolute count
             ("0.9GFLOPs"), or a `Budget` with several limits, latency among them. Flops are fvcore's: one multiply-add
-            is one. Latency is the wall time of the model in eval mode on its device, with torch's threads of now.
+            is one. Latency is the wall time of the model in eval mode on its device, with torch's current threads.
         example_inputs: Arguments of one run, (1, C, H, W) for an image model, whose batch and memory format count
             for latency. By default what timm or torchvision knows of the model.
         calibration: Unlabelled images, normalized as for evaluation: a tensor (N, C, H, W), an iterable of batches or
-            a DataLoader. "synthetic" generates some; None looks at the weights alone.
+            a DataLoader. "synthetic" generates procedural images; None uses the weights alone.
         layers: "conv", or "conv+linear" to replace linear layers too.
         include: Globs over qualified names; only sites that match one are replaced.
         exclude: Globs; sites that match one stay dense.
@@ -115,7 +115,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
 
 
 def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> ModelT:  # noqa: ANN401 - those of plan
-    """A smaller model of the same class that meets the budget: `plan(model, budget, **options).apply(model)`.
+    """Compress a model to a budget: `plan(model, budget, **options).apply(model)`.
 
     Args:
         model: Any module; it is bit-identical afterwards, also when an error is raised.
