@@ -22,7 +22,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def published(name: str) -> str:
-    """The table of a benchmark as it was printed, with where and when; see `benchmarks.published`."""
+    """Return the table of a benchmark as it was printed, with machine and date; see `benchmarks.published`."""
     path = _DATA / "bench" / f"{name}.json"
     if not path.is_file():
         return f"*`{name}` has not been run yet.*"
@@ -33,22 +33,22 @@ def published(name: str) -> str:
 
 
 def cifar10(data: Mapping[str, Any]) -> str:
-    """One line per budget and method; of several seeds, mean and standard deviation."""
+    """Return a table with a row per budget and method: mean and standard deviation over the seeds."""
     groups: dict[tuple[str, str, str], list[Mapping[str, float]]] = {}
     for result in data["results"]:
         groups.setdefault((result["budget"], result["optimizer"], result["row"]), []).append(result)
     heads = ("budget", "optimizer", "method", "test accuracy", "dense network", "seeds", "flops")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for names, found in sorted(groups.items()):
-        accuracy, baseline, flops = (mean(run[key] for run in found) for key in ("accuracy", "baseline", "flops"))
-        spread = f" ± {100 * stdev(run['accuracy'] for run in found):.2f}" if len(found) > 1 else ""
-        cells = [*names, f"{accuracy:.2%}{spread}", f"{baseline:.2%}", str(len(found)), f"{flops / 1e6:.2f} M"]
+    for names, runs in sorted(groups.items()):
+        accuracy, baseline, flops = (mean(run[key] for run in runs) for key in ("accuracy", "baseline", "flops"))
+        spread = f" ± {100 * stdev(run['accuracy'] for run in runs):.2f}" if len(runs) > 1 else ""
+        cells = [*names, f"{accuracy:.2%}{spread}", f"{baseline:.2%}", str(len(runs)), f"{flops / 1e6:.2f} M"]
         lines.append(f"| {' | '.join(cells)} |")
     return _with_source(data["about"], lines)
 
 
 def resnet50(data: Mapping[str, Any]) -> str:
-    """One line per budget, the original first."""
+    """Return a table with a row per budget, the original first."""
     lines = ["| flops kept | GFLOPs | parameters | agreement | ms per image |", "|---|---|---|---|---|"]
     lines += [
         f"| {point['budget']:g} | {point['flops'] / 1e9:.2f} | {point['params'] / 1e6:.1f} M "

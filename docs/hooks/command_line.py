@@ -1,4 +1,4 @@
-"""mkdocs hook: the command-line page, made from the typer application itself when the site is built."""
+"""mkdocs hook: the command-line page, made from the typer application when the site is built."""
 
 import re
 

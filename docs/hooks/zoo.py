@@ -17,17 +17,18 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     if "<!-- zoo:" not in markdown:
         return markdown
     data = json.loads(_DATA.read_text())
-    for name, made in {"summary": summary, "reasons": reasons, "families": families, "models": models}.items():
-        markdown = markdown.replace(f"<!-- zoo:{name} -->", made(data))
+    tables = {"summary": summary, "reasons": reasons, "families": families, "models": models}
+    for name, table in tables.items():
+        markdown = markdown.replace(f"<!-- zoo:{name} -->", table(data))
     return markdown
 
 
 def summary(data: Record) -> str:
-    """What was swept, when, and with which versions."""
+    """Return the totals of the sweep, with its date and the versions of the libraries."""
     records = data["models"]
     convolutions = sum(record["convolutions"] for record in records)
     eligible = sum(record["eligible"] for record in records)
-    how = sum((Counter(record["found_by"]) for record in records), Counter())
+    found_by = sum((Counter(record["found_by"]) for record in records), Counter())
     versions = ", ".join(f"{library} {number}" for library, number in data["versions"].items())
     rows = [
         ("models discovered", f"{len(records):,}"),
@@ -35,17 +36,17 @@ def summary(data: Record) -> str:
         ("convolutions found", f"{convolutions:,}"),
         ("convolutions that ran but were not found", f"{sum(abs(r['counted'] - r['calls']) for r in records):,}"),
         ("can be replaced", f"{eligible:,} ({eligible / convolutions:.0%})"),
-        ("found in the graph of the whole model", f"{how['fx']:,}"),
-        ("found inside a module that the tracer does not enter", f"{how['leaf']:,}"),
-        ("found in the graph of a part, as the whole cannot be traced", f"{how['child']:,}"),
-        ("found in the module tree only", f"{how['tree']:,}"),
+        ("found in the graph of the whole model", f"{found_by['fx']:,}"),
+        ("found inside a module that the tracer does not enter", f"{found_by['leaf']:,}"),
+        ("found in the graph of a part, as the whole cannot be traced", f"{found_by['child']:,}"),
+        ("found in the module tree only", f"{found_by['tree']:,}"),
         ("families compressed", f"{sum('replaced' in r for r in data['families'])} of {len(data['families'])}"),
     ]
     return f"Swept on {data['date']} with {versions}.\n\n{_table(('what', 'how many'), rows)}"
 
 
 def reasons(data: Record) -> str:
-    """What stays dense: every reason, how often, and in which models."""
+    """Return every reason why a layer stays dense, with the number of layers and models it applies to."""
     rows = []
     for kind, key in (("convolution", "skipped"), ("linear layer", "linear_skipped")):
         layers, where = Counter[str](), dict[str, list[str]]()
@@ -57,11 +58,11 @@ def reasons(data: Record) -> str:
             names = ", ".join(where[reason][:3]) + (", ..." if len(where[reason]) > 3 else "")
             rows.append((kind, reason, f"{count:,}", f"{len(where[reason]):,}", names))
     rows += [("whole family", record["note"], "", "1", record["family"]) for record in _noted(data)]
-    return _table(("what", "why it stays dense", "layers", "models", "such as"), rows)
+    return _table(("what", "reason", "layers", "models", "examples"), rows)
 
 
 def families(data: Record) -> str:
-    """One compressed model of each family."""
+    """Return a table of the compressed models, one per family."""
     rows = [
         (
             record["family"],
@@ -81,7 +82,7 @@ def families(data: Record) -> str:
 
 
 def models(data: Record) -> str:
-    """Every model: what it holds, how much of it Tucker can reach, and the smallest budget."""
+    """Return a table of every model: its layers, the share that can be replaced, and the smallest budget."""
     header = (
         "model",
         "parameters (M)",
@@ -98,7 +99,7 @@ def models(data: Record) -> str:
 
 def _row(record: Record) -> tuple[str, ...]:
     reach = (record.get(layers, {}) for layers in ("conv", "conv+linear"))
-    shares = (f"{one[key]:.3f}" if one else "" for one in reach for key in ("share", "smallest"))
+    shares = (f"{layers[key]:.3f}" if layers else "" for layers in reach for key in ("share", "smallest"))
     flops = f"{record['flops'] / 1e9:.3f}" if "flops" in record else ""
     counts = (f"{record['params'] / 1e6:.2f}", flops, str(record["convolutions"]), str(record["eligible"]))
     return (record["name"], *counts, *shares)
@@ -109,7 +110,7 @@ def _noted(data: Record) -> list[Record]:
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]], *, sortable: bool = False) -> str:
-    """HTML: a thousand rows of Markdown would take the parser a minute. docs/javascripts does the sorting."""
+    """Return HTML: parsing a thousand rows of Markdown would take a minute. docs/javascripts sorts the table."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     start = "<table data-sortable>" if sortable else "<table>"
