@@ -1,1 +1,1 @@
-"""Images, the user's or procedural ones, and the statistics that a network has on them."""
+"""Calibration images, the user's or synthetic ones, and the statistics of a network's activations on them."""

@@ -1,9 +1,9 @@
-"""Images for calibration: the user's, checked and in small batches, and procedural ones; and what they measure, mixed.
+"""Batch-norm statistics re-estimated on synthetic images.
 
-Without images of the user, procedural ones stand in (`synthetic`). Their statistics are wrong for the network in one
-respect that can be mended: its batch-norm layers know the mean and variance of every channel on the images it was
-trained on. So the network that is measured normalizes by the statistics of the *synthetic* images: then every layer
-receives channels with the mean and variance it knows from training, and only their correlations are synthetic.
+The statistics of synthetic images are wrong for the network in one respect that can be mended: its batch-norm layers
+hold the mean and the variance of every channel on the images that it was trained on, and synthetic images have others.
+With batch-norms that normalize by the statistics of the synthetic images instead, every layer receives channels with
+the mean and the variance of training; only their correlations are those of synthetic images.
 
 Source: batch-norm as a memory of the training images: H. Yin et al., "Dreaming to Distill", CVPR 2020,
 https://arxiv.org/abs/1912.08795.
@@ -23,15 +23,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
-    """A copy of the model whose batch-norm layers hold the statistics of these batches.
+    """Return a copy of the model whose batch-norm layers hold the statistics of some batches.
 
     Args:
         model: Left as it is.
         batches: Arguments of the model.
 
     Returns:
-        A copy in eval mode; `model` itself where it has no batch-norm with running statistics, or one that sees too
-        little to normalize.
+        A copy in eval mode. It is `model` itself if that has no batch-norm with running statistics, or if a batch-norm
+        gets a single value per channel, which has no variance.
     """
     if not any(_has_running_statistics(module) for module in model.modules()):
         return model
@@ -41,23 +41,23 @@ def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
         if _has_running_statistics(module):
             norm = cast("nn.BatchNorm2d", module)
             norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
+            norm.momentum = None  # running statistics are then the plain average over the batches
             norm.train()
     try:
-        with eval_and_restore(model), torch.no_grad():  # for the random generators, which the copy may draw from
+        with eval_and_restore(model), torch.no_grad():  # restores the random generators, which the copy may use
             for batch in batches:
                 run_on_copies(adapted, batch)
-    except ValueError:  # a layer that sees one value per channel has no variance to normalize by
+    except ValueError:  # batch-norm in training mode refuses a single value per channel
         return model
-    for module, before in zip(adapted.modules(), model.modules(), strict=True):
+    for module, original in zip(adapted.modules(), model.modules(), strict=True):
         if _has_running_statistics(module):
-            cast("nn.BatchNorm2d", module).momentum = cast("nn.BatchNorm2d", before).momentum
+            cast("nn.BatchNorm2d", module).momentum = cast("nn.BatchNorm2d", original).momentum
     adapted.eval()
     return adapted
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Name to value of the buffers that `normalized_by` sets."""
+    """Return the buffers that `renormalize` sets, qualified name to value."""
     norms = {name: module for name, module in model.named_modules() if _has_running_statistics(module)}
     return {f"{name}.{key}": value for name, norm in norms.items() for key, value in norm.named_buffers(recurse=False)}
 

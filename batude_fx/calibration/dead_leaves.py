@@ -1,12 +1,12 @@
-"""Images for calibration when the user has none: procedural "dead leaves", generated on the spot from a seed.
+"""Synthetic "dead leaves" images, generated from a seed, for calibration when the user has no images.
 
-Opaque shapes of power-law sizes fall on each other, each with its own colour, shading and texture. This gives the
-edges, flat regions, occlusions, scale invariance and correlated colours of photographs, which is what the covariances
-of a convolutional network depend on.
+Opaque shapes of power-law sizes cover each other, each with its own colour, shading and texture. This gives the edges,
+flat regions, occlusions, scale invariance and correlated colours of photographs, on which the covariances in a
+convolutional network depend.
 
 Source: A. Lee, D. Mumford, J. Huang, "Occlusion models for natural images", IJCV 41, 2001; M. Baradad et al.,
-"Learning to See by Looking at Noise", NeurIPS 2021, https://arxiv.org/abs/2106.05963. Here also: shading and
-band-limited texture inside each shape, mixed shape families, and a slight blur.
+"Learning to See by Looking at Noise", NeurIPS 2021, https://arxiv.org/abs/2106.05963. Added here: shading and
+texture inside each shape, shapes of several families, and a slight blur.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.floating[Any]]
-LEAVES = 160
-_CHECKED = 0.3  # share of the gratings that are checks
+LEAVES = 160  # shapes per image
+_CHECKED = 0.3  # share of the gratings that are checkered, not striped
 _SMALLEST, _LARGEST = 0.02, 0.6  # radii, as fractions of the image's shorter side
-_REACH = 2.9  # no shape reaches further than this many radii: stretched by 2, corner of a square
+_REACH = 2.9  # no shape extends further than this many radii from its centre
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class _Leaves:
     """The shapes of one image, from the back to the front; leaf 0 is the background.
 
     Attributes:
-        middle: (leaves, 2) y and x, in units of the shorter side.
-        axes: (leaves, 2, 2) maps a displacement to the frame in which the leaf is about the unit disc.
-        family: (leaves,) 0 diamond, 1 ellipse, 2 rectangle.
-        colour: (leaves, 3).
-        slope: (leaves, 2) shading across the leaf.
+        middle: (leaves, 2) y and x of the centre, in units of the image's shorter side.
+        axes: (leaves, 2, 2) maps a displacement from the centre to coordinates in which the leaf has radius 1.
+        family: (leaves,) 0 for a diamond, 1 for an ellipse, 2 for a rectangle.
+        colour: (leaves, 3) RGB.
+        slope: (leaves, 2) gradient of the shading along both coordinates, per radius.
         texture: (leaves,) amplitude of the noise.
         stripes: (leaves,) amplitude of the grating.
-        frequency: (leaves, 2) of the grating along both axes, radians per radius.
+        frequency: (leaves, 2) frequency of the grating along both coordinates, in radians per radius.
     """
 
     middle: Floats
@@ -50,12 +50,12 @@ class _Leaves:
 
 
 def dead_leaves(count: int, size: tuple[int, int], *, seed: int = 0) -> Tensor:
-    """Procedural colour images.
+    """Generate colour images.
 
     Args:
         count: Number of images.
         size: Height and width in pixels.
-        seed: The same seed gives the same images; image i does not depend on `count`.
+        seed: The same seed gives the same images; the first images do not depend on `count`.
 
     Returns:
         (count, 3, height, width) float32 inside [0, 1].
@@ -65,7 +65,7 @@ def dead_leaves(count: int, size: tuple[int, int], *, seed: int = 0) -> Tensor:
 
 
 def _image(size: tuple[int, int], rng: np.random.Generator) -> Floats:
-    """(3, height, width) inside [0, 1]."""
+    """Generate one image (3, height, width) with values inside [0, 1]."""
     leaves = _draw_leaves(size, rng)
     y, x = (np.arange(extent, dtype=np.float32) / min(size) for extent in size)
     top = _top_leaf(leaves, y, x)  # (H, W)
@@ -85,7 +85,7 @@ def _draw_leaves(size: tuple[int, int], rng: np.random.Generator) -> _Leaves:
     angle, stretch = rng.uniform(0, np.pi, n), 2 ** rng.uniform(-1, 1, n)
     cos, sin = np.cos(angle), np.sin(angle)
     axes = np.stack([np.stack([cos * stretch, -sin * stretch], 1), np.stack([sin / stretch, cos / stretch], 1)], 1)
-    # Photographs are mostly grey: one grey level, with a smaller departure that is warm or cold more often than not.
+    # Photographs are mostly grey: the three colours share a grey level, shifted a little, mostly to warm or to cold.
     grey, warmth, tint = rng.uniform(0, 1, (n, 1)), rng.normal(0, 0.12, (n, 1)), rng.normal(0, 0.08, (n, 3))
     checks = rng.uniform(0, 1, n) < _CHECKED
     frequency = rng.uniform(3, 15, (n, 2)) * np.stack([np.ones(n), checks], 1)
@@ -104,16 +104,20 @@ def _draw_leaves(size: tuple[int, int], rng: np.random.Generator) -> _Leaves:
 
 
 def _radii(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Radii with density ~ radius^-3, roughly the largest first so that small leaves stay visible."""
+    """Draw the radii, roughly the largest first, so that small leaves lie in front and stay visible.
+
+    A density proportional to r^-3 makes the image scale invariant: leaves of radii r to 2 r then have the same total
+    area for every r. Such radii have a uniform r^-2.
+    """
     power_law = (_LARGEST**-2 + rng.uniform(0, 1, LEAVES) * (_SMALLEST**-2 - _LARGEST**-2)) ** -0.5
-    # Power-law draws are nearly all tiny: half of the leaves are drawn uniformly in log radius.
+    # Nearly all radii of a power law are tiny, so half of the leaves get radii that are uniform in the logarithm.
     log_uniform = _SMALLEST * (_LARGEST / _SMALLEST) ** rng.uniform(0, 1, LEAVES)
     radius = np.where(rng.permutation(LEAVES) % 2, power_law, log_uniform)
     return radius[np.argsort(-radius - 0.15 * rng.uniform(0, 1, LEAVES))]
 
 
 def _top_leaf(leaves: _Leaves, y: Floats, x: Floats) -> NDArray[np.int64]:
-    """(H, W) index of the leaf that is seen at each pixel."""
+    """Return (H, W), the index of the leaf that is visible at each pixel."""
     top = np.zeros((len(y), len(x)), np.int64)
     reach = _REACH / np.sqrt(np.abs(np.linalg.det(leaves.axes)))
     for leaf in range(1, LEAVES):
@@ -129,7 +133,7 @@ def _top_leaf(leaves: _Leaves, y: Floats, x: Floats) -> NDArray[np.int64]:
 
 
 def _noise(size: tuple[int, int], rng: np.random.Generator) -> Floats:
-    """(H, W) noise with a 1/f amplitude spectrum and unit variance."""
+    """Generate noise (H, W) with an amplitude spectrum of 1 / f and unit variance."""
     spectrum = np.fft.rfft2(rng.normal(size=size))
     fy, fx = np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])
     noise = np.fft.irfft2(spectrum / np.sqrt(fy**2 + fx**2 + 1 / (size[0] * size[1])), s=size)
@@ -137,7 +141,7 @@ def _noise(size: tuple[int, int], rng: np.random.Generator) -> Floats:
 
 
 def _blurred(image: Floats) -> Floats:
-    """A 3 x 3 binomial blur: no camera gives edges sharper than its pixels."""
+    """Blur with a 3 x 3 binomial kernel, as the edges in photographs are never perfectly sharp."""
     for axis in (1, 2):
         padded = np.pad(image, [(int(a == axis), int(a == axis)) for a in range(3)], mode="edge")
         middle, last = range(1, padded.shape[axis] - 1), range(2, padded.shape[axis])

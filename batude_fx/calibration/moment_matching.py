@@ -1,18 +1,18 @@
-"""Give the outputs of every replaced site the mean and the variance they had, in the order of the forward pass.
+"""Moment matching: every replaced site gets back the mean and the variance that its output channels had.
 
-A low-rank layer loses the variance of the directions it drops, and each next layer receives what the ones before it
-have lost already; over fifty layers the signal fades. Here each site's output is compared with the original's while
-images pass through the compressed network, and shifted and scaled per channel before it goes on. The correction costs
-nothing later: it is folded into the last factor and its bias.
+A low-rank layer loses the variance of the directions it drops, and each layer receives what the layers before it have
+lost already; over fifty layers the signal fades. So images pass through the original and through the compressed
+network, and the output of each site is shifted and scaled per channel before it goes on to the next layer. Afterwards
+the correction is folded into the last factor and its bias, where it costs nothing.
 
-Unlike the re-estimation of batch-norm statistics this leaves near-dead channels alone: the gain is bounded, and it
-compares the two networks on the same images instead of trusting few images to stand for all.
+Re-estimated batch-norm statistics would correct the variance too, but they would also blow up near-dead channels, and
+trust few images to stand for all. Here the gain is bounded, and both networks are compared on the same images.
 
-Source: a bounded, per-layer form of the moment matching in M. Nagel et al., "Data-Free Quantization Through Weight
+Source: a bounded form, with gains, of the bias correction in M. Nagel et al., "Data-Free Quantization Through Weight
 Equalization and Bias Correction", ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.2.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,44 +31,31 @@ def match_moments_(
 ) -> None:
     """Fold per-channel shifts and gains into the Tucker modules of a compressed network.
 
+    The sites are matched in the order of the forward pass, each on what the corrected sites before it give. Every batch
+    is corrected by its own moments on its way; the moments averaged over the batches give the correction that stays.
+
     Args:
         original: The dense network, in eval mode.
         compressed: Its compressed copy, in eval mode; the Tucker modules at `names` are changed in place. Each needs
             a bias.
         names: Qualified names of the replaced sites.
-        batches: Arguments of runs. Every batch is corrected by its own moments on its way, and the averages over the
-            batches are what stays.
+        batches: Arguments of the networks.
     """
+    modules = {name: cast("TuckerModule", compressed.get_submodule(name)) for name in names}
     matches: dict[str, list[_Match]] = {name: [] for name in names}
-    wanted: dict[str, _Moments] = {}
-    given: dict[str, _Match] = {}
-
-    def remember(name: str, output: Tensor) -> None:
-        if name not in wanted and output.numel():  # a detector may find no box
-            wanted[name] = _moments(output)
-
-    def correct(name: str, output: Tensor) -> Tensor:
-        if name not in wanted or not output.numel():  # the original did not come this way, or this one does not
-            return output
-        if name not in given:  # further calls of a shared site are corrected as its first
-            given[name] = _Match(wanted[name], _moments(output))
-            matches[name].append(given[name])
-        return given[name].corrected(output)
-
     with torch.no_grad():
         for batch in batches:
-            wanted.clear()
-            given.clear()
-            _run(original, names, batch, _on_channels(remember, compressed))
-            _run(compressed, names, batch, _on_channels(correct, compressed))
-        for name, seen in matches.items():
-            if seen:
-                _fold_(cast("TuckerModule", compressed.get_submodule(name)), _average(seen))
+            targets = _measure_targets(original, modules, batch)
+            for name, match in _match_on_the_way(compressed, modules, targets, batch).items():
+                matches[name].append(match)
+        for name, matches_of_site in matches.items():
+            if matches_of_site:
+                _fold_(modules[name], _average(matches_of_site))
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of every channel, (C,) each."""
+    """The mean and the variance of every channel, (C,) each."""
 
     mean: Tensor
     variance: Tensor
@@ -76,65 +63,98 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Match:
-    """The moments that a site's output should have, and those that it has."""
+    """The correction of one site: output y becomes gain (y - mean of y) + mean of the original's output.
 
-    wanted: _Moments
-    own: _Moments
+    Attributes:
+        target: Moments of the original's output.
+        actual: Moments of the compressed network's output.
+    """
+
+    target: _Moments
+    actual: _Moments
 
     def gain(self) -> Tensor:
-        return (self.wanted.variance / self.own.variance).sqrt().nan_to_num(1.0).clamp(LEAST_GAIN, MOST_GAIN)  # (C,)
+        """Return the ratio of the standard deviations within its bounds, (C,); 1 where neither output varies."""
+        return (self.target.variance / self.actual.variance).sqrt().nan_to_num(1.0).clamp(LEAST_GAIN, MOST_GAIN)
 
     def corrected(self, output: Tensor) -> Tensor:
-        """(..., C)."""
-        return ((output - self.own.mean) * self.gain() + self.wanted.mean).to(output.dtype)
+        """Return a corrected output (..., C)."""
+        return ((output - self.actual.mean) * self.gain() + self.target.mean).to(output.dtype)
+
+
+def _measure_targets(
+    original: nn.Module, modules: Mapping[str, TuckerModule], batch: tuple[object, ...]
+) -> dict[str, _Moments]:
+    """Run the original, and return the moments of the first output of every site that it calls."""
+    targets: dict[str, _Moments] = {}
+
+    def measure(name: str, _args: object, _kwargs: object, output: Tensor) -> None:
+        if name not in targets and output.numel():  # a detector that finds no box
+            targets[name] = _moments(output.movedim(_channel_axis(output, modules[name]), -1))
+
+    with observe_calls({name: original.get_submodule(name) for name in modules}, after=measure):
+        run_on_copies(original, batch)
+    return targets
+
+
+def _match_on_the_way(
+    compressed: nn.Module,
+    modules: Mapping[str, TuckerModule],
+    targets: Mapping[str, _Moments],
+    batch: tuple[object, ...],
+) -> dict[str, _Match]:
+    """Run the compressed network with the output of every site corrected, and return the corrections.
+
+    Further calls of a shared site get the correction of its first call.
+    """
+    matches: dict[str, _Match] = {}
+
+    def correct(name: str, _args: object, _kwargs: object, output: Tensor) -> Tensor:
+        if name not in targets or not output.numel():  # not called by the original, or no box found here
+            return output
+        axis = _channel_axis(output, modules[name])
+        channels_last = output.movedim(axis, -1)
+        if name not in matches:
+            matches[name] = _Match(targets[name], _moments(channels_last))
+        return matches[name].corrected(channels_last).movedim(-1, axis)
+
+    with observe_calls(modules, after=correct):
+        run_on_copies(compressed, batch)
+    return matches
+
+
+def _channel_axis(output: Tensor, module: TuckerModule) -> int:
+    """Return the channel axis of an output (N, C, ...) or (C, ...); the last one for a linear layer."""
+    return output.ndim - 1 - len(module.kernel_size)
 
 
 def _moments(output: Tensor) -> _Moments:
-    """Of an output (..., C)."""
-    if output.dtype.itemsize < torch.float32.itemsize:  # of autocast inside the model
+    """Return the moments of an output (..., C)."""
+    if output.dtype.itemsize < torch.float32.itemsize:  # half precision, from autocast inside the model
         output = output.float()
     variance, mean = torch.var_mean(output, dim=tuple(range(output.ndim - 1)), correction=0)
     return _Moments(mean, variance)
 
 
-def _average(seen: Collection[_Match]) -> _Match:
+def _average(matches: Collection[_Match]) -> _Match:
+    """Return the match of the averaged moments."""
+
     def mean(moments: list[_Moments]) -> _Moments:
         return _Moments(
-            torch.stack([one.mean for one in moments]).mean(0), torch.stack([one.variance for one in moments]).mean(0)
+            mean=torch.stack([batch.mean for batch in moments]).mean(0),
+            variance=torch.stack([batch.variance for batch in moments]).mean(0),
         )
 
-    return _Match(mean([match.wanted for match in seen]), mean([match.own for match in seen]))
+    return _Match(mean([match.target for match in matches]), mean([match.actual for match in matches]))
 
 
 def _fold_(module: TuckerModule, match: _Match) -> None:
+    """Fold a correction into the last part F and the bias b of a Tucker module.
+
+    For y = F z + b, gain (y - actual mean) + target mean = (gain F) z + gain (b - actual mean) + target mean.
+    """
     factors, gain = module.factors(), match.gain()
     last = cast("Tensor", factors.core if factors.factor_out is None else factors.factor_out)  # (g, C_out / g, ...)
     bias = cast("Tensor", factors.bias)
     last.mul_(gain.view(*last.shape[:2], *[1] * (last.ndim - 2)))
-    bias.sub_(match.own.mean).mul_(gain).add_(match.wanted.mean)
-
-
-def _on_channels(
-    listener: Callable[[str, Tensor], Tensor | None], compressed: nn.Module
-) -> Callable[[str, Tensor], Tensor | None]:
-    """The listener for outputs (N, C, ...) or (C, ...) of convolutions, that hears and returns (..., C)."""
-
-    def listen(name: str, output: Tensor) -> Tensor | None:
-        spatial = len(cast("TuckerModule", compressed.get_submodule(name)).kernel_size)
-        axis = output.ndim - 1 - spatial
-        result = listener(name, output.movedim(axis, -1))
-        return None if result is None else result.movedim(-1, axis)
-
-    return listen
-
-
-def _run(
-    model: nn.Module,
-    names: Collection[str],
-    inputs: tuple[object, ...],
-    receive: Callable[[str, Tensor], Tensor | None],
-) -> None:
-    """Run the model; a function gets the output of every named submodule and may replace it."""
-    layers = {name: model.get_submodule(name) for name in names}
-    with observe_calls(layers, after=lambda name, _args, _kwargs, output: receive(name, output)):
-        run_on_copies(model, inputs)
+    bias.sub_(match.actual.mean).mul_(gain).add_(match.target.mean)

@@ -1,20 +1,29 @@
-"""Statistics of every site over images: the metric in which its error counts.
+"""Statistics of every site over calibration images: the metric in which an error at the site counts.
 
-One forward pass and a few backward passes per image, no weight gradients. Each site keeps running sums only: the
-covariance of its input and output channels, and the second moment of the gradient that random combinations of the
-network's outputs send to its output. Positions are sampled; activations are never kept.
+Each image takes one forward pass and a few backward passes, without gradients of parameters. Each site keeps running
+sums only, never activations: the covariance of its channels, and the second moment of the gradients that random
+combinations of the network's outputs send to it. Positions are sampled. `ModeMetric` in `tucker.spectra` derives how
+these two matrices give the loss of cutting channel directions.
 
-Where there are few vectors, a classifier's one for each image say, the directions that none of them uses are not free:
-all sums are shrunk towards their mean eigenvalue, by as much as their number calls for.
+The gradients estimate a Gauss-Newton matrix. Let J be the Jacobian of the network's outputs with respect to the
+channels at one position. An error e there changes the outputs by J e, whose squared norm is e^T (J^T J) e. For random
+r with E[r r^T] = I, the gradient of r^T outputs is g = J^T r, so E[g g^T] = J^T E[r r^T] J = J^T J: one backward pass
+gives an unbiased sample, however many outputs there are.
 
-Source: random output combinations estimate the Gauss-Newton matrix: N. Schraudolph, "Fast Curvature Matrix-Vector
-Products", Neural Computation 14(7), 2002; statistics of convolutions: Grosse and Martens 2016 (see `spectra`);
-shrinkage: Y. Chen et al., "Shrinkage Algorithms for MMSE Covariance Estimation", IEEE Transactions on Signal Processing
-58(10), 2010, in the form of scikit-learn's `oas`.
+A covariance of few vectors has directions that no vector uses, for example that of a classifier, which sees one vector
+per image. They would be free to cut, although other images use them; so all sums are shrunk towards a multiple of the
+identity, see `shrink`.
+
+Source: random combinations of outputs for the Gauss-Newton matrix: N. Schraudolph, "Fast Curvature Matrix-Vector
+Products", Neural Computation 14(7), 2002; statistics of convolutions: R. Grosse, J. Martens, ICML 2016,
+https://arxiv.org/abs/1602.01407; shrinkage: Y. Chen et al., "Shrinkage Algorithms for MMSE Covariance Estimation", IEEE
+Transactions on Signal Processing 58(10), 2010, https://arxiv.org/abs/0907.4698, in the form of scikit-learn's `oas`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import cast
 
@@ -30,63 +39,83 @@ from batude_fx.tucker.decomposition import mode_product, unfold
 from batude_fx.tucker.dense_layers import canonical_weight
 from batude_fx.tucker.spectra import Metric, ModeMetric
 
-_POSITIONS = 49  # sampled per image and site: all of a 7 x 7 map
+_POSITIONS = 49  # positions that are sampled per call of a site: all of a 7 x 7 map
 
 
 def statistics(
     model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[tuple[object, ...]], *, draws: int = 1
 ) -> dict[str, Metric]:
-    """Measure the sites of a model over batches of images.
+    """Measure the metric of every site over batches of images.
 
     Args:
-        model: Evaluated in eval mode; parameters, buffers and flags are the same afterwards.
+        model: Run in eval mode; parameters, buffers and flags are the same afterwards.
         sites: The sites to measure.
         batches: Arguments of the model, on its device; the first tensor with axes among them is (n, ...).
-        draws: Random combinations of the outputs per image; each costs a backward pass.
+        draws: Number of random combinations of the outputs per image; each costs a backward pass.
 
     Returns:
-        Site name to statistics. Sites that no batch reaches are missing.
+        Site name to metric. Sites that are called on no batch are missing.
 
     Raises:
         CalibrationError: When there is no batch at all, the model does not run on one, or statistics overflow.
     """
-    sums = {site.name: _Sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
+    sums = {site.name: _site_sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
+    layers = {name: model.get_submodule(name) for name in sums}
     generator = torch.Generator().manual_seed(0)
     images = 0
-    layers = {name: model.get_submodule(name) for name in sums}
 
     def add_call(name: str, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
-        sums[name].add(tree_leaves((args, kwargs))[0], output, generator)
+        x = tree_leaves((args, kwargs))[0]
+        if not x.numel() or not output.numel():  # a detector that finds no box
+            return
+        positions = sums[name].add_activations(x, output, generator)
+        if output.requires_grad:
+            on_gradient(output, partial(sums[name].add_gradient, positions=positions))
 
     with (
         eval_and_restore(model), _frozen_parameters(model), observe_calls(layers, after=add_call), torch.enable_grad()
     ):  # fmt: skip
         for batch in batches:
-            inputs = tree_map_only(Tensor, _differentiable, batch)
-            images += _images(batch)
-            try:
-                outputs = model(*inputs)
-            except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-                full = isinstance(error, torch.OutOfMemoryError)
-                way_out = "Move the model to the CPU" if full else "Resize them to what it takes"
-                raise CalibrationError(
-                    f"the model does not run on calibration images of shape {', '.join(_shapes(batch))}: "
-                    f"{first_line(error)}. {way_out}."
-                ) from error
+            images += _count_images(batch)
+            outputs = _run(model, batch)
             _backward_random_combinations(outputs, draws, generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
-    measured = {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if site_sums.reached}
-    for name, metric in measured.items():
-        if not all(isfinite(mode.total()) for mode in (metric.out, metric.in_) if mode):
+    metrics = {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if site_sums.was_called}
+    for name, metric in metrics.items():
+        _refuse_overflow(name, metric)
+    return metrics
+
+
+def _run(model: nn.Module, batch: tuple[object, ...]) -> object:
+    """Return the outputs of a model on a batch, differentiable with respect to the floating-point inputs.
+
+    Raises:
+        CalibrationError: When the model does not run on the batch.
+    """
+    try:
+        return model(*tree_map_only(Tensor, _differentiable, batch))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        way_out = "Move the model to the CPU" if out_of_memory else "Resize them to what it takes"
+        raise CalibrationError(
+            f"the model does not run on calibration images of shape {', '.join(_shapes(batch))}: "
+            f"{first_line(error)}. {way_out}."
+        ) from error
+
+
+def _refuse_overflow(name: str, metric: Metric) -> None:
+    """Refuse the metric of a site that is not finite."""
+    for mode in (metric.out, metric.in_):
+        if mode and not isfinite(mode.total()):
             raise CalibrationError(
-                f"the activations or gradients at {name} are too large for {sums[name].weight.dtype}. Normalize the "
+                f"the activations or gradients at {name} are too large for {mode.covariance.dtype}. Normalize the "
                 "images, load trained weights, or compress model.double()."
             )
-    return measured
 
 
-def _images(batch: tuple[object, ...]) -> int:
+def _count_images(batch: tuple[object, ...]) -> int:
+    """Return the length of the first tensor with axes, 1 if there is none."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
@@ -95,12 +124,55 @@ def _shapes(batch: tuple[object, ...]) -> list[str]:
 
 
 def _differentiable(x: Tensor) -> Tensor:
-    # Not a leaf: models may work in place on what they are given.
+    # The clone is not a leaf of the graph: models may work on their inputs in place.
     return x.detach().requires_grad_(x.is_floating_point()).clone()
 
 
+@dataclass(frozen=True)
+class _ChannelReader:
+    """Reads channel vectors from inputs, outputs and gradients (N, C, ...) or (C, ...) of one site.
+
+    Attributes:
+        site: The site; a linear layer has its channels in the last axis.
+        dtype: Type of the vectors; the model may compute in half precision inside.
+    """
+
+    site: ConvSite
+    dtype: torch.dtype
+
+    def count_positions(self, x: Tensor) -> int:
+        """Return the number of positions of a map; 1 for a linear layer on (N, C)."""
+        spatial_axes = len(self.site.kernel_size)
+        return (x.shape[-spatial_axes:] if spatial_axes else x.shape[1:-1]).numel()
+
+    def sample_positions(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw positions of a map without replacement, all of them where there are few."""
+        count = self.count_positions(x)
+        if count <= _POSITIONS:
+            return torch.arange(count, device="cpu")
+        return torch.randperm(count, generator=generator, device="cpu")[:_POSITIONS]
+
+    def vectors(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return the channel vectors (groups, n, C / groups) of all images at some positions."""
+        sampled = self._maps(x)[..., positions]  # (N, C, p)
+        sampled = sampled.view(len(sampled), self.site.groups, -1, len(positions))
+        return sampled.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """Return a map as (N, C, positions)."""
+        x = x.detach().to(self.dtype)
+        if x.ndim == len(self.site.kernel_size) + 1:  # one image without a batch axis
+            x = x[None]
+        maps = x.movedim(1 if self.site.kernel_size else -1, 1)
+        return maps.flatten(2) if maps.ndim > 2 else maps[..., None]  # noqa: PLR2004 - (N, C)
+
+
 class _Moments:
-    """Running sum and second moment of channel vectors, one per group; the sums start near the mean when centred."""
+    """Running sums of channel vectors v, per group, for the second moment E[v v^T] or the covariance.
+
+    The covariance is E[(v - s)(v - s)^T] - E[v - s] E[v - s]^T for any shift s. The mean of the first call is a shift
+    close to the mean, so that little is subtracted and few digits cancel.
+    """
 
     def __init__(self, channels: int, groups: int, like: Tensor, *, centred: bool) -> None:
         self.centred = centred
@@ -110,7 +182,7 @@ class _Moments:
         self.products = like.new_zeros(groups, channels, channels)
 
     def add(self, vectors: Tensor, weight: float = 1.0) -> None:
-        """Add vectors (groups, n, C)."""
+        """Add vectors (groups, n, C); their products count `weight` times."""
         if self.centred:
             if self.shift is None:
                 self.shift = vectors.mean(1, keepdim=True)
@@ -120,117 +192,168 @@ class _Moments:
         self.products.baddbmm_(vectors.mT, vectors, alpha=weight)
 
     def covariance(self) -> Tensor:
-        """(groups, C, C), centred."""
+        """Return the covariance (groups, C, C)."""
         mean = self.total / self.count
         return self.products / self.count - mean[:, :, None] * mean[:, None, :]
 
 
-class _Sums:
-    """Running sums of one site, of the modes that ranks can cut."""
+class _TwoModeSums:
+    """Running sums of a site at which ranks cut both channel modes.
+
+    With inputs x, outputs y, and gradients g with respect to y:
+
+        out: covariance Cov(y), sensitivity H = sum over positions of E[g g^T]
+        in_: covariance Cov(x), sensitivity sum_k W_k^T H W_k
+
+    W_k (C_out, C_in) is the weight at kernel offset k, so no gradient with respect to x is needed. Let J_q be the
+    Jacobian of the network with respect to y at position q. That with respect to x at one position is the sum of J_q
+    W_k over all q that this x reaches through an offset k. The J_q of different positions are taken to be uncorrelated,
+    so the square of that sum is, in the mean, the sum of W_k^T J_q^T J_q W_k. Over all positions of x, every q meets
+    every k once (but for padding), and the sum of the J_q^T J_q is H.
+    """
 
     def __init__(self, site: ConvSite, weight: Tensor) -> None:
-        self.site, self.weight = site, weight  # (groups, C_out, C_in, k...)
-        c_out, c_in = site.group_out_channels, site.group_in_channels
-        self.covariances = {
-            mode: _Moments((c_out, c_in)[mode], site.groups, weight, centred=True) for mode in site.modes
-        }
-        # With respect to the output, or through the weight to the input where only that is needed: fewer channels.
-        self.through = weight.flatten(2) if site.modes == (1,) else None  # (groups, C_out, C_in)
-        self.gradients = _Moments(c_out if self.through is None else c_in, site.groups, weight, centred=False)
-
-    def add(self, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-        """Add one call; the gradient of its output is added when the backward pass reaches it."""
-        if not x.numel() or not y.numel():  # a detector that finds no box
-            return
-        inputs, outputs = self._maps(x), self._maps(y)
-        positions = _sample(outputs.shape[2], generator)
-        if 0 in self.covariances:
-            self.covariances[0].add(self._vectors(outputs, positions))
-        if 1 in self.covariances:
-            self.covariances[1].add(self._vectors(inputs, _sample(inputs.shape[2], generator)))
-        if y.requires_grad:
-            # The sampled positions stand for all of them.
-            weight = outputs.shape[2] / len(positions)
-
-            def add_gradient(gradient: Tensor) -> None:
-                vectors = self._vectors(self._maps(gradient), positions)
-                self.gradients.add(vectors if self.through is None else vectors @ self.through, weight)
-
-            on_gradient(y, add_gradient)
-
-    def _maps(self, x: Tensor) -> Tensor:
-        """(N, C, positions); a classifier's features have a single one, and one image may come without its N."""
-        x = x.detach().to(self.weight.dtype)  # a model may compute in half precision inside
-        if x.ndim == len(self.site.kernel_size) + 1:
-            x = x[None]
-        maps = x.movedim(1 if self.site.kernel_size else -1, 1)
-        return maps.flatten(2) if maps.ndim > 2 else maps[..., None]  # noqa: PLR2004 - (N, C)
-
-    def _vectors(self, maps: Tensor, positions: Tensor) -> Tensor:
-        """The channel vectors (groups, n, C) of maps (N, groups * C, P) at some positions."""
-        sampled = maps[..., positions]  # (N, groups * C, p)
-        sampled = sampled.view(len(sampled), self.site.groups, -1, len(positions))
-        return sampled.permute(1, 0, 3, 2).flatten(1, 2)
+        self.weight = weight  # (groups, C_out, C_in, k...)
+        self.reader = _ChannelReader(site, weight.dtype)
+        self.outputs = _Moments(site.group_out_channels, site.groups, weight, centred=True)
+        self.inputs = _Moments(site.group_in_channels, site.groups, weight, centred=True)
+        self.gradients = _Moments(site.group_out_channels, site.groups, weight, centred=False)
 
     @property
-    def reached(self) -> bool:
-        """Whether the site was called at all."""
-        return all(moments.count for moments in self.covariances.values())
+    def was_called(self) -> bool:
+        """Whether any activations were added."""
+        return self.outputs.count > 0
 
-    def metric(self, gradients: int) -> Metric:
-        """What the sums amount to over so many gradients of images."""
-        covariances = {mode: shrink(one.covariance(), one.count) for mode, one in self.covariances.items()}
-        sensitivity = self._sensitivity(gradients)
-        out = ModeMetric(covariances[0], sensitivity) if 0 in covariances else None
-        if 1 not in covariances:
-            return Metric(out, None)
-        if self.through is None:
-            weighed = unfold(mode_product(self.weight, sensitivity, 0), 1)
-            sensitivity = weighed @ unfold(self.weight, 1).mT
-        return Metric(out, ModeMetric(covariances[1], sensitivity))
+    def add_activations(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Add the input and the output of one call; return the positions that were sampled in the output."""
+        positions = self.reader.sample_positions(y, generator)
+        self.outputs.add(self.reader.vectors(y, positions))
+        self.inputs.add(self.reader.vectors(x, self.reader.sample_positions(x, generator)))
+        return positions
 
-    def _sensitivity(self, gradients: int) -> Tensor:
-        """Where no gradient arrives, every output direction matters alike, and the whole variance counts as 1.
+    def add_gradient(self, gradient: Tensor, positions: Tensor) -> None:
+        """Add the gradient of the output of one call; the sampled positions stand for all of them."""
+        weight = self.reader.count_positions(gradient) / len(positions)
+        self.gradients.add(self.reader.vectors(gradient, positions), weight)
 
-        So it is, too, where all gradients are zero: in a fresh network whose branches end in batch-norms of zero gain.
-        """
-        if self.gradients.count and self.gradients.products.any():
-            return shrink(self.gradients.products / gradients, self.gradients.count)
-        like = self.gradients.products
-        alike = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
-        if self.through is not None:
-            alike = self.through.mT @ self.through
-        covariance = next(iter(self.covariances.values())).covariance()
-        variance = (covariance * alike).sum()
-        return alike / torch.where(variance > torch.finfo(variance.dtype).tiny ** 0.5, variance, 1)
+    def metric(self, combinations: int) -> Metric:
+        """Return the metric, given the number of random combinations of outputs of all images."""
+        output_covariance = self.outputs.covariance()
+        sensitivity = _sensitivity(self.gradients, combinations, output_covariance, _identity(output_covariance))
+        weighed = unfold(mode_product(self.weight, sensitivity, 0), 1)  # (groups, C_in, C_out * k...), of H W_k
+        input_sensitivity = weighed @ unfold(self.weight, 1).mT
+        return Metric(
+            out=ModeMetric(shrink(output_covariance, self.outputs.count), sensitivity),
+            in_=ModeMetric(shrink(self.inputs.covariance(), self.inputs.count), input_sensitivity),
+        )
+
+
+class _PointwiseSums:
+    """Running sums of a pointwise site y = W x, at which one rank cuts the mode with fewer channels.
+
+    With gradients g with respect to y:
+
+        C_out <= C_in, out: covariance Cov(y), sensitivity H = sum over positions of E[g g^T]
+        C_out > C_in, in_: covariance Cov(x), sensitivity W^T H W = sum over positions of E[(W^T g)(W^T g)^T]
+
+    By the chain rule, W^T g is the gradient with respect to x, so that in both cases only matrices of the smaller mode
+    are summed.
+    """
+
+    def __init__(self, site: ConvSite, weight: Tensor) -> None:
+        self.cuts_inputs = site.modes == (1,)
+        self.weight = weight.flatten(2)  # (groups, C_out, C_in)
+        self.reader = _ChannelReader(site, weight.dtype)
+        channels = min(site.group_in_channels, site.group_out_channels)
+        self.activations = _Moments(channels, site.groups, weight, centred=True)
+        self.gradients = _Moments(channels, site.groups, weight, centred=False)
+
+    @property
+    def was_called(self) -> bool:
+        """Whether any activations were added."""
+        return self.activations.count > 0
+
+    def add_activations(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Add the input or the output of one call; return the positions that were sampled in the output."""
+        positions = self.reader.sample_positions(y, generator)
+        if self.cuts_inputs:  # a layer with a stride has more input positions
+            self.activations.add(self.reader.vectors(x, self.reader.sample_positions(x, generator)))
+        else:
+            self.activations.add(self.reader.vectors(y, positions))
+        return positions
+
+    def add_gradient(self, gradient: Tensor, positions: Tensor) -> None:
+        """Add the gradient of the output of one call; the sampled positions stand for all of them."""
+        weight = self.reader.count_positions(gradient) / len(positions)
+        vectors = self.reader.vectors(gradient, positions)
+        self.gradients.add(vectors @ self.weight if self.cuts_inputs else vectors, weight)
+
+    def metric(self, combinations: int) -> Metric:
+        """Return the metric, given the number of random combinations of outputs of all images."""
+        covariance = self.activations.covariance()
+        uniform = self.weight.mT @ self.weight if self.cuts_inputs else _identity(covariance)
+        sensitivity = _sensitivity(self.gradients, combinations, covariance, uniform)
+        mode = ModeMetric(shrink(covariance, self.activations.count), sensitivity)
+        return Metric(out=None, in_=mode) if self.cuts_inputs else Metric(out=mode, in_=None)
+
+
+def _site_sums(site: ConvSite, weight: Tensor) -> _TwoModeSums | _PointwiseSums:
+    return _PointwiseSums(site, weight) if site.is_pointwise else _TwoModeSums(site, weight)
+
+
+def _identity(like: Tensor) -> Tensor:
+    """Return one identity per group, (groups, C, C)."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
+
+
+def _sensitivity(gradients: _Moments, combinations: int, covariance: Tensor, uniform: Tensor) -> Tensor:
+    """Return the sensitivity (groups, C, C) of one mode.
+
+    Args:
+        gradients: Sums over all images and positions.
+        combinations: Number of random combinations of outputs of all images.
+        covariance: (groups, C, C) of the channels.
+        uniform: (groups, C, C) the sensitivity if all output channels of the site matter alike, up to scale. It is
+            used, scaled so that cutting everything costs 1, where no gradient arrives, or where all gradients are zero
+            as in a fresh network whose branches end in batch-norms of zero gain.
+    """
+    if gradients.count and gradients.products.any():
+        return shrink(gradients.products / combinations, gradients.count)
+    variance = (covariance * uniform).sum()
+    return uniform / torch.where(variance > torch.finfo(variance.dtype).tiny ** 0.5, variance, 1)
 
 
 def shrink(moment: Tensor, count: int) -> Tensor:
-    """Oracle approximating shrinkage of second moments.
+    """Return the oracle approximating shrinkage (OAS) of second moments.
+
+    S, the mean of n products v v^T, spreads the eigenvalues of the true moment: the large ones come out too large, the
+    small ones too small. (1 - a) S + a m I, with m = trace(S) / C, pulls all of them towards their mean m. The a with
+    the least expected squared error depends on the true moment; Chen et al. replace that by the estimate itself and
+    iterate, which for Gaussian vectors converges to a closed form. With t = trace(S^2) / m^2, and without the terms
+    2 / C, as in scikit-learn, it is
+
+        a = (t + C^2) / ((n + 1) (t - C)), at most 1.
+
+    t is C where all eigenvalues are equal, and grows as they differ. More vectors or less equal eigenvalues give less
+    shrinkage.
 
     Args:
         moment: (groups, C, C).
-        count: Vectors that it is the mean of.
+        count: Number n of vectors that it is the mean of.
 
     Returns:
-        (groups, C, C), nearer to a multiple of the identity the fewer vectors there were.
+        (groups, C, C).
     """
     channels, tiny = moment.shape[-1], torch.finfo(moment.dtype).tiny
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    squares = (moment / mean.clamp_min(tiny)).square().sum((-2, -1), keepdim=True)  # C where all eigenvalues are alike
+    squares = (moment / mean.clamp_min(tiny)).square().sum((-2, -1), keepdim=True)
     share = ((squares + channels**2) / ((count + 1) * (squares - channels).clamp_min(tiny))).clamp_max(1)
     return moment.lerp(mean * torch.eye(channels, dtype=moment.dtype, device=moment.device), share)
 
 
-def _sample(positions: int, generator: torch.Generator) -> Tensor:
-    if positions <= _POSITIONS:
-        return torch.arange(positions, device="cpu")
-    return torch.randperm(positions, generator=generator, device="cpu")[:_POSITIONS]
-
-
 @contextmanager
 def _frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Gradients to activations only: the backward pass then costs no more than the forward pass."""
+    """Turn off the gradients of all parameters: then a backward pass costs no more than a forward pass."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -242,9 +365,9 @@ def _frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _backward_random_combinations(outputs: object, draws: int, generator: torch.Generator) -> None:
-    """Send the gradients of random combinations of each image's outputs back; logits are centred over the classes.
+    """Backpropagate random combinations of the outputs of each image, `draws` times.
 
-    Every output counts alike, not only those that the labels of these images need: users have other images.
+    All outputs count alike, not only those of the classes that these images show: users have other images.
     """
     tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     for draw in range(draws if tensors else 0):
@@ -253,28 +376,38 @@ def _backward_random_combinations(outputs: object, draws: int, generator: torch.
 
 
 def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the random r of a combination r^T output; for logits (N, classes), r is centred over the classes.
+
+    A change that is the same for all logits does not change their softmax. Centred, r has the covariance P = I - 1 1^T
+    / classes, and gradients J^T r have the second moment J^T P J, in which such a change costs nothing.
+    """
     direction = torch.randn(output.shape, generator=generator, device="cpu").to(output)
     return direction - direction.mean(-1, keepdim=True) if output.ndim == 2 else direction  # noqa: PLR2004 - (N, classes)
 
 
 def average_metrics(own: Mapping[str, Metric], synthetic: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Statistics of the user's images, half and half with synthetic ones: few images of one kind are not all there is.
+    """Return the mean of the metrics on the user's images and on synthetic ones.
 
-    Sensitivities are brought to the same total error first.
+    A few images of one kind do not show all that a network is used for. The synthetic sensitivities are scaled first,
+    so that cutting everything costs as much on the synthetic images as on the user's.
+
+    Args:
+        own: Site name to metric on the user's images.
+        synthetic: Site name to metric on synthetic images; where a site is missing, only its own metric counts.
     """
     own_total, synthetic_total = _total(own), _total(synthetic)
     scale = own_total / synthetic_total if synthetic_total else 1.0
 
-    def half(a: ModeMetric | None, b: ModeMetric | None) -> ModeMetric | None:
+    def average(a: ModeMetric | None, b: ModeMetric | None) -> ModeMetric | None:
         if a is None or b is None:
             return a
         sensitivity = (a.sensitivity + scale * b.sensitivity) / 2
         return ModeMetric((a.covariance + b.covariance) / 2, sensitivity)
 
     pairs = {name: (metric, synthetic.get(name, metric)) for name, metric in own.items()}
-    return {name: Metric(half(a.out, b.out), half(a.in_, b.in_)) for name, (a, b) in pairs.items()}
+    return {name: Metric(average(a.out, b.out), average(a.in_, b.in_)) for name, (a, b) in pairs.items()}
 
 
-def _total(measured: Mapping[str, Metric]) -> float:
-    """What the network would lose if every site lost everything."""
-    return sum(cast("ModeMetric", metric.out or metric.in_).total() for metric in measured.values())
+def _total(metrics: Mapping[str, Metric]) -> float:
+    """Return twice the loss of cutting all directions of all sites, each site by one of its modes."""
+    return sum(cast("ModeMetric", metric.out or metric.in_).total() for metric in metrics.values())
