@@ -1,4 +1,4 @@
-"""The exceptions of batude_fx: one root, and a message that says what, where, both numbers and the way out.
+"""The exceptions of batude_fx. Each message says what is wrong, where, the numbers compared and what to do about it.
 
 ```
 BatudeError
@@ -7,10 +7,10 @@ BatudeError
 ├── SelectionError      an include/exclude pattern or an override that matches nothing
 ├── CalibrationError    calibration images that are empty, of the wrong shape, or not finite
 ├── UnsupportedError    a convolution, dtype or device that cannot be handled exactly
-├── SavedModelError     a folder that is missing, broken, foreign or unsafe
-├── RecipeError         a recipe that cannot be read, or asks for what does not exist
-├── ExportError         a network that cannot be written as a file of another format, or computes something else there
-└── TrainingError       a run that cannot start, cannot go on, or whose loss is not finite
+├── SavedModelError     a folder that is missing, damaged, not from batude_fx, or unsafe to read
+├── RecipeError         a recipe that cannot be read, or that names what does not exist
+├── ExportError         a network that cannot be written in another format, or whose file computes something else
+└── TrainingError       a run that cannot start or continue, or whose loss is not finite
 ```
 """
 
@@ -20,7 +20,7 @@ class BatudeError(Exception):
 
 
 class BudgetError(BatudeError, ValueError):
-    """A budget that cannot be read, or that no plan can meet; then the message names the smallest reachable one."""
+    """A budget that cannot be read, or that no plan can meet; the message then names the smallest reachable budget."""
 
 
 class DiscoveryError(BatudeError):
@@ -40,28 +40,28 @@ class UnsupportedError(BatudeError):
 
 
 class SavedModelError(BatudeError):
-    """A folder that is missing, broken, foreign or unsafe to read."""
+    """A folder that is missing, damaged, not from batude_fx, or unsafe to read."""
 
 
 class RecipeError(BatudeError):
-    """A recipe that cannot be read, or asks for what does not exist; the message has file, line and key."""
+    """A recipe that cannot be read, or that names what does not exist; the message has file, line and key."""
 
 
 class ExportError(BatudeError):
-    """A network that cannot be written as a file of another format, or that computes something else there."""
+    """A network that cannot be written in another format, or whose file computes something else."""
 
 
 class TrainingError(BatudeError):
-    """A run that cannot start, cannot go on, or whose loss is not finite."""
+    """A run that cannot start or continue, or whose loss is not finite."""
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, to be quoted in one of ours; its name where it says nothing."""
+    """Return the first line of another library's error message, or its class name where it has no message."""
     return _lines(error)[0].rstrip(".")
 
 
 def last_line(error: Exception) -> str:
-    """The same of an error that begins with where it comes from."""
+    """Return the last line of another library's error message, where the first ones say where it was raised."""
     return _lines(error)[-1].rstrip(".")
 
 

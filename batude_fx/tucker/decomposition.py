@@ -1,11 +1,11 @@
-"""Tensor mathematics of Tucker-2: mode spectra, HOSVD, HOOI and the tensor that factors stand for. No `nn`, no fx.
+"""Tensor algebra of Tucker-2: unfoldings, mode products, HOSVD and HOOI. Uses neither torch.nn nor torch.fx.
 
 Tucker-2 decomposes a convolution's weight over its two channel modes and leaves the spatial modes alone:
 `weight ~ core x_0 factor_out x_1 factor_in`.
 
 Every weight here is in *canonical* form (groups, C_out, C_in, k...), one weight per group, whatever the layout
-of the module that owns it. All groups are decomposed in one batched call, which is why this is not tensorly's
-`partial_tucker`: a test holds both equal, `benchmarks/tucker_time.py` shows the gain.
+of the module that owns it. All groups are decomposed in one batched call, which tensorly's `partial_tucker` does not
+do; a test compares the results of both, and `benchmarks/tucker_time.py` their times.
 
 Source: Y.-D. Kim et al., "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
 Applications", ICLR 2016, https://arxiv.org/abs/1511.06530, section 3; L. De Lathauwer, B. De Moor, J. Vandewalle,
@@ -36,7 +36,7 @@ class Factors:
 
 
 def unfold(weight: Tensor, mode: int) -> Tensor:
-    """The mode-0 (output channels) or mode-1 (input channels) unfolding of every group's weight.
+    """Return the mode-0 (output channels) or mode-1 (input channels) unfolding of every group's weight.
 
     Args:
         weight: (groups, C_out, C_in, k...).
@@ -65,34 +65,36 @@ def mode_product(weight: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def leading_modes(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of symmetric positive semi-definite matrices, the largest first.
+    """Return eigenvalues and eigenvectors of symmetric positive semi-definite matrices, the largest first.
 
     Args:
         gram: (groups, n, n).
 
     Returns:
-        Values (groups, n), negative rounding errors set to 0, and orthonormal vectors (groups, n, n) as columns.
+        Values (groups, n), where negative rounding errors are set to 0, and orthonormal columns (groups, n, n).
     """
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
 def mode_spectrum(weight: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-    """Squared singular values and left singular vectors of an unfolding, the largest first.
+    """Return squared singular values and left singular vectors of an unfolding, the largest first.
+
+    They are the eigenvalues and eigenvectors of the unfolding times its transpose.
 
     Args:
         weight: (groups, C_out, C_in, k...).
         mode: 0 or 1.
 
     Returns:
-        (groups, C_mode) and (groups, C_mode, C_mode).
+        Squared values (groups, C_mode), and vectors as columns (groups, C_mode, C_mode).
     """
     flat = unfold(weight, mode)
     return leading_modes(flat @ flat.mT)
 
 
 def hosvd(weight: Tensor, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncated higher-order SVD over the two channel modes.
+    """Return the truncated higher-order SVD over the two channel modes.
 
     Returns:
         Core (groups, rank_out, rank_in, k...), factor_out (groups, C_out, rank_out), factor_in (groups, C_in, rank_in);
@@ -104,10 +106,13 @@ def hosvd(weight: Tensor, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, 
 
 
 def hooi(weight: Tensor, rank_out: int, rank_in: int, *, sweeps: int = 10) -> tuple[Tensor, Tensor, Tensor]:
-    """Higher-order orthogonal iteration from the HOSVD on: the best factors of these ranks, up to a local optimum.
+    """Refine the HOSVD by higher-order orthogonal iteration, towards a local optimum of the approximation error.
+
+    Each half step fixes one factor, projects the weight onto it, and takes the leading singular vectors of the other
+    mode. So |core| never decreases, and the squared error, |weight|^2 - |core|^2, never grows.
 
     Returns:
-        As `hosvd`.
+        The same parts as `hosvd`.
     """
     _, factor_out, factor_in = hosvd(weight, rank_out, rank_in)
     for _ in range(sweeps):

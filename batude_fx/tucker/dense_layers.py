@@ -1,7 +1,8 @@
-"""Which layers can be replaced, and how each is read: a registry by exact class that users can extend.
+"""The layers that can be replaced, and how their weights are read: a registry of exact classes, which users can extend.
 
-Weight-standardized convolutions (timm) convolve with another weight than the one they store; TensorFlow's "same"
-pads by the size of the input. A subclass may do anything in its `forward`, so only exact classes are trusted.
+A class is registered with a `Handler`, because a layer may compute something else than its base class does: timm's
+weight-standardized convolutions convolve with another weight than the one they store, and its "same" convolutions pad
+by the size of the input. A subclass may do anything in its `forward`, so it is not replaced unless it is registered.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ _HOOKS = (
 )
 
 
-def _own_weight(layer: nn.Module) -> Tensor:
+def _stored_weight(layer: nn.Module) -> Tensor:
     return cast("Tensor", layer.weight)
 
 
@@ -43,26 +44,26 @@ def _torch_class(layer: nn.Module) -> type[nn.Module]:
     return next(base for base in type(layer).__mro__ if base in _LAYERS)
 
 
-def _nothing(_layer: nn.Module) -> str | None:
+def _never_refuse(_layer: nn.Module) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Handler:
-    """How the layers of one exact class are read and executed.
+    """How to replace the layers of one exact class: which weight to decompose, and which class executes the core.
 
     Attributes:
-        weight: Gives the effective dense weight, the one the layer really convolves with, in the layer's own layout.
-            By default `layer.weight`.
-        core: Gives the class of the part that carries stride and padding; its weight is used as it is. By default
-            the PyTorch class that the layer derives from.
-        weight_flops: What fvcore counts per weight element and call when the effective weight is computed.
-        refuse: Gives the reason why a layer cannot be replaced exactly, or None. By default None.
+        weight: Maps a layer to its effective weight, the one it convolves with, in the shape of `layer.weight`. By
+            default `layer.weight` itself.
+        core: Maps a layer to the class of the replacement's part that has its kernel, stride and padding. This class
+            must convolve with its weight as it is stored. By default the PyTorch class that the layer derives from.
+        refuse: Maps a layer to the reason why it cannot be replaced exactly, or to None where it can. By default None.
+        weight_flops: Flops per weight element and call that fvcore counts for computing the effective weight.
     """
 
-    weight: Callable[[nn.Module], Tensor] = _own_weight
+    weight: Callable[[nn.Module], Tensor] = _stored_weight
     core: Callable[[nn.Module], type[nn.Module]] = _torch_class
-    refuse: Callable[[nn.Module], str | None] = _nothing
+    refuse: Callable[[nn.Module], str | None] = _never_refuse
     weight_flops: int = 0
 
 
@@ -70,16 +71,16 @@ _HANDLERS: dict[type[nn.Module], Handler] = {}
 
 
 def register(layer_type: type[nn.Module], handler: Handler) -> None:
-    """Teach batude_fx a class of convolution or linear layer; subclasses of it stay unknown.
+    """Register a class of convolution or linear layers, so that they can be replaced; its subclasses are not included.
 
     Args:
         layer_type: A subclass of `nn.Conv1d/2d/3d`, `nn.ConvTranspose1d/2d/3d` or `nn.Linear`.
-        handler: How its layers are read and executed. It replaces the one registered before, if any.
+        handler: How to replace layers of this class. It supersedes a handler that was registered for it before.
 
     Raises:
-        UnsupportedError: When `layer_type` derives from none of these.
+        UnsupportedError: When `layer_type` is no such subclass.
 
-    Source: the registry of fvcore's `FlopCountAnalysis.set_op_handle`, by class instead of operator.
+    Source: fvcore's `FlopCountAnalysis.set_op_handle`, which registers operators instead of classes.
 
     Example:
         ```python
@@ -100,7 +101,7 @@ def register(layer_type: type[nn.Module], handler: Handler) -> None:
 
 
 def _standardized_weight(layer: nn.Module) -> Tensor:
-    """The weight as timm's weight-standardized convolutions compute it in each forward pass."""
+    """Return the weight that timm's weight-standardized convolutions compute in each forward pass."""
     conv = cast("ScaledStdConv2d", layer)
     scaled = isinstance(layer, ScaledStdConv2d | ScaledStdConv2dSame)
     flat = conv.weight.reshape(1, conv.out_channels, -1)  # (1, C_out, C_in / groups * K)
@@ -108,16 +109,16 @@ def _standardized_weight(layer: nn.Module) -> Tensor:
     return F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=conv.eps).view_as(conv.weight)
 
 
-def _padded_same(layer: nn.Module) -> type[nn.Module]:
+def _same_padding_class(layer: nn.Module) -> type[nn.Module]:
     # TensorFlow's "same" never pads a 1x1 kernel, whatever its stride.
     dynamic = getattr(layer, "same_pad", True) and prod(cast("nn.Conv2d", layer).kernel_size) > 1
     return Conv2dSame if dynamic else nn.Conv2d
 
 
-def _pointwise_upsampling(layer: nn.Module) -> str | None:
+def _refuse_strided_pointwise(layer: nn.Module) -> str | None:
     conv = cast("nn.ConvTranspose2d", layer)
-    moved = prod(conv.stride) > 1 or any(conv.padding) or any(conv.output_padding)
-    if moved and prod(conv.kernel_size) == 1:
+    resizes = prod(conv.stride) > 1 or any(conv.padding) or any(conv.output_padding)
+    if resizes and prod(conv.kernel_size) == 1:
         return "transposed 1x1 kernel with stride or padding: mostly writes zeros, a pair of 1x1 gains nothing"
     return None
 
@@ -125,13 +126,13 @@ def _pointwise_upsampling(layer: nn.Module) -> str | None:
 for _class in (*PLAIN_CONVOLUTIONS, nn.Linear, TimmLinear, Conv3DSimple, Conv3DNoTemporal):
     register(_class, Handler())
 for _class in TRANSPOSED_CONVOLUTIONS:
-    register(_class, Handler(refuse=_pointwise_upsampling))
-register(Conv2dSame, Handler(core=_padded_same))
+    register(_class, Handler(refuse=_refuse_strided_pointwise))
+register(Conv2dSame, Handler(core=_same_padding_class))
 # fvcore counts a normalization as 4 flops per element, 5 with a gain.
 register(StdConv2d, Handler(weight=_standardized_weight, weight_flops=4))
 register(ScaledStdConv2d, Handler(weight=_standardized_weight, weight_flops=5))
-register(StdConv2dSame, Handler(weight=_standardized_weight, weight_flops=4, core=_padded_same))
-register(ScaledStdConv2dSame, Handler(weight=_standardized_weight, weight_flops=5, core=_padded_same))
+register(StdConv2dSame, Handler(weight=_standardized_weight, weight_flops=4, core=_same_padding_class))
+register(ScaledStdConv2dSame, Handler(weight=_standardized_weight, weight_flops=5, core=_same_padding_class))
 register(
     NonDynamicallyQuantizableLinear,
     Handler(refuse=lambda _: "its weight is read by MultiheadAttention, the layer itself is never called"),
@@ -139,10 +140,10 @@ register(
 
 
 def skip_reason(layer: nn.Module) -> str | None:
-    """Why this layer cannot be replaced exactly, or None when it can.
+    """Return the reason why a layer cannot be replaced exactly, or None when it can.
 
-    A hook on the layer itself is a reason: it was written for the dense layer, and whether it still makes sense on a
-    Tucker form only its author knows. Hooks on all other modules, its parents included, are no obstacle.
+    A hook on the layer itself is a reason: it was written for the dense layer and may not make sense for the Tucker
+    form. Hooks on all other modules, its parents included, are no obstacle.
 
     Args:
         layer: Any module.
@@ -154,33 +155,35 @@ def skip_reason(layer: nn.Module) -> str | None:
         return f"no handler for class {type(layer).__name__}; register one with batude_fx.register"
     if reason := user_modification(layer):
         return reason
-    if _holds_more(layer):
+    if _has_further_state(layer):
         return "holds more than a weight and a bias, which its replacement would lose"
     weight = cast("Tensor", layer.weight)
-    real = weight.is_floating_point()
-    return handler.refuse(layer) if real else f"weight of dtype {weight.dtype}, not a real floating-point one"
+    if not weight.is_floating_point():
+        return f"weight of dtype {weight.dtype}, not a real floating-point one"
+    return handler.refuse(layer)
 
 
 def user_modification(module: nn.Module) -> str | None:
-    """What a user did to one module that its replacement would not do, or None."""
+    """Return what a user changed on one module, hooks or its `forward`, that a replacement would lose; or None."""
     if hooks := [name.strip("_") for name in _HOOKS if getattr(module, name)]:
         return f"has {', '.join(hooks).replace('_', ' ')}; remove them to replace it"
     return "its forward method was replaced on the instance" if "forward" in vars(module) else None
 
 
 def convolves_as_stored(layer: nn.Module) -> bool:
-    """Whether a layer can be replaced, and the weight that it stores is the one that it convolves with."""
-    return skip_reason(layer) is None and handler_of(layer).weight is _own_weight
+    """Whether a layer can be replaced and convolves with the weight that it stores."""
+    return skip_reason(layer) is None and handler_of(layer).weight is _stored_weight
 
 
-def _holds_more(layer: nn.Module) -> bool:
-    own = type(layer) in _LAYERS  # subclasses may have further parameters, of which their handlers know
-    more = own and (layer._buffers or layer._parameters.keys() - {"weight", "bias"})  # noqa: SLF001
-    return bool(more) or any(layer.children())
+def _has_further_state(layer: nn.Module) -> bool:
+    """Whether a layer has children or, where it is one of PyTorch's own, tensors besides weight and bias."""
+    from_torch = type(layer) in _LAYERS  # the handlers of other classes read what else these have
+    further = from_torch and (layer._buffers or layer._parameters.keys() - {"weight", "bias"})  # noqa: SLF001
+    return bool(further) or any(layer.children())
 
 
 def handler_of(layer: nn.Module) -> Handler:
-    """The handler of a layer's exact class.
+    """Return the handler of a layer's exact class.
 
     Raises:
         UnsupportedError: When the layer has a `skip_reason`.
@@ -191,16 +194,15 @@ def handler_of(layer: nn.Module) -> Handler:
 
 
 def own_cost(layer: nn.Module) -> tuple[int, int]:
-    """Flops of one call besides convolving, as fvcore counts them, and parameters besides weight and bias."""
-    known = handler_of(layer)
+    """Return the flops of one call besides the convolution, and the number of parameters besides weight and bias."""
     elements = cast("Tensor", layer.weight).numel()
     bias = cast("Tensor | None", layer.bias)
     params = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-    return known.weight_flops * elements, params - elements - (0 if bias is None else bias.numel())
+    return handler_of(layer).weight_flops * elements, params - elements - (0 if bias is None else bias.numel())
 
 
 def canonical_weight(layer: nn.Module) -> Tensor:
-    """The effective dense weight, one per group, whatever the layer's own layout.
+    """Return the effective weight of a layer in canonical form, the same for all kinds of layers.
 
     Args:
         layer: A convolution or linear layer that has no `skip_reason`.
@@ -215,17 +217,17 @@ def canonical_weight(layer: nn.Module) -> Tensor:
 
 
 def canonical_bias(layer: nn.Module) -> Tensor | None:
-    """The bias of a convolution or linear layer, (C_out,) and detached, or None."""
+    """Return the bias of a convolution or linear layer, (C_out,) and detached, or None."""
     bias = cast("Tensor | None", layer.bias)
     return None if bias is None else bias.detach()
 
 
 def to_canonical(weight: Tensor, layer: nn.Module) -> Tensor:
-    """View of a weight in the layout of `layer` as (groups, out, in, k...)."""
+    """View a weight in the layout of `layer` as (groups, C_out / groups, C_in / groups, k...)."""
     weight = weight.view(getattr(layer, "groups", 1), -1, *weight.shape[1:])
     return weight.transpose(1, 2) if getattr(layer, "transposed", False) else weight
 
 
 def from_canonical(weight: Tensor, layer: nn.Module) -> Tensor:
-    """Inverse of `to_canonical`."""
+    """Bring a canonical weight back into the layout of `layer`; the inverse of `to_canonical`."""
     return (weight.transpose(1, 2) if getattr(layer, "transposed", False) else weight).flatten(0, 1)

@@ -1,12 +1,12 @@
-"""Layers in Tucker-2 form, with the interface of the dense layer they replace.
+"""Layers in Tucker-2 form, with the interface of the dense layers that they replace.
 
-A convolution becomes `factor_in` (1x1), `core` (k x k) and `factor_out` (1x1). Parts that a degenerate form drops are
-`nn.Identity`, so they leave no key in the `state_dict`. Stride, padding, padding mode, dilation and output padding sit
-on one part only: the core, or `factor_in` at a pointwise layer, which has no core.
+A convolution becomes `factor_in` (1x1), `core` (k x k) and `factor_out` (1x1). A part that is not needed, such as the
+factor of a full rank, is an `nn.Identity` and has no key in the `state_dict`. Stride, padding, padding mode, dilation
+and output padding belong to one part only: the core, or `factor_in` of a pointwise layer, which has no core.
 
 Source: Y.-D. Kim et al., "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
-Applications", ICLR 2016, https://arxiv.org/abs/1511.06530, section 3. Here also for groups (one decomposition per
-group), transposed convolutions and weight-standardized ones, whose standardization is applied once and for all.
+Applications", ICLR 2016, https://arxiv.org/abs/1511.06530, section 3. Added here: grouped convolutions (one
+decomposition per group), transposed ones, and weight-standardized ones, whose standardized weight is decomposed.
 """
 
 from functools import partial
@@ -20,38 +20,23 @@ from batude_fx.errors import UnsupportedError
 from batude_fx.tucker.decomposition import Factors
 from batude_fx.tucker.dense_layers import (
     PLAIN_CONVOLUTIONS,
-    Handler,
     canonical_bias,
-    canonical_weight,
     from_canonical,
     handler_of,
-    register,
-    skip_reason,
     to_canonical,
 )
 from batude_fx.tucker.ranks import Ranks
 
-__all__ = [
-    "Handler",
-    "TuckerConv",
-    "TuckerConvTranspose",
-    "TuckerLinear",
-    "TuckerModule",
-    "build",
-    "canonical_bias",
-    "canonical_weight",
-    "register",
-    "skip_reason",
-    "tucker_conv",
-]
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""Number of axes to the memory format."""
+"""Number of axes of a tensor to its channels-last memory format."""
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor lies channels-last in memory, and not contiguous as well."""
-    last = CHANNELS_LAST.get(tensor.ndim)
-    return last is not None and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+    """Whether a tensor is channels-last in memory, and not contiguous in the default format as well."""
+    memory_format = CHANNELS_LAST.get(tensor.ndim)
+    if memory_format is None or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=memory_format)
 
 
 class TuckerModule(nn.Module):
@@ -62,11 +47,12 @@ class TuckerModule(nn.Module):
         core: groups * r_in to groups * r_out channels; `nn.Identity` at a pointwise layer.
         factor_out: groups * r_out to C_out channels; `nn.Identity` where mode 0 keeps its full rank.
         groups: Number of groups, the same in all parts.
-        kernel_size: As in the dense layer; `()` for a linear one.
+        kernel_size: Kernel size of the dense layer; `()` for a linear layer.
         transposed: Whether the dense layer is a transposed convolution.
     """
 
-    __jit_unused_properties__: ClassVar = ["weight", "bias", "ranks", "_carrier", "last"]  # torch.jit.script
+    # Properties that torch.jit.script must not compile.
+    __jit_unused_properties__: ClassVar = ["weight", "bias", "ranks", "_carrier", "last"]
 
     def __init__(self, factor_in: nn.Module, core: nn.Module, factor_out: nn.Module) -> None:
         super().__init__()
@@ -86,7 +72,7 @@ class TuckerModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the parts stand for, in the layout of the dense layer; computed at each access."""
+        """The product of the parts, in the layout of the dense layer's weight; computed at each access."""
         dense = from_canonical(_compose(self._parts()), self)
         return dense.reshape(*dense.shape[:2], *self.kernel_size)
 
@@ -105,7 +91,7 @@ class TuckerModule(nn.Module):
         return Ranks(rank_out=rank, rank_in=rank)
 
     def factors(self) -> Factors:
-        """The parts as tensors: detached views, so that writing to them changes this module."""
+        """Return the parts as tensors: detached views, so that writing to them changes this module."""
         parts = vars(self._parts())
         return Factors(**{name: None if part is None else part.detach() for name, part in parts.items()})
 
@@ -113,14 +99,14 @@ class TuckerModule(nn.Module):
         """Copy tensors into the parts, converted to their dtype and device.
 
         Raises:
-            UnsupportedError: When a part is missing, superfluous or of another shape; then nothing was copied.
+            UnsupportedError: When a part is missing, superfluous or of another shape; then nothing is copied.
         """
         pairs = [(name, getattr(factors, name), part) for name, part in vars(self.factors()).items()]
         for name, new, part in pairs:
-            given, expected = _shape(new), _shape(part)
-            if given != expected:
+            new_shape, shape = _describe_shape(new), _describe_shape(part)
+            if new_shape != shape:
                 raise UnsupportedError(
-                    f"{name} is {given} where {type(self).__name__}({self.extra_repr()}) has {expected}; "
+                    f"{name} is {new_shape} where {type(self).__name__}({self.extra_repr()}) has {shape}; "
                     "build the module with the ranks of these factors."
                 )
         for _, new, part in pairs:
@@ -134,11 +120,11 @@ class TuckerModule(nn.Module):
 
     @property
     def last(self) -> nn.Module:
-        """The part that has the bias, and the output channels of the dense layer."""
+        """The part that has the bias and the output channels of the dense layer."""
         return self.core if isinstance(self.factor_out, nn.Identity) else self.factor_out
 
     def _parts(self) -> Factors:
-        """Views of the parameters."""
+        """Return the parameters as views in canonical form."""
         factor_in, core, factor_out = (
             None if isinstance(part, nn.Identity) else to_canonical(cast("Tensor", part.weight), part)
             for part in (self.factor_in, self.core, self.factor_out)
@@ -178,7 +164,7 @@ class TuckerConvTranspose(TuckerConv):
     """A transposed convolution in Tucker-2 form, with the attributes of the `nn.ConvTranspose1d/2d/3d` it replaces."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - as torch does
-        """Apply the three parts: (N, C_in, in...) to (N, C_out, out...), `out` as `output_size` asks where given."""
+        """Apply the three parts: (N, C_in, in...) to (N, C_out, out...), where `out` is `output_size` if given."""
         if isinstance(self.core, nn.Identity):
             x = self.factor_in(input, output_size)  # (N, groups * r, out...)
         else:
@@ -188,7 +174,7 @@ class TuckerConvTranspose(TuckerConv):
 
 
 class TuckerLinear(TuckerModule):
-    """A linear layer as two thin ones, with the attributes of the `nn.Linear` it replaces."""
+    """A linear layer in Tucker-2 form, two linear layers, with the attributes of the `nn.Linear` it replaces."""
 
     def __init__(self, factor_in: nn.Module, core: nn.Module, factor_out: nn.Module) -> None:
         super().__init__(factor_in, core, factor_out)
@@ -201,16 +187,16 @@ class TuckerLinear(TuckerModule):
 
 
 def build(layer: nn.Module, ranks: Ranks, *, add_bias: bool = False) -> TuckerModule:
-    """The Tucker form of a layer, with uninitialised weights, on the layer's device and in its dtype.
+    """Build the Tucker form of a layer, with uninitialised weights, on the layer's device and in its dtype.
 
-    The `training` flag, `requires_grad` and a channels-last memory format are those of the layer. The random state
-    is left alone.
+    The `training` flag, `requires_grad` and a channels-last memory format are those of the layer. No random numbers
+    are drawn.
 
     Args:
-        layer: A convolution or linear layer that has no `skip_reason`; the meta device is fine.
-        ranks: Per group. A full rank drops its factor; both full leave a core only, which is the dense layer.
-            At a pointwise layer both are equal.
-        add_bias: Give it a bias even where the layer has none.
+        layer: A convolution or linear layer that has no `skip_reason`; it may be on the meta device.
+        ranks: Per group. A full rank leaves out its factor; at two full ranks the core is the dense layer. At a
+            pointwise layer both ranks are equal.
+        add_bias: Whether the Tucker form has a bias even where the layer has none.
 
     Raises:
         UnsupportedError: When the layer has a `skip_reason`, or the ranks do not fit it.
@@ -231,7 +217,7 @@ def build(layer: nn.Module, ranks: Ranks, *, add_bias: bool = False) -> TuckerMo
 
 
 def tucker_conv(layer: nn.Module, ranks: Ranks, factors: Factors) -> TuckerModule:
-    """The Tucker form of a layer with the given factors: `build`, then `load_factors_`.
+    """Build the Tucker form of a layer and load the given factors into it.
 
     Raises:
         UnsupportedError: When the layer has a `skip_reason`, or ranks, factors and layer do not fit each other.
@@ -243,31 +229,31 @@ def tucker_conv(layer: nn.Module, ranks: Ranks, factors: Factors) -> TuckerModul
 
 def _build_conv(conv: nn.Conv2d, core_type: type[nn.Module], ranks: Ranks, *, bias: bool) -> TuckerConv:
     one_by_one = partial(_empty, PLAIN_CONVOLUTIONS[len(conv.kernel_size) - 1], conv, kernel_size=1, groups=conv.groups)
-    geometry = partial(_empty, core_type, conv, kernel_size=conv.kernel_size, **_geometry(conv))
-    form = TuckerConvTranspose if conv.transposed else TuckerConv
+    spatial = partial(_empty, core_type, conv, kernel_size=conv.kernel_size, **_spatial_arguments(conv))
+    tucker_class = TuckerConvTranspose if conv.transposed else TuckerConv
     c_in, c_out = conv.in_channels, conv.out_channels
     r_in, r_out = conv.groups * ranks.rank_in, conv.groups * ranks.rank_out
     if prod(conv.kernel_size) == 1:
         # Stride and padding come first, so that both parts run on the smaller output.
-        return form(geometry(c_in, r_in, bias=False), nn.Identity(), one_by_one(r_out, c_out, bias=bias))
-    # A bias before the last part would leak into the zero-padded border.
-    return form(
+        return tucker_class(spatial(c_in, r_in, bias=False), nn.Identity(), one_by_one(r_out, c_out, bias=bias))
+    # Only the last part has a bias: a bias before the core would be missing from the zeros that the core pads with.
+    return tucker_class(
         nn.Identity() if r_in == c_in else one_by_one(c_in, r_in, bias=False),
-        geometry(r_in, r_out, bias=bias and r_out == c_out),
+        spatial(r_in, r_out, bias=bias and r_out == c_out),
         nn.Identity() if r_out == c_out else one_by_one(r_out, c_out, bias=bias),
     )
 
 
-def _geometry(conv: nn.Conv2d) -> dict[str, object]:
-    """Constructor arguments of the part that carries the geometry."""
+def _spatial_arguments(conv: nn.Conv2d) -> dict[str, object]:
+    """Return the constructor arguments, besides the kernel size, that determine where the kernel is applied."""
     names = ["stride", "padding", "dilation", "groups"]
-    # Subclasses have constructors that know only the arguments they need.
+    # Constructors of subclasses take only the arguments that they need.
     names += ["padding_mode"] * (conv.padding_mode != "zeros") + ["output_padding"] * conv.transposed
     return {name: getattr(conv, name) for name in names}
 
 
 def _empty(layer_type: type[nn.Module], like: nn.Module, *args: object, **kwargs: object) -> nn.Module:
-    """A layer without initialisation, with the device and dtype of `like`'s weight."""
+    """Construct a layer without initialisation, with the device and dtype of the weight of `like`."""
     weight = cast("Tensor", like.weight)
     with torch.device("meta"):
         layer = layer_type(*args, **kwargs)
@@ -296,7 +282,7 @@ def _check_ranks(layer: nn.Module, ranks: Ranks) -> None:
 
 
 def _compose(factors: Factors) -> Tensor:
-    """The dense weight (groups, C_out, C_in, k...) of some factors."""
+    """Multiply factors out to the dense weight (groups, C_out, C_in, k...)."""
     factor_in, core, factor_out = factors.factor_in, factors.core, factors.factor_out
     if core is None:
         return cast("Tensor", factor_out) @ cast("Tensor", factor_in).mT
@@ -307,5 +293,5 @@ def _compose(factors: Factors) -> Tensor:
     return core
 
 
-def _shape(part: Tensor | None) -> str:
+def _describe_shape(part: Tensor | None) -> str:
     return "missing" if part is None else str(tuple(part.shape))

@@ -1,4 +1,4 @@
-"""Tucker mathematics against tensorly and against the singular value decomposition, in float64."""
+"""The tensor algebra of Tucker-2 compared with tensorly and with singular value decompositions, in float64."""
 
 import pytest
 import tensorly as tl

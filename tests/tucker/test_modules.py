@@ -1,4 +1,4 @@
-"""Tucker modules and handlers: equality with the dense layer in float64 over every attribute, flops, refusals."""
+"""Tucker modules and handlers: equal to the dense layer in float64 for all attributes; flops; refused layers."""
 
 import copy
 import re
@@ -39,13 +39,13 @@ class Case:
 
 
 def leading(matrix: Tensor, rank: int) -> Tensor:
-    """Leading left singular vectors of a batch of matrices, (groups, rows, rank)."""
+    """Return the leading left singular vectors of a batch of matrices, (groups, rows, rank)."""
     vectors: Tensor = torch.linalg.svd(matrix, full_matrices=True)[0]
     return vectors[:, :, :rank]
 
 
 def hosvd(weight: Tensor, ranks: Ranks, bias: Tensor | None) -> Factors:
-    """Tucker-2 of a canonical weight (groups, C_out, C_in, k...) by two singular value decompositions."""
+    """Decompose a canonical weight (groups, C_out, C_in, k...) by two singular value decompositions."""
     _, c_out, c_in, *kernel = weight.shape
     left = leading(weight.flatten(2), ranks.rank_out)  # (groups, C_out, r_out)
     right = leading(weight.transpose(1, 2).flatten(2), ranks.rank_in)  # (groups, C_in, r_in)
@@ -206,7 +206,7 @@ def test_torchvisions_video_convolutions(layer_type: type[nn.Conv3d]) -> None:
 
 @pytest.mark.parametrize("ranks", [Ranks(8, 2), Ranks(3, 24)])
 def test_the_rank_of_an_unfolding_is_exact_for_any_weight(ranks: Ranks) -> None:
-    """Two input channels times four taps: mode 0 has rank 8 of 20; the other way round, mode 1 has rank 24 of 30."""
+    """Two input channels times four taps limit mode 0 to rank 8; three outputs times eight taps limit mode 1 to 24."""
     c_out, c_in, kernel = (20, 2, 4) if ranks.rank_out == 8 else (3, 30, 8)
     layer = nn.Conv1d(c_in, c_out, kernel, padding=1, dtype=torch.float64)
     small = decomposed(layer, ranks)
@@ -243,7 +243,7 @@ def test_only_the_parts_that_are_needed_exist_and_only_the_last_has_a_bias(case:
 
 
 def formula_flops(weight: Tensor, ranks: Ranks, positions_in: int, positions_out: int, *, transposed: bool) -> int:
-    """Multiply-adds of a Tucker form, as the design states them."""
+    """Return the flops of a Tucker form by its formula."""
     groups, c_out, c_in, *kernel = weight.shape
     taps, r_out, r_in = prod(kernel), ranks.rank_out, ranks.rank_in
     if taps == 1:
@@ -299,7 +299,7 @@ def test_build_keeps_device_dtype_and_flags(device: str, dtype: torch.dtype, lay
 
 
 def test_a_pointwise_same_convolution_needs_no_dynamic_padding() -> None:
-    """TensorFlow's "same" never pads a 1x1 kernel; a 3x3 one it does."""
+    """TensorFlow's "same" padding pads a 3x3 kernel and never a 1x1 kernel."""
     assert type(build(Conv2dSame(4, 6, 1, stride=2), Ranks(2, 2)).factor_in) is nn.Conv2d
     assert type(build(Conv2dSame(4, 6, 3, stride=2), Ranks(2, 2)).core) is Conv2dSame
 
@@ -402,7 +402,7 @@ def test_repr_shows_shapes_and_ranks(layer: nn.Module, text: str) -> None:
 
 
 class Halved(nn.Conv2d):
-    """A user's class: convolves with half its weight."""
+    """A class as a user may write it, which convolves with half of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return cast("Tensor", self._conv_forward(x, self.weight / 2, self.bias))
@@ -470,7 +470,7 @@ def pruned() -> nn.Module:
         (lambda: nn.Conv2d(4, 6, 3, dtype=torch.complex64), r"dtype torch\.complex64"),
     ],
 )
-def test_what_cannot_be_exact_has_a_reason(make: Callable[[], nn.Module], reason: str) -> None:
+def test_layers_that_cannot_be_replaced_exactly_have_a_reason(make: Callable[[], nn.Module], reason: str) -> None:
     layer = make()
     text = skip_reason(layer)
     assert text is not None

@@ -1,4 +1,4 @@
-"""Spectra: factors that are exact at full rank, and losses that are the error they predict."""
+"""Spectra: the factors of full rank are exact, and losses equal the error of the cut weights."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def _dense(factors: Factors) -> Tensor:
 
 
 def _metric(weight: Tensor, *, pointwise: bool) -> Metric:
-    """Of inputs and gradients of known moments, uncorrelated between positions."""
+    """Return the metric of inputs and gradients that have given moments and are uncorrelated between positions."""
     groups, c_out, c_in, *_ = weight.shape
     covariance, sensitivity = _moment(groups, c_in, 1), _moment(groups, c_out, 2)
     flat = weight.reshape(groups, c_out, c_in, -1)
@@ -68,33 +68,33 @@ def test_parts_have_equal_norms_whatever_the_metric(kernel: tuple[int, int]) -> 
     metric = _metric(weight, pointwise=pointwise)
     skewed = Metric(metric.out and ModeMetric(metric.out.covariance, 1e6 * metric.out.sensitivity), metric.in_)
     ranks = Ranks(4, 4)
-    plain, scaled = (metric_spectrum(one).factors(weight, ranks) for one in (metric, skewed))
+    plain, scaled = (metric_spectrum(m).factors(weight, ranks) for m in (metric, skewed))
     torch.testing.assert_close(_dense(scaled), _dense(plain))
     parts = [part for part in (scaled.factor_in, scaled.core, scaled.factor_out) if part is not None]
     for part in parts[1:]:
         torch.testing.assert_close(part.norm(), parts[0].norm())
 
 
-def test_a_group_that_no_image_wakes_leaves_the_others_their_scale() -> None:
+def test_a_group_that_no_image_activates_leaves_the_others_their_scale() -> None:
     weight = _tensor(2, 6, 10, 3, 3)
     metric = _metric(weight, pointwise=False)
-    asleep = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None]
-    modes = [ModeMetric(one.covariance, one.sensitivity * asleep) for one in (metric.out, metric.in_) if one]
+    mask = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None]
+    modes = [ModeMetric(mode.covariance, mode.sensitivity * mask) for mode in (metric.out, metric.in_) if mode]
     factors = metric_spectrum(Metric(*modes)).factors(weight, Ranks(4, 6))
     norms = [part.flatten(1).norm(dim=1) for part in vars(factors).values() if part is not None]
     for norm in norms[1:]:
         torch.testing.assert_close(norm, norms[0])
-    alone = metric_spectrum(Metric(*(ModeMetric(one.covariance[1:], one.sensitivity[1:]) for one in modes)))
-    torch.testing.assert_close(_dense(factors)[1:], _dense(alone.factors(weight[1:], Ranks(4, 6))))
+    active = metric_spectrum(Metric(*(ModeMetric(mode.covariance[1:], mode.sensitivity[1:]) for mode in modes)))
+    torch.testing.assert_close(_dense(factors)[1:], _dense(active.factors(weight[1:], Ranks(4, 6))))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
 def test_directions_do_not_depend_on_the_scale_of_the_outputs(scale: float) -> None:
     weight = _tensor(1, 6, 10, 3, 3).float()
     metric = _metric(weight.double(), pointwise=False)
-    modes = [ModeMetric(one.covariance.float(), one.sensitivity.float()) for one in (metric.out, metric.in_) if one]
-    scaled = [ModeMetric(one.covariance, one.sensitivity * scale) for one in modes]
-    plain, other = (metric_spectrum(Metric(*one)).factors(weight, Ranks(4, 6)) for one in (modes, scaled))
+    modes = [ModeMetric(mode.covariance.float(), mode.sensitivity.float()) for mode in (metric.out, metric.in_) if mode]
+    scaled = [ModeMetric(mode.covariance, mode.sensitivity * scale) for mode in modes]
+    plain, other = (metric_spectrum(Metric(*pair)).factors(weight, Ranks(4, 6)) for pair in (modes, scaled))
     torch.testing.assert_close(_dense(other), _dense(plain), rtol=1e-3, atol=1e-3)
 
 
