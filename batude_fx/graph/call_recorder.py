@@ -1,4 +1,4 @@
-"""Listen to one run of a model: what it does to each layer, and which weights are used without their layer."""
+"""Record one run of a model: the calls and sizes of each layer, and the weights that are used without their layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from batude_fx.support.hooks import observe_calls
 
 _TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
-_SELECTIONS = {
+_SELECTIONS = {  # functions whose result has a size that depends on values
     *(torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.masked_select, Tensor.masked_select),
     *(torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive),
 }
@@ -26,31 +26,38 @@ _SELECTIONS = {
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """A layer found in a model.
+    """A convolution or linear layer in the module tree of a model.
 
     Attributes:
         layer: The layer.
-        names: The names it has.
+        names: All of its qualified names; the first one is the name of its site.
         found_by: How it was found.
         sharers: Names of other modules that hold one of its parameters.
-        place: Why a layer at this place cannot be replaced, or None.
+        place_reason: Why a layer at this place in the model cannot be replaced, or None.
     """
 
     layer: nn.Module
     names: tuple[str, ...]
     found_by: FoundBy
     sharers: tuple[str, ...]
-    place: str | None
+    place_reason: str | None
 
     @property
     def weight(self) -> nn.Parameter | None:
-        """The stored weight; None where it is computed, which makes a new tensor at each access."""
+        """The stored weight; None where the weight is a property, which makes a new tensor at each access."""
         return self.layer._parameters.get("weight")  # noqa: SLF001
 
 
 @dataclass
-class Calls:
-    """What one run of the example does to a layer or a functional convolution."""
+class CallCounts:
+    """The calls of one layer or functional convolution during the run.
+
+    Attributes:
+        positions_in: Input positions (batch times space), summed over the calls.
+        positions_out: Output positions, summed over the calls.
+        calls: Number of calls.
+        first_call: Number of calls of any layer that came before its first one; infinite without a call.
+    """
 
     positions_in: int = 0
     positions_out: int = 0
@@ -60,102 +67,90 @@ class Calls:
 
 @dataclass
 class CallRecorder:
-    """Hears every call of the found layers and, outside them, every use of a weight and every convolution.
+    """Receives the calls of all layers and torch functions during a run, and keeps what discovery needs of them.
 
     Attributes:
-        found: The layers to listen to.
-        tensor_names: Identity of every parameter and buffer to its qualified name.
-        calls: Name of a site to what the run does to it.
-        used_directly: Names of the found layers whose weight something else computes with.
-        depth: How many of the layers are computing at this moment, one inside the other.
-        selects: Whether the run makes a tensor whose size depends on values, as a detector chooses its boxes.
+        layers: The layers whose calls are recorded.
+        tensor_names: `id` of every parameter and buffer to its qualified name.
+        counts: Name of a site to its calls.
+        used_directly: Names of layers whose weight is used by a function outside of the layer.
+        depth: Number of layers that are computing at this moment, one inside the other.
+        sizes_vary: Whether the run makes a tensor whose size depends on values, as where a detector selects boxes.
     """
 
-    found: list[FoundLayer]
+    layers: list[FoundLayer]
     tensor_names: dict[int, str]
-    calls: dict[str, Calls] = field(default_factory=dict)
+    counts: dict[str, CallCounts] = field(default_factory=dict)
     used_directly: set[str] = field(default_factory=set)
     depth: int = 0
-    selects: bool = False
+    sizes_vary: bool = False
     _functional: dict[str, ConvSite] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.calls = {one.names[0]: Calls() for one in self.found}
-        self._weights = {id(one.weight): one.names[0] for one in self.found if one.weight is not None}
-        self._spatial = {one.names[0]: _spatial_axes(one.layer) for one in self.found}
-        self._total = 0
+        self.counts = {found.names[0]: CallCounts() for found in self.layers}
+        self._weights = {id(found.weight): found.names[0] for found in self.layers if found.weight is not None}
+        self._spatial_axes = {found.names[0]: _spatial_axes(found.layer) for found in self.layers}
+        self._calls_so_far = 0
 
-    def enter(self, *_: object) -> None:
-        """A layer begins to compute."""
+    def before_layer(self, *_: object) -> None:
+        """Note that a layer begins to compute, so that the functions it calls are its own."""
         self.depth += 1
 
-    def leave(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-        """A layer has computed: count the call. Subclasses may take and return more than one tensor."""
+    def after_layer(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        """Count a call of a layer by the first tensor it takes and the first it returns; subclasses may have more."""
         self.depth -= 1
-        self._count(name, _tensors((args, kwargs))[0], _tensors(output)[0], self._spatial[name])
+        self._count(name, _tensors((args, kwargs))[0], _tensors(output)[0], self._spatial_axes[name])
 
-    def heard(self, function: object, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:
-        """A torch function was called; those outside of all found layers count."""
+    def after_function(
+        self, function: object, args: tuple[object, ...], kwargs: dict[str, object], result: object
+    ) -> None:
+        """Record a call of a torch function, unless it was made inside of one of the layers."""
         if self.depth:
             return
-        if _tensors(result):  # shapes, dtypes and devices may be asked for
-            used = (self._weights.get(id(arg)) for arg in _tensors((args, kwargs)))
-            self.used_directly.update(name for name in used if name is not None)
-        self.selects |= _selects(function, args)
+        if _tensors(result):  # a function that returns no tensor asks for a shape, dtype or device only
+            names = (self._weights.get(id(arg)) for arg in _tensors((args, kwargs)))
+            self.used_directly.update(name for name in names if name is not None)
+        self.sizes_vary |= _selects(function, args)
         if function in _FUNCTIONS:
-            self._hear_convolution(cast("Callable[..., Tensor]", function), args, kwargs, cast("Tensor", result))
+            self._record_convolution(cast("Callable[..., Tensor]", function), args, kwargs, cast("Tensor", result))
 
     def functional_sites(self) -> list[ConvSite]:
-        """The convolutions that were called as functions, each with its calls."""
-        return [with_calls(site, self.calls[name]) for name, site in self._functional.items()]
+        """Return the convolutions that were called as functions, each with its calls."""
+        return [with_calls(site, self.counts[name]) for name, site in self._functional.items()]
 
-    def _hear_convolution(
+    def _record_convolution(
         self, function: Callable[..., Tensor], args: tuple[object, ...], kwargs: dict[str, object], result: Tensor
     ) -> None:
-        x, weight = (cast("Tensor", v) for v in (*args, *(kwargs[k] for k in ("input", "weight") if k in kwargs))[:2])
-        groups = cast("int", args[6] if len(args) > 6 else kwargs.get("groups", 1))  # noqa: PLR2004
-        transposed = function in _TRANSPOSED_FUNCTIONS
+        # Here conv1d/2d/3d and conv_transpose1d/2d/3d agree: groups are the seventh argument.
+        x, weight = (cast("Tensor", _argument(args, kwargs, *key)) for key in ((0, "input"), (1, "weight")))
+        has_bias = _argument(args, kwargs, 2, "bias") is not None
+        groups = cast("int", _argument(args, kwargs, 6, "groups", 1))
         shape = ", ".join(map(str, weight.shape))
         name = self.tensor_names.get(id(weight), f"{function.__name__}({shape})")
-        outer, inner, *kernel = weight.shape
-        self._functional[name] = ConvSite(
-            name=name,
-            kind=function.__name__,
-            in_channels=outer if transposed else inner * groups,
-            out_channels=inner * groups if transposed else outer,
-            kernel_size=tuple(kernel),
-            groups=groups,
-            transposed=transposed,
-            positions_in=0,
-            positions_out=0,
-            calls=0,
-            found_by="tree",
-            skip_reason="functional convolution: its weight is no layer's that could be replaced",
-            has_bias=(args[2] if len(args) > 2 else kwargs.get("bias")) is not None,  # noqa: PLR2004
-        )
-        self._count(name, x, result, len(kernel))
+        self._functional[name] = _functional_site(name, function, weight, groups, has_bias=has_bias)
+        self._count(name, x, result, weight.ndim - 2)
 
-    def _count(self, name: str, x: Tensor, output: Tensor, spatial: int | None) -> None:
-        # Channels are last in a linear layer, first where there is no batch axis.
-        axis = -1 if spatial is None else int(x.ndim == spatial + 2)
-        calls = self.calls.setdefault(name, Calls())
-        calls.positions_in += x.numel() // x.shape[axis]
-        calls.positions_out += output.numel() // output.shape[axis]
-        calls.calls += 1
-        calls.first_call = min(calls.first_call, self._total)
-        self._total += 1
+    def _count(self, name: str, x: Tensor, output: Tensor, spatial_axes: int | None) -> None:
+        # A linear layer has its channels last; in a convolution they precede the spatial axes, with or without a batch.
+        axis = -1 if spatial_axes is None else int(x.ndim == spatial_axes + 2)
+        counts = self.counts.setdefault(name, CallCounts())
+        counts.positions_in += x.numel() // x.shape[axis]
+        counts.positions_out += output.numel() // output.shape[axis]
+        counts.calls += 1
+        counts.first_call = min(counts.first_call, self._calls_so_far)
+        self._calls_so_far += 1
 
 
 class TorchCallHook(TorchFunctionMode):
-    """Tells of every torch function that is called.
+    """A context in which a function is called after every torch function.
 
     Args:
-        hear: Gets the function, its arguments, its keyword arguments and its result.
+        after: Called as `after(function, args, kwargs, result)`.
     """
 
-    def __init__(self, hear: Callable[[Any, tuple[object, ...], dict[str, object], object], None]) -> None:
+    def __init__(self, after: Callable[[Any, tuple[object, ...], dict[str, object], object], None]) -> None:
         super().__init__()
-        self._hear = hear
+        self._after = after
 
     def __torch_function__(
         self,
@@ -165,12 +160,42 @@ class TorchCallHook(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        self._hear(func, args, kwargs or {}, result)
+        self._after(func, args, kwargs or {}, result)
         return result
 
 
+def _functional_site(
+    name: str, function: Callable[..., Tensor], weight: Tensor, groups: int, *, has_bias: bool
+) -> ConvSite:
+    """Return the site of a convolution that is called as a function, before its calls are counted."""
+    transposed = function in _TRANSPOSED_FUNCTIONS
+    first, second, *kernel = weight.shape
+    return ConvSite(
+        name=name,
+        kind=function.__name__,
+        in_channels=first if transposed else second * groups,
+        out_channels=second * groups if transposed else first,
+        kernel_size=tuple(kernel),
+        groups=groups,
+        transposed=transposed,
+        positions_in=0,
+        positions_out=0,
+        calls=0,
+        found_by="tree",
+        skip_reason="functional convolution: its weight is no layer's that could be replaced",
+        has_bias=has_bias,
+    )
+
+
+def _argument(
+    args: tuple[object, ...], kwargs: dict[str, object], position: int, name: str, default: object = None
+) -> object:
+    """Return an argument of a call, whether it was passed by position or by name."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
 def _selects(function: object, args: tuple[object, ...]) -> bool:
-    """Whether the size of what a function returns depends on values."""
+    """Whether the size of the result of a function depends on values."""
     if function is torch.where:
         return len(args) == 1
     if function is Tensor.__getitem__:
@@ -179,7 +204,7 @@ def _selects(function: object, args: tuple[object, ...]) -> bool:
 
 
 def _spatial_axes(layer: nn.Module) -> int | None:
-    """How many spatial axes a convolution has; None for a linear layer, whose channels come last."""
+    """Return the number of spatial axes of a convolution; None for a linear layer, whose channels come last."""
     return len(cast("nn.Conv2d", layer).kernel_size) if isinstance(layer, _ConvNd) else None
 
 
@@ -187,29 +212,29 @@ def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def with_calls(site: ConvSite, calls: Calls) -> ConvSite:
-    """The site with what a run does to it."""
-    return replace(site, positions_in=calls.positions_in, positions_out=calls.positions_out, calls=calls.calls)
+def with_calls(site: ConvSite, counts: CallCounts) -> ConvSite:
+    """Return the site with the positions and calls that were counted."""
+    return replace(site, positions_in=counts.positions_in, positions_out=counts.positions_out, calls=counts.calls)
 
 
-def record_calls(model: nn.Module, found: list[FoundLayer], inputs: tuple[object, ...]) -> CallRecorder:
-    """Run the example once and listen.
+def record_calls(model: nn.Module, layers: list[FoundLayer], inputs: tuple[object, ...]) -> CallRecorder:
+    """Run a model once and record its calls.
 
     Args:
-        model: A borrowed model; the hooks go when it is given back.
-        found: The layers to listen to.
+        model: Any module, in eval mode; hooks are removed after the run.
+        layers: The layers whose calls are recorded.
         inputs: Arguments of the run.
 
     Raises:
         DiscoveryError: The model does not run on these arguments.
     """
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    recorder = CallRecorder(found, names)
-    layers = {one.names[0]: one.layer for one in found}
+    recorder = CallRecorder(layers, names)
+    modules = {found.names[0]: found.layer for found in layers}
     try:
         with (
-            torch.no_grad(), TorchCallHook(recorder.heard),
-            observe_calls(layers, before=recorder.enter, after=recorder.leave),
+            torch.no_grad(), TorchCallHook(recorder.after_function),
+            observe_calls(modules, before=recorder.before_layer, after=recorder.after_layer),
         ):  # fmt: skip
             model(*inputs)
     except Exception as error:

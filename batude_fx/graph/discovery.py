@@ -1,11 +1,11 @@
-"""Find every convolution of a model, with what its cost depends on and, where it must stay dense, the reason.
+"""Find every convolution of a model, with the sizes its cost depends on and, where it must stay dense, the reason.
 
-The traced graph finds convolutions; the module tree is the safety net for what the graph cannot see. One run of the
-example input then gives every site its sizes and its calls, and shows which weights are used without their layer.
-The only module that imports torch.fx.
+The module tree lists the layers, and a trace by torch.fx says which of them the forward pass calls as modules. One run
+of the example input then gives every site its sizes and calls, finds convolutions that are called as functions, and
+shows which weights are used without their layer. The only file that imports torch.fx.
 
-Source: torchvision's `feature_extraction` (a tracer with chosen leaves), timm's lists of modules and functions that
-must not be traced.
+Source: torchvision's `feature_extraction`, for a tracer with chosen leaf modules; timm's lists of modules and functions
+that must not be traced.
 """
 
 import difflib
@@ -46,54 +46,56 @@ def discover(
     """List every convolution of a model, each replaceable or with the reason why not.
 
     Args:
-        model: Any module; it is bit-identical afterwards, also when an error is raised.
-        example_inputs: Arguments of one run. By default what timm or torchvision knows of the model.
+        model: Any module; it is not changed, also when an error is raised.
+        example_inputs: Arguments of one run, or a single tensor. By default noise of the size that timm or torchvision
+            gives for the model.
         layers: "conv", or "conv+linear" to list linear layers too.
-        include: Globs over qualified names; sites that match none are listed as not included.
-        exclude: Globs; sites that match one are listed as excluded.
+        include: Glob patterns of qualified names; sites that match none are listed, with that as the reason to stay
+            dense.
+        exclude: Glob patterns; sites that match one are listed, with that as the reason to stay dense.
 
     Returns:
-        The sites, a tuple that prints as a table, in the order of their first call; those that are never called come
-        last. A convolution that is called as a function is listed too, under the name of its weight or, where that has
-        none, its shape.
+        The sites, a tuple that prints as a table, in the order of their first call; sites without a call come last. A
+        convolution that is called as a function is listed under the name of its weight or, if the weight has no name,
+        under the name of the function and the shape of the weight.
 
     Raises:
         DiscoveryError: The model has no such layer, or does not run on the example input.
         SelectionError: A pattern matches no site, or `layers` is neither of its two values.
-
-    Source: torch.fx, with the tracer of torchvision's `feature_extraction` and timm's lists of what not to trace.
     """
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
     _refuse_lazy(model)
     with eval_and_restore(model):
-        called = _called_modules(model, _LAYERS[layers])
-        found = _find(model, _LAYERS[layers], called)
-        if not found and example_inputs is None:
-            raise _nothing_found(model, layers)
-        listener = record_calls(model, found, resolve_inputs(model, example_inputs))
-    sites = [*(_site(layer, listener) for layer in found), *listener.functional_sites()]
+        called_modules = _called_modules(model, _LAYERS[layers])
+        found_layers = _find_layers(model, _LAYERS[layers], called_modules)
+        if not found_layers and example_inputs is None:
+            raise _no_sites_error(model, layers)
+        recorder = record_calls(model, found_layers, resolve_inputs(model, example_inputs))
+    sites = [*(_site(found, recorder) for found in found_layers), *recorder.functional_sites()]
     if not sites:
-        raise _nothing_found(model, layers)
-    sites.sort(key=lambda site: listener.calls[site.name].first_call)
-    sizes_vary = listener.selects or "child" in called.values()
-    return Sites(_selected(sites, _patterns(include), _patterns(exclude)), sizes_vary=sizes_vary)
+        raise _no_sites_error(model, layers)
+    sites.sort(key=lambda site: recorder.counts[site.name].first_call)
+    sizes_vary = recorder.sizes_vary or "child" in called_modules.values()
+    return Sites(_apply_patterns(sites, _patterns(include), _patterns(exclude)), sizes_vary=sizes_vary)
 
 
 class _Tracer(fx.Tracer):
-    """Stops at the wanted layers and at what timm says must not be traced."""
+    """A tracer whose leaves are the layers of some classes, and the modules that timm says must not be traced."""
 
-    def __init__(self, kinds: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, layer_types: tuple[type[nn.Module], ...]) -> None:
         functions = get_notrace_functions()  # type: ignore[no-untyped-call]
         super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
-        self._leaves = (*kinds, *get_notrace_modules())  # type: ignore[no-untyped-call]
+        self._leaves = (*layer_types, *get_notrace_modules())  # type: ignore[no-untyped-call]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...], called: Mapping[str, str]) -> list[FoundLayer]:
-    """Every layer in the module tree; what the graph calls says how it was reached."""
+def _find_layers(
+    model: nn.Module, layer_types: tuple[type[nn.Module], ...], called_modules: Mapping[str, str]
+) -> list[FoundLayer]:
+    """Return every layer in the module tree, with how the traced graph reaches it."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -101,78 +103,82 @@ def _find(model: nn.Module, kinds: tuple[type[nn.Module], ...], called: Mapping[
     for module, (name, *_) in names.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    places = _places(model)
-    found = []
-    for layer, own in names.items():
-        if isinstance(layer, kinds):
-            found_by = next((how for name in own if (how := _reached(name, called))), "tree")
+    place_reasons = _place_reasons(model)
+    found_layers = []
+    for layer, layer_names in names.items():
+        if isinstance(layer, layer_types):
+            found_by = next((how for name in layer_names if (how := _reached_by(name, called_modules))), "tree")
             holders = (name for parameter in layer.parameters(recurse=False) for name in owners[id(parameter)])
-            sharers = tuple(name for name in holders if name != own[0])
-            found.append(FoundLayer(layer, tuple(own), cast("FoundBy", found_by), sharers, places.get(layer)))
-    return found
+            sharers = tuple(name for name in holders if name != layer_names[0])
+            found_layers.append(
+                FoundLayer(layer, tuple(layer_names), cast("FoundBy", found_by), sharers, place_reasons.get(layer))
+            )
+    return found_layers
 
 
-def _places(model: nn.Module) -> dict[nn.Module, str]:
-    """Layers that cannot be replaced where they are, and why."""
-    places: dict[nn.Module, str] = {}
+def _place_reasons(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the layers that cannot be replaced because of the module that they belong to, and the reasons."""
+    reasons: dict[nn.Module, str] = {}
     for module in model.modules():
         if isinstance(module, TuckerModule):
-            places |= dict.fromkeys(module.children(), "is part of a Tucker module already")
+            reasons |= dict.fromkeys(module.children(), "is part of a Tucker module already")
         elif isinstance(module, nn.TransformerEncoderLayer):
             reason = "TransformerEncoderLayer reads its weight instead of calling it"
-            places |= dict.fromkeys((module.linear1, module.linear2), reason)
-    return places
+            reasons |= dict.fromkeys((module.linear1, module.linear2), reason)
+    return reasons
 
 
-def _reached(name: str, called: Mapping[str, str]) -> str | None:
-    """How the graph reaches a layer: as a node of its own, or inside a leaf."""
-    if name in called:
-        return called[name]
+def _reached_by(name: str, called_modules: Mapping[str, str]) -> str | None:
+    """Return how the graph reaches a layer, as a node of its own or inside a leaf module; None where it does not."""
+    if name in called_modules:
+        return called_modules[name]
     parents = (name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))
-    return "leaf" if any(parent in called for parent in parents) else None
+    return "leaf" if any(parent in called_modules for parent in parents) else None
 
 
-def _called_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, str]:
+def _called_modules(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> dict[str, str]:
     """Trace the model or, where that fails, its children, as deep as needed.
 
-    What is traced is a copy with the same tensors and no hooks: proxies would stay in what the user's hooks and the
-    model's own caches keep.
+    A copy without hooks is traced, which shares the tensors of the model. Otherwise the proxies of the tracer could
+    stay in the model's own caches and in objects that the user's hooks hold.
 
     Returns:
-        Qualified name of every module that is a node of a graph, to "fx" or "child".
+        Qualified name of every module that is a node of a graph: to "fx" if the whole model was traced, else "child".
     """
-    called: dict[str, str] = {}
-    with suppress(BatudeError):  # cannot be copied
+    called_modules: dict[str, str] = {}
+    with suppress(BatudeError):  # where the model cannot be copied, it is traced itself
         model = copy_model(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
     for part in model.modules():
-        part._forward_hooks.clear()  # noqa: SLF001 - `borrowed` puts back those of a model that is no copy
+        part._forward_hooks.clear()  # noqa: SLF001 - where this is no copy, `eval_and_restore` puts the hooks back
         part._forward_pre_hooks.clear()  # noqa: SLF001
     queue: list[tuple[str, nn.Module]] = [("", model)]
     while queue:
         prefix, module = queue.pop()
-        if not any(isinstance(part, kinds) for part in module.modules()):
+        if not any(isinstance(part, layer_types) for part in module.modules()):
             continue
-        if isinstance(module, kinds):
-            called[prefix.rstrip(".")] = "child" if prefix else "fx"
-        elif (graph := _graph(module, kinds)) is None:
+        if isinstance(module, layer_types):
+            called_modules[prefix.rstrip(".")] = "child" if prefix else "fx"
+        elif (graph := _trace(module, layer_types)) is None:
             queue += [(f"{prefix}{name}.", child) for name, child in module.named_children()]
         else:
             nodes = (node for node in graph.nodes if node.op == "call_module")
-            called |= {f"{prefix}{node.target}": "child" if prefix else "fx" for node in nodes}
-    return called
+            called_modules |= {f"{prefix}{node.target}": "child" if prefix else "fx" for node in nodes}
+    return called_modules
 
 
-def _graph(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> fx.Graph | None:
+def _trace(module: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> fx.Graph | None:
+    """Return the graph of a module, or None where it cannot be traced."""
     try:
         with warnings.catch_warnings():
-            # What the model or fx has to say about proxies is of no use to those who only want the list.
+            # The user asked for a list of layers; warnings about tracing would only confuse.
             warnings.simplefilter("ignore")
-            return _Tracer(kinds).trace(module)
+            return _Tracer(layer_types).trace(module)
     except Exception:  # noqa: BLE001 - tracing runs the model's own code, which may fail in any way
         return None
 
 
-def _site(found: FoundLayer, listener: CallRecorder) -> ConvSite:
+def _site(found: FoundLayer, recorder: CallRecorder) -> ConvSite:
+    """Return the site of a layer, with its calls and, where it must stay dense, the reason."""
     layer, conv = found.layer, cast("nn.Conv2d", found.layer)
     if isinstance(layer, nn.Linear):
         shape: dict[str, Any] = {"in_channels": layer.in_features, "out_channels": layer.out_features}
@@ -191,8 +197,8 @@ def _site(found: FoundLayer, listener: CallRecorder) -> ConvSite:
         aliases=found.names[1:],
         has_bias=layer.bias is not None,
     )
-    site = with_calls(site, listener.calls[site.name])
-    reason = dense_layers.skip_reason(layer) or _shape_reason(site, layer) or _use_reason(site, found, listener)
+    site = with_calls(site, recorder.counts[site.name])
+    reason = dense_layers.skip_reason(layer) or _shape_reason(site, layer) or _use_reason(site, found, recorder)
     if reason:
         return replace(site, skip_reason=reason)
     own_flops, own_params = dense_layers.own_cost(layer)
@@ -200,32 +206,32 @@ def _site(found: FoundLayer, listener: CallRecorder) -> ConvSite:
 
 
 def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:
-    """Why a layer of this shape stays dense."""
+    """Return the reason why a layer of this shape stays dense, or None."""
     if min(site.group_in_channels, site.group_out_channels) == 1 and site.groups > 1:
         return "depthwise, nothing to decompose"
     if min(site.group_in_channels, site.group_out_channels) == 1 and site.is_pointwise:
         return "rank 1 already, nothing to decompose"
-    # Other padding modes pad beforehand, and fvcore sees a convolution with padding 0.
+    # With other padding modes torch pads first, and then calls a convolution with padding 0, which fvcore counts.
     if isinstance(getattr(layer, "padding", None), str) and getattr(layer, "padding_mode", "") == "zeros":
         return f'fvcore counts no flops for padding="{layer.padding}", so no budget could be checked'
     return None
 
 
-def _use_reason(site: ConvSite, found: FoundLayer, listener: CallRecorder) -> str | None:
-    """Why a layer that is used like this stays dense."""
+def _use_reason(site: ConvSite, found: FoundLayer, recorder: CallRecorder) -> str | None:
+    """Return the reason why a layer stays dense because of how the model uses it, or None."""
     if not site.name:
         return "is the model itself; wrap it in nn.Sequential"
-    if found.place:
-        return found.place
+    if found.place_reason:
+        return found.place_reason
     if found.sharers:
         return f"shares a parameter with {found.sharers[0]!r}"
-    if site.name in listener.used_directly:
+    if site.name in recorder.used_directly:
         return "its weight is also used directly, outside the layer"
     return None if site.calls else "never called on the example input"
 
 
 def _refuse_lazy(model: nn.Module) -> None:
-    """A run would initialize lazy layers, and the model would not be the same afterwards."""
+    """Refuse a model with lazy layers: a run would initialize them, and so change the model."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise DiscoveryError(
@@ -233,7 +239,8 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _nothing_found(model: nn.Module, layers: str) -> DiscoveryError:
+def _no_sites_error(model: nn.Module, layers: str) -> DiscoveryError:
+    """Return the error for a model without layers of the kinds that are listed."""
     linear = layers == "conv" and any(isinstance(module, nn.Linear) for module in model.modules())
     kinds = "convolution" if layers == "conv" else "convolution or linear layer"
     hint = 'Use layers="conv+linear" for its linear layers.' if linear else "Pass the network that holds some."
@@ -246,22 +253,24 @@ def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _selected(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> Iterator[ConvSite]:
+def _apply_patterns(sites: Sequence[ConvSite], include: Sequence[str], exclude: Sequence[str]) -> Iterator[ConvSite]:
+    """Set the reason to stay dense of sites that the patterns leave out; refuse a pattern that matches no site."""
     for pattern in (*include, *exclude):
         if not any(_matches(site, pattern) for site in sites):
-            close = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.4)
+            close_names = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.4)
             raise SelectionError(
                 f"pattern {pattern!r} matches none of the {len(sites)} sites. "
-                f"Close names: {', '.join(close or [site.name for site in sites[:3]])}."
+                f"Close names: {', '.join(close_names or [site.name for site in sites[:3]])}."
             )
-    return (replace(site, skip_reason=site.skip_reason or _deselected(site, include, exclude)) for site in sites)
+    return (replace(site, skip_reason=site.skip_reason or _pattern_reason(site, include, exclude)) for site in sites)
 
 
 def _matches(site: ConvSite, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in (site.name, *site.aliases))
 
 
-def _deselected(site: ConvSite, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def _pattern_reason(site: ConvSite, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Return the reason why the patterns leave out a site, or None."""
     for pattern in exclude:
         if _matches(site, pattern):
             return f"excluded by {pattern!r}"

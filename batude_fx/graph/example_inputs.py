@@ -1,4 +1,4 @@
-"""What timm and torchvision know of their models: here, the input that a model takes."""
+"""Example inputs for models of timm and torchvision, from what these libraries say about their models."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -10,29 +10,29 @@ from torch.utils._pytree import tree_map_only
 
 from batude_fx.errors import DiscoveryError
 from batude_fx.graph.flops import count_params
-from batude_fx.graph.provenance import attached
+from batude_fx.graph.provenance import attached_record
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 _SIDE = 224
-_CLASSES = 1000  # of torchvision's classifiers
+_CLASSES = 1000  # number of classes of torchvision's classifiers
 _DETECTION_SIDE = 320
 _FLOW_SIDE = 128
 _FRAMES = 16
 
 
 def example_inputs(model: nn.Module) -> tuple[object, ...]:
-    """Arguments of one run of a timm or torchvision model: one image, video or image pair of seeded noise.
+    """Return arguments to run a timm or torchvision model with: an image, video or image pair of seeded noise.
 
     Args:
-        model: Made by timm or torchvision; others need `example_inputs=` where they are used.
+        model: A model of timm or torchvision.
 
     Returns:
         The arguments, on the model's device and in its dtype.
 
     Raises:
-        DiscoveryError: The model is of neither library.
+        DiscoveryError: The model is from neither library.
     """
     package = type(model).__module__.partition(".")[0]
     if getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None):
@@ -45,51 +45,59 @@ def example_inputs(model: nn.Module) -> tuple[object, ...]:
     )
 
 
-def resolve_inputs(model: nn.Module, given: Tensor | tuple[object, ...] | None) -> tuple[object, ...]:
-    """The arguments of one run: what was given, a single tensor by itself too, or else what is known of the model.
+def resolve_inputs(model: nn.Module, inputs: Tensor | tuple[object, ...] | None) -> tuple[object, ...]:
+    """Return copies of a user's example inputs as a tuple of arguments, or by default the inputs for the model.
+
+    Args:
+        model: Any module.
+        inputs: The arguments of one run, or a single tensor; None for the default of `example_inputs`.
 
     Raises:
-        DiscoveryError: Nothing was given, and the model is of neither library.
+        DiscoveryError: `inputs` is None, and the model is from neither timm nor torchvision.
     """
-    if given is None:
+    if inputs is None:
         return example_inputs(model)
-    given = (given,) if isinstance(given, Tensor) else tuple(given)
-    copies: tuple[object, ...] = tree_map_only(Tensor, Tensor.clone, given)  # a model may work in place on what it gets
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    copies: tuple[object, ...] = tree_map_only(Tensor, Tensor.clone, arguments)  # a model may work in place on them
     return copies
 
 
 def published_images(name: str) -> dict[str, Any]:
-    """What images a classifier of torchvision was published for, in timm's words; empty for all other networks.
+    """Return the preprocessing that a torchvision classifier was published with, under the keys of timm's configs.
 
     Args:
-        name: As torchvision registers it.
+        name: Name in torchvision's model registry.
 
-    Source: the transforms of its default weights.
+    Returns:
+        Input size, crop, interpolation, mean and standard deviation; empty for networks that are no classifiers.
+
+    Source: the transforms of torchvision's default weights.
     """
     from torchvision import models
     from torchvision.transforms._presets import ImageClassification
 
     entries = list(models.get_model_weights(name))
-    shown = entries and models.get_model_weights(name).DEFAULT.transforms()
-    if not isinstance(shown, ImageClassification):
+    preset = entries and models.get_model_weights(name).DEFAULT.transforms()
+    if not isinstance(preset, ImageClassification):
         return {}
-    (side,), (resized,) = shown.crop_size, shown.resize_size
+    (side,), (resized_side,) = preset.crop_size, preset.resize_size
     return {
-        "input_size": (3, side, side), "crop_pct": side / resized, "interpolation": shown.interpolation.value,
-        "mean": tuple(shown.mean), "std": tuple(shown.std),
+        "input_size": (3, side, side), "crop_pct": side / resized_side, "interpolation": preset.interpolation.value,
+        "mean": tuple(preset.mean), "std": tuple(preset.std),
     }  # fmt: skip
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...]:
+    """Return the image size (C, H, W) that a timm model was built for, which may differ from its pretrained config."""
     config = cast("dict[str, Any]", getattr(model, "pretrained_cfg", None) or model.default_cfg)
-    _, *size = config.get("input_size", (3, _SIDE, _SIDE))
-    noted = getattr(model, "_model_args", {}).get("img_size")  # newer versions of timm note it
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None) or noted or size
-    return (_input_channels(model), *((built_for, built_for) if isinstance(built_for, int) else built_for))
+    _, *default_size = config.get("input_size", (3, _SIDE, _SIDE))
+    argument = getattr(model, "_model_args", {}).get("img_size")  # newer versions of timm keep the arguments
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or argument or default_size
+    return (_input_channels(model), *((size, size) if isinstance(size, int) else size))
 
 
 def _input_channels(model: nn.Module) -> int:
-    """Channels of the first convolution, which a user may have changed."""
+    """Return the input channels of the model, which a user may have changed from 3."""
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)  # noqa: SLF001
     channels = getattr(model, "in_chans", None)
     return int(channels) if channels else 3 if first is None else first.in_channels
@@ -100,7 +108,7 @@ def _torchvision_inputs(model: nn.Module) -> tuple[object, ...]:
     if family == "detection":
         return ([_noise(model, 3, _DETECTION_SIDE, _DETECTION_SIDE)],)
     if family == "optical_flow":
-        # RAFT's correlation pyramid halves an eighth of the image three times.
+        # RAFT works on features of an eighth of the image's side, which its correlation pyramid halves three times.
         return tuple(_noise(model, 1, 3, _FLOW_SIDE, _FLOW_SIDE) for _ in range(2))
     size = _crop_size(model)
     if family == "video":
@@ -109,22 +117,27 @@ def _torchvision_inputs(model: nn.Module) -> tuple[object, ...]:
 
 
 def _crop_size(model: nn.Module) -> list[int]:
-    """Crop of the weights that torchvision has for this very model, recognised by file and number of parameters."""
+    """Return the crop size of torchvision's weights for this model.
+
+    A model does not say which of torchvision's architectures it is, so that its weights are found by the file that
+    defines its class and by its number of parameters, with its own head or with one for 1000 classes.
+    """
     weights = list(_weights_of_file(type(model).__module__))
-    record = attached(model)  # of a compressed network, which has fewer
+    record = attached_record(model)  # a compressed network has fewer parameters than its original
     count = record.dense_params if record else count_params(model)
     counts = {count, *(count + (_CLASSES - head.out_features) * (head.in_features + 1) for head in _head(model))}
-    same = [entry for entry in weights if entry.meta.get("num_params") in counts]
-    sizes = {tuple(_crop(entry)) for entry in same or weights}
+    matches = [entry for entry in weights if entry.meta.get("num_params") in counts]
+    sizes = {tuple(_crop(entry)) for entry in matches or weights}
     return list(sizes.pop()) if len(sizes) == 1 else [_SIDE]
 
 
 def _head(model: nn.Module) -> list[nn.Linear]:
-    """The last linear layer, which classifies, where there is one: it may be for other classes than the published."""
+    """Return the last linear layer in a list, or an empty list: a user may have changed its number of classes."""
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
 
 
 def _weights_of_file(module: str) -> Iterator["WeightsEnum"]:
+    """Iterate over the weights of all torchvision models that are defined in one Python module."""
     from torchvision import models
 
     names = (name for name in models.list_models() if models.get_model_builder(name).__module__ == module)
@@ -136,6 +149,7 @@ def _crop(entry: "WeightsEnum") -> list[int]:
 
 
 def _noise(model: nn.Module, *shape: int) -> Tensor:
+    """Draw seeded Gaussian noise, on the device and in the dtype of the model."""
     like = next((p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
     return noise.to(like)

@@ -1,9 +1,10 @@
-"""What a model costs: fvcore for whole models, closed integer formulas for single sites, equal to the last flop.
+"""Flops and parameters: of whole models, counted by fvcore, and of single sites, by formulas that agree with fvcore.
 
-The convention is fvcore's: one multiply-add is one flop, additions and biases are free. A convolution costs batch *
-weight elements * output positions; a transposed one is counted at its input positions, a linear layer at its tokens.
+The convention is fvcore's: one multiply-add is one flop; additions and biases are free. A convolution multiplies each
+weight once at each output position, a transposed convolution at each input position, a linear layer at each token; so
+its flops are positions (batch included) times weights.
 
-Source: fvcore 0.1.5, `fvcore/nn/jit_handles.py`. The only module that imports fvcore.
+Source: fvcore 0.1.5, `fvcore/nn/jit_handles.py`. The only file that imports fvcore.
 """
 
 import warnings
@@ -27,22 +28,30 @@ Count = TypeVar("Count", int, NDArray[np.int64])
 
 
 def dense_cost(site: ConvSite) -> tuple[int, int]:
-    """Flops and parameters of the dense layer at a site, for one run of the example input; bias is free."""
+    """Return flops and parameters of the dense layer at a site, for one run of the example input, without the bias."""
     weights = site.groups * site.group_out_channels * site.group_in_channels * prod(site.kernel_size)
     return _core_positions(site) * weights + site.own_flops, weights + site.own_params
 
 
 def tucker_cost(site: ConvSite, rank_out: Count, rank_in: Count) -> tuple[Count, Count]:
-    """Flops and weight parameters of the Tucker-2 form of a site, for one run of the example input; bias is free.
+    """Return flops and parameters of the Tucker-2 form of a site, for one run of the example input, without the bias.
+
+    Each part costs its weights times the positions that it is counted at. Per group, the 1x1 `factor_in` has c_in r_in
+    weights, at the input positions P_in. The core has K r_in r_out, with K elements in the kernel, at P_core, the
+    positions of the dense layer. The 1x1 `factor_out` has r_out c_out, at the output positions P_out. Together:
+
+        flops = groups * (P_in c_in r_in + P_core K r_in r_out + P_out r_out c_out)
+
+    A factor of full rank is left out, and a pointwise site has no core.
 
     Args:
         site: Any site that can be replaced.
-        rank_out: Rank of mode 0, per group; the full rank drops `factor_out`.
-        rank_in: Rank of mode 1, per group; the full rank drops `factor_in`. At a pointwise site both are equal.
+        rank_out: Rank of mode 0, per group.
+        rank_in: Rank of mode 1, per group. At a pointwise site both ranks are equal.
     """
     groups, c_out, c_in = site.groups, site.group_out_channels, site.group_in_channels
     if site.is_pointwise:
-        # Stride and padding sit on the first part, so both run at the output positions.
+        # The first part has the stride and padding, so that both parts run at the output positions.
         pair = groups * rank_in * (c_in + c_out)
         return site.positions_out * pair, pair
     first = groups * c_in * rank_in * (rank_in < c_in)
@@ -53,25 +62,26 @@ def tucker_cost(site: ConvSite, rank_out: Count, rank_in: Count) -> tuple[Count,
 
 
 def site_cost(site: ConvSite, ranks: Ranks | None) -> tuple[int, int]:
-    """Flops and weight parameters of a site at some ranks, or dense where there are none."""
+    """Return flops and parameters of a site at the given ranks, or of the dense layer where `ranks` is None."""
     return dense_cost(site) if ranks is None else tucker_cost(site, ranks.rank_out, ranks.rank_in)
 
 
 def _core_positions(site: ConvSite) -> int:
+    """Return the positions that fvcore counts the dense layer at, and the core of its Tucker-2 form."""
     return site.positions_in if site.transposed else site.positions_out
 
 
 def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
-    """Multiply-adds of one run of the example input, counted by fvcore in eval mode.
+    """Count the flops of one run of the example input with fvcore, in eval mode.
 
     Args:
-        model: Any module; it is the same afterwards, also when an error is raised.
+        model: Any module; it is not changed, also when an error is raised.
         example_inputs: Arguments of the run.
 
     Raises:
         DiscoveryError: torch.jit, which fvcore counts with, cannot trace the model on the example input.
     """
-    with eval_and_restore(model), _quiet(), _unfused(), torch.no_grad():
+    with eval_and_restore(model), _without_warnings(), _without_fused_attention(), torch.no_grad():
         from fvcore.nn import FlopCountAnalysis  # imported here, so that `import batude_fx` stays light
 
         analysis = FlopCountAnalysis(model, example_inputs)
@@ -81,28 +91,28 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
         except Exception as error:
             raise DiscoveryError(
                 f"fvcore cannot count the flops of {type(model).__name__}, as torch.jit cannot trace it: "
-                f"{type(error).__name__}: {first_line(error)}. Its forward may have to take and give plain tensors; "
-                "example_inputs= says which it takes."
+                f"{type(error).__name__}: {first_line(error)}. Its forward may have to take and return plain tensors; "
+                "pass those that it takes as example_inputs=."
             ) from error
 
 
 def count_params(model: nn.Module) -> int:
-    """Parameters of a model; one that is shared counts once."""
+    """Count the parameters of a model; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_costs(model: nn.Module, example_inputs: tuple[object, ...]) -> tuple[int, int]:
-    """Flops of one run of the example input, as `count_flops`, and parameters of a whole model.
+    """Return the flops of one run of the example input and the number of parameters of a model.
 
     Raises:
-        DiscoveryError: As `count_flops`.
+        DiscoveryError: torch.jit cannot trace the model on the example input.
     """
     return count_flops(model, example_inputs), count_params(model)
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
-    """Without gradients torch's attention takes a fused path that fvcore does not see; with them it does not."""
+def _without_fused_attention() -> Iterator[None]:
+    """Turn off the fused attention that torch takes when no gradients are needed, and that fvcore does not count."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -112,8 +122,8 @@ def _unfused() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """fvcore traces with torch.jit, which warns of its own age and of every Python number in a model."""
+def _without_warnings() -> Iterator[None]:
+    """Suppress the warnings of torch.jit, with which fvcore traces: of deprecation, and of every number in a model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

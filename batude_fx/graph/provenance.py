@@ -1,7 +1,7 @@
-"""How a compressed network was made, carried along as an attribute of the network; and a checksum of weights.
+"""Attach to a compressed network the record of how it was made; and compute a checksum of weights.
 
-What is carried is the record of the report (`report.record.Record`). Here only the number of parameters of the
-original is read from it, so a protocol stands in for the record.
+The record is `report.record.Record`, whose folder is above this one. Only the number of parameters of the original
+network is read from it here, so that a protocol is enough as its type.
 """
 
 import zlib
@@ -14,7 +14,7 @@ _ATTRIBUTE = "_batude_record"
 
 
 class Provenance(Protocol):
-    """The part of a record that is read here."""
+    """The one attribute of a record that this folder reads."""
 
     @property
     def dense_params(self) -> int:
@@ -22,19 +22,19 @@ class Provenance(Protocol):
 
 
 def attach_(model: nn.Module, record: Provenance | None) -> None:
-    """Let a network carry the record of how it was made; copies of the network carry it too."""
+    """Set the record of how a network was made as an attribute of the network, which copies of it share."""
     vars(model)[_ATTRIBUTE] = record
 
 
-def attached(model: nn.Module) -> Any:  # noqa: ANN401 - the record that was attached, of a type above this folder
-    """The record that a network carries; None where it carries none."""
+def attached_record(model: nn.Module) -> Any:  # noqa: ANN401 - the record, whose type is in a folder above this one
+    """Return the record that `attach_` set on a network, or None."""
     return vars(model).get(_ATTRIBUTE)
 
 
 def checksum(model: nn.Module) -> int:
-    """The CRC-32 of all parameters, which tells two checkpoints of one architecture apart."""
+    """Return the CRC-32 of all parameters, which differs between two checkpoints of one architecture."""
     digest = 0
     for parameter in model.parameters():
-        plain = parameter.detach().cpu().reshape(-1).contiguous()
-        digest = zlib.crc32(plain.view(torch.uint8).numpy().tobytes(), digest)
+        flat = parameter.detach().cpu().reshape(-1).contiguous()
+        digest = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), digest)
     return digest

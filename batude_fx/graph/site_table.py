@@ -1,4 +1,4 @@
-"""The sites that discovery found, as a sequence that prints as a table; and the parts that other site tables share."""
+"""`Sites`, the tuple of the sites of a model that prints as a table, and the parts that other site tables share."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, Self
@@ -16,7 +16,7 @@ _MOST_NAMES = 3
 
 
 class Convolution(Protocol):
-    """What the description of a convolution needs: a `ConvSite` has it, and so has the record of one in a report."""
+    """The attributes that describe a convolution; `ConvSite` has them, and so has the record of a site in a report."""
 
     @property
     def kind(self) -> str: ...  # noqa: D102 - as in ConvSite
@@ -31,33 +31,33 @@ class Convolution(Protocol):
 
 
 class Sites(tuple[ConvSite, ...]):  # noqa: SLOT001 - Python gives tuples no slots but the empty ones
-    """What `discover` found; prints as a table.
+    """The sites that `discover` returns, as a tuple that prints as a table.
 
     Attributes:
-        sizes_vary: Whether sizes may depend on values, as where a detector chooses its boxes: the run makes a tensor
-            of such a size, or the model decides in Python and cannot be traced. Then another network of the same
-            shapes may need another number of flops.
+        sizes_vary: Whether tensor sizes may depend on values, as where a detector selects boxes: an operation of the
+            run has such a result, or the model has control flow that cannot be traced. Then networks of the same
+            shapes but other weights may need different numbers of flops.
     """
 
     sizes_vary: bool
 
     def __new__(cls, sites: Iterable[ConvSite], *, sizes_vary: bool = False) -> Self:
-        """A tuple is complete once it is made, hence not in `__init__`."""
+        """Construct the tuple; its elements cannot be set in `__init__` any more."""
         self = super().__new__(cls, sites)
         self.sizes_vary = sizes_vary
         return self
 
     def replaceable(self) -> dict[str, ConvSite]:
-        """Name to site, of those that nothing keeps dense."""
+        """Return the sites that can be replaced, by name."""
         return {site.name: site for site in self if site.skip_reason is None}
 
     def __str__(self) -> str:
-        """Every site with its sizes and cost, and why some stay dense."""
+        """Return the table of all sites: sizes, cost, and why some cannot be replaced."""
         return as_text(sites_table(self, "sites"))
 
 
 def sites_table(sites: Sequence[ConvSite], model_name: str) -> "Table":
-    """Every convolution of a model: sizes, cost, how it was found, and why it would stay dense."""
+    """Return the table of all sites of a model: sizes, cost, how each was found, and why some cannot be replaced."""
     table = new_site_table(model_name, sites, "flops", "params", "calls", "found")
     for site in sites:
         flops, params = dense_cost(site)
@@ -71,14 +71,14 @@ def sites_table(sites: Sequence[ConvSite], model_name: str) -> "Table":
 
 
 def new_site_table(title: str, sites: Sequence[ConvSite], *columns: str) -> "Table":
-    """An empty table with a row per site to come: its name, its convolution, and the given columns of numbers."""
+    """Return a table without rows, with columns for the name of a site, its convolution, and the given numbers."""
     table = new_table(title=title, padding=(0, 1, 0, 0))
     longest = max((len(site.name) for site in sites), default=0)
     table.add_column("site", overflow="fold", min_width=min(longest, _SITE_WIDTH))
     table.add_column("convolution", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")  # the mark of a note
+    table.add_column("")  # a star that refers to the notes in the caption
     return table
 
 
@@ -88,7 +88,7 @@ def add_site_row(table: "Table", site: ConvSite, *cells: str) -> None:
 
 
 def skip_notes(sites: Iterable[ConvSite]) -> str:
-    """The reasons why sites cannot be replaced, each with its sites; a line per reason, for the caption."""
+    """Return the reasons why sites cannot be replaced, a line for each reason with its sites, for the caption."""
     sites_by_reason: dict[str, list[str]] = {}
     for site in sites:
         if site.skip_reason:
@@ -97,7 +97,7 @@ def skip_notes(sites: Iterable[ConvSite]) -> str:
 
 
 def describe_convolution(site: Convolution) -> str:
-    """A convolution in a few characters: "64 > 128 3x3", "Conv1d 8 > 8 5 dw" where it is depthwise."""
+    """Describe a convolution in a few characters: "64 > 128 3x3", or "Conv1d 8 > 8 5 dw" where it is depthwise."""
     kernel = "x".join(map(str, site.kernel_size))
     groups = " dw" if site.groups == site.in_channels > 1 else f" /{site.groups}" if site.groups > 1 else ""
     kind = "" if site.kind == "Conv2d" else f"{site.kind} "
@@ -105,7 +105,7 @@ def describe_convolution(site: Convolution) -> str:
 
 
 def describe_ranks(ranks: tuple[int, int] | None) -> str:
-    """Ranks in a few characters: "24 / 16", or "dense"."""
+    """Describe ranks in a few characters: "24 / 16", or "dense" for None."""
     return "{} / {}".format(*ranks) if ranks else "dense"
 
 

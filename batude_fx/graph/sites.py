@@ -1,4 +1,4 @@
-"""The two frozen types that travel through the rooms: a convolution that could be replaced, and the ranks it gets."""
+"""`ConvSite`: one convolution of a model, with what its cost depends on."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ FoundBy = Literal["fx", "leaf", "child", "tree"]
 
 @dataclass(frozen=True)
 class ConvSite:
-    """One convolution (or linear layer) of a model, with what its cost depends on.
+    """One convolution (or linear layer) of a model, with the sizes that its cost depends on.
 
     Attributes:
         name: Qualified name of the module, the first one where a module is shared.
@@ -19,15 +19,15 @@ class ConvSite:
         groups: Number of groups.
         transposed: Whether this is a transposed convolution.
         positions_in: Input positions (batch times space), summed over the calls that one run of the example makes.
-        positions_out: Output positions, likewise.
+        positions_out: Output positions, summed in the same way.
         calls: How often one run of the example input calls the module.
-        found_by: `"fx"` (a node of the traced graph), `"leaf"` (inside a module the tracer does not enter),
-            `"child"` (traced in a child, as the root cannot be traced), `"tree"` (only the module tree has it).
+        found_by: `"fx"` (a node of the traced graph), `"leaf"` (inside a module that the tracer does not enter),
+            `"child"` (a node of a child's graph, as the root cannot be traced), `"tree"` (only in the module tree).
         aliases: Further qualified names of the same module.
         skip_reason: Why the site stays dense, or None where it can be replaced.
         has_bias: Whether the dense layer has a bias.
-        own_flops: What the dense layer computes besides convolving, as fvcore counts it: weight standardization.
-        own_params: Its parameters besides weight and bias.
+        own_flops: Flops of the dense layer besides the convolution, such as weight standardization, by fvcore's count.
+        own_params: Parameters of the dense layer besides weight and bias.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ConvSite:
 
     @property
     def modes(self) -> tuple[int, ...]:
-        """The channel modes that ranks cut: both, or the one with fewer channels at a pointwise site."""
+        """The channel modes whose rank is reduced: both, or at a pointwise site the one with fewer channels."""
         if not self.is_pointwise:
             return (0, 1)
         return (0,) if self.out_channels <= self.in_channels else (1,)

@@ -1,8 +1,8 @@
-"""Put other modules into a copy of a model: at every name they are known by, with everything else kept.
+"""Replace modules in a copy of a model, under all of their names; everything else is copied unchanged.
 
-The copy is `copy.deepcopy` told in advance what the copies of the replaced modules are. So shared modules stay shared,
-references from parents, lists and bound hooks all lead to the replacement, and dense weights that are about to
-disappear are never copied.
+The copy is made by `copy.deepcopy`, whose memo already holds the new modules as the copies of the old ones. So shared
+modules stay shared, references from parents, lists and bound hooks all lead to the replacement, and the weights of
+replaced modules are never copied.
 """
 
 import copy
@@ -30,22 +30,22 @@ _WRAPPERS = {
 
 
 def replace_modules(model: ModelT, modules: Mapping[str, nn.Module]) -> ModelT:
-    """A deep copy of the model with some submodules replaced, under all their names.
+    """Return a deep copy of the model with some submodules replaced, under all of their names.
 
-    Hooks of the model and of untouched submodules come along, and so do `training` flags and shared parameters.
-    Hooks of a replaced module go with it (`modules.skip_reason` refuses layers that have some).
+    Hooks of the model and of other submodules are copied, and so are `training` flags and shared parameters. Hooks of
+    a replaced module are lost (`dense_layers.skip_reason` refuses layers that have some).
 
     Args:
-        model: Any module; it is left as it is, also when an error is raised.
-        modules: Qualified name to new module. They are put in as they are, not copied. A module that has several
-            names needs one of them.
+        model: Any module; it is not changed, also when an error is raised.
+        modules: Qualified name to new module. The new modules themselves are inserted, not copies. Of a module with
+            several names, one is enough.
 
     Returns:
         A model of the same class.
 
     Raises:
-        SelectionError: When the model has no submodule of that name.
-        BatudeError: When the model cannot be copied, or a replacement did not reach the copy.
+        SelectionError: When the model has no submodule of a name, or two modules would replace the same submodule.
+        BatudeError: When the model cannot be copied, or the copy does not contain a replacement.
     """
     old_modules = _named_modules(model, modules)
     new_of: dict[int, nn.Module] = {}
@@ -57,19 +57,23 @@ def replace_modules(model: ModelT, modules: Mapping[str, nn.Module]) -> ModelT:
     for name, new in modules.items():
         new.train(old_modules[name].training)
     _refuse_fusing_(replaced)
-    _check(replaced, {name: new_of[id(old)] for name, old in old_modules.items() if id(old) in new_of})
+    _check_replaced(replaced, {name: new_of[id(old)] for name, old in old_modules.items() if id(old) in new_of})
     return replaced
 
 
 def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
-    """A deep copy.
+    """Return a deep copy of the model.
+
+    Args:
+        model: Any module.
+        memo: The memo of `copy.deepcopy`, `id` of an object to its copy.
 
     Raises:
-        BatudeError: When the model holds what cannot be copied, functions that close over its modules among it.
+        BatudeError: When a part of the model cannot be copied, or a function in it closes over its modules.
     """
     _refuse_closures(model)
     try:
-        copy_model = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's parts raise
         raise BatudeError(
             f"{type(model).__name__} cannot be copied: {error}. Undo torch's older weight_norm and prune "
@@ -77,22 +81,25 @@ def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
             "(`tensor.detach()`), and drop handles to files, locks and processes, then try again."
         ) from error
     flags = {name: module.training for name, module in model.named_modules()}
-    for name, module in copy_model.named_modules():  # graph modules come back in training mode
+    for name, module in copied.named_modules():  # graph modules are in training mode after a copy
         module.training = flags.get(name, module.training)
-    return copy_model
+    return copied
 
 
 def _refuse_closures(model: nn.Module) -> None:
-    """A function is copied as itself, so that one which closes over the model's parts would go on to call the old ones.
+    """Refuse a model with an attribute that is a function closing over modules of the model.
+
+    `copy.deepcopy` does not copy functions, so that the function would go on calling the original modules.
 
     Raises:
         UnsupportedError: When a module has such a function.
     """
-    own = {id(module) for module in model.modules()}
+    module_ids = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            compiled = attribute == "_compiled_call_impl"  # which torch leaves out of copies
-            if isinstance(value, FunctionType) and not compiled and any(id(one) in own for one in _closed_over(value)):
+            if not isinstance(value, FunctionType) or attribute == "_compiled_call_impl":  # which torch never copies
+                continue
+            if any(id(item) in module_ids for item in _closed_over(value)):
                 raise UnsupportedError(
                     f"{'.'.join(filter(None, (name, attribute)))} is a function that closes over modules of "
                     f"{type(model).__name__}, so a copy would go on to call the original ones. Make it a method, "
@@ -101,38 +108,42 @@ def _refuse_closures(model: nn.Module) -> None:
 
 
 def _closed_over(function: FunctionType) -> list[object]:
-    """What a function closes over, and what the functions among that do."""
-    found: list[object] = []
+    """Return the objects that a function closes over, directly or through other functions."""
+    contents: list[object] = []
     functions = [function]
-    for one in functions:  # grows meanwhile
-        for cell in one.__closure__ or ():
+    for current in functions:  # the list grows during the loop
+        for cell in current.__closure__ or ():
             with suppress(ValueError):  # an empty cell
                 leaves = tree_leaves(cell.cell_contents)
-                found += [getattr(leaf, "__self__", leaf) for leaf in leaves]
+                contents += [getattr(leaf, "__self__", leaf) for leaf in leaves]
                 functions += [leaf for leaf in leaves if isinstance(leaf, FunctionType) and leaf not in functions]
-    return found
+    return contents
 
 
 def refuse_wrappers(model: nn.Module, verb: str) -> None:
-    """Say what to take instead of a wrapper, whose layers have other names or none.
+    """Refuse wrappers such as `DataParallel`, in which layers have other names or cannot be replaced.
+
+    Args:
+        model: Any module.
+        verb: For the message, what the user should do with the wrapped model instead, such as "save".
 
     Raises:
-        UnsupportedError: When it is one.
+        UnsupportedError: When the model is a wrapper.
     """
-    if better := _WRAPPERS.get(type(model).__name__):
-        raise UnsupportedError(f"{type(model).__name__} hides the layers of a network; {verb} {better}.")
+    if wrapped := _WRAPPERS.get(type(model).__name__):
+        raise UnsupportedError(f"{type(model).__name__} hides the layers of a network; {verb} {wrapped}.")
 
 
 def build_skeleton(model: ModelT, ranks: Mapping[str, Ranks], biased: Collection[str] = ()) -> ModelT:
-    """A deep copy of the model with sites in Tucker form, their weights uninitialised: ready for a `state_dict`.
+    """Return a deep copy of the model with sites in uninitialised Tucker form, ready to load a `state_dict`.
 
     Args:
-        model: The dense model, left as it is.
+        model: The dense model; it is not changed.
         ranks: Site name to its ranks, per group.
-        biased: Names of the sites that have a bias although the dense layer may have none.
+        biased: Names of the sites that get a bias even where the dense layer has none.
 
     Raises:
-        SelectionError: When the model has no submodule of that name.
+        SelectionError: When the model has no submodule of a name.
         UnsupportedError: When a site cannot be replaced exactly, or the ranks do not fit it.
         BatudeError: When the model cannot be copied.
     """
@@ -140,33 +151,37 @@ def build_skeleton(model: ModelT, ranks: Mapping[str, Ranks], biased: Collection
     return replace_modules(model, {name: build(layers[name], r, add_bias=name in biased) for name, r in ranks.items()})
 
 
-def _named_modules(model: nn.Module, wanted: Collection[str]) -> dict[str, nn.Module]:
-    """All submodules under all their names, after a check that the wanted names are among them."""
+def _named_modules(model: nn.Module, required_names: Collection[str]) -> dict[str, nn.Module]:
+    """Return all submodules under all of their names; refuse a required name that is not among them."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    if missing := [name for name in wanted if name not in modules]:
+    if missing := [name for name in required_names if name not in modules]:
         raise SelectionError(f"{type(model).__name__} has no submodule {missing[0]!r}; see model.named_modules().")
     return modules
 
 
 def _refuse_fusing_(model: nn.Module) -> None:
-    """Blocks that timm can fuse would compute the dense weights again, and forget the biases of Tucker modules."""
+    """Make the fusing methods of blocks that hold Tucker modules raise an error.
+
+    They would replace the Tucker modules by dense layers again, and lose their biases.
+    """
     for module in model.modules():
         fusing = [name for name in _FUSING if hasattr(type(module), name)]
         if fusing and any(isinstance(part, TuckerModule) for part in module.modules()):
-            vars(module).update(dict.fromkeys(fusing, _fuse))
+            vars(module).update(dict.fromkeys(fusing, _raise_cannot_fuse))
 
 
-def _fuse(*_: object, **__: object) -> None:
+def _raise_cannot_fuse(*_: object, **__: object) -> None:
     raise UnsupportedError(
         "a compressed block cannot be fused. Compress timm.utils.reparameterize_model(model) instead, or use "
         "batude_fx.fold(small), which folds the batch-norms."
     )
 
 
-def _check(replaced: nn.Module, expected: Mapping[str, nn.Module]) -> None:
-    found = dict(replaced.named_modules(remove_duplicate=False))
+def _check_replaced(replaced: nn.Module, expected: Mapping[str, nn.Module]) -> None:
+    """Refuse a copy that does not contain the expected modules, name to module."""
+    modules = dict(replaced.named_modules(remove_duplicate=False))
     for name, module in expected.items():
-        if found.get(name) is not module:
+        if modules.get(name) is not module:
             raise BatudeError(
                 f"the copy of {type(replaced).__name__} does not hold the replacement at {name!r}: it lies inside "
                 "another replaced module, or a parent has a __deepcopy__ that ignores its memo. Exclude that name."

@@ -1,4 +1,4 @@
-"""What timm's and torchvision's models take, from what the libraries say of them."""
+"""Example inputs of timm and torchvision models have the size that the models were built for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,8 @@ models = torchvision.models
 
 
 def shapes(inputs: tuple[object, ...]) -> list[tuple[int, ...]]:
-    assert all(isinstance(one, Tensor) for one in inputs)
-    return [tuple(one.shape) for one in inputs if isinstance(one, Tensor)]
+    assert all(isinstance(tensor, Tensor) for tensor in inputs)
+    return [tuple(tensor.shape) for tensor in inputs if isinstance(tensor, Tensor)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Surgery: the copy has the replacements at every alias and all else as before; the input model is not touched."""
+"""Surgery: the copy has the replacements under all names and is otherwise equal; the input model does not change."""
 
 import copy
 from collections import OrderedDict
@@ -22,7 +22,7 @@ from batude_fx.tucker.ranks import Ranks
 
 
 class Scale(nn.Module):
-    """A layer with a parameter that tells it from all others."""
+    """A layer that is identified by the value of its parameter."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ def trees(draw: st.DrawFn) -> tuple[nn.Module, dict[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Scale):
             names.setdefault(id(module), []).append(name)
-    taken = draw(st.lists(st.sampled_from(list(names)), unique=True))
-    return model, {draw(st.sampled_from(names[key])): Scale(-10.0 - i).eval() for i, key in enumerate(taken)}
+    replaced = draw(st.lists(st.sampled_from(list(names)), unique=True))
+    return model, {draw(st.sampled_from(names[key])): Scale(-10.0 - i).eval() for i, key in enumerate(replaced)}
 
 
 @given(trees())
@@ -180,7 +180,7 @@ def test_the_root_itself_can_be_replaced() -> None:
 
 
 class Stubborn(nn.Module):
-    """Copies itself without the memo."""
+    """A module whose `__deepcopy__` ignores the memo."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Stubborn(nn.Module):
 
 
 class Locked(nn.Conv2d):
-    """Cannot be copied."""
+    """A module that cannot be copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Locked":
         raise TypeError("cannot pickle '_thread.lock' object")
@@ -199,7 +199,7 @@ class Locked(nn.Conv2d):
 
 def with_non_leaf() -> nn.Module:
     model = Net()
-    model.kept = model.first.weight * 2
+    model.computed = model.first.weight * 2
     return model
 
 
