@@ -1,1 +1,1 @@
-"""What every folder may use: files, a model's state, progress bars, timing, versions, numbers and tables."""
+"""Tools for all other folders, without knowledge of compression: files, hooks, model state, timing, tables, others."""

@@ -1,4 +1,4 @@
-"""Types of numpy arrays, for signatures."""
+"""Type annotations for numpy arrays."""
 
 import numpy as np
 from numpy.typing import NDArray

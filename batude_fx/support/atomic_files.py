@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ _SUFFIX = ".tmp"
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A name beside the path that takes its place if all goes well: a reader sees the old file or the new one.
+    """Yield a temporary path in the same folder, which is renamed to `path` if the block raises no error.
 
-    It gets the permissions of any new file; safetensors would let nobody but the owner read.
+    Other processes therefore see the old file or the new one, never a part of it. The file keeps the permissions of
+    any new file, where safetensors would let only the owner read it.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}{_SUFFIX}")
     try:
@@ -26,6 +27,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def visible_entries(folder: Path) -> list[Path]:
-    """What a folder holds, but for what a process that was killed left of `replacing`; nothing where there is none."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in found if not (path.name.startswith(".") and path.suffix == _SUFFIX)]
+    """Return the entries of a folder without the temporary files of processes that were killed inside `atomic_file`.
+
+    A folder that does not exist has no entries.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in entries if not (path.name.startswith(".") and path.suffix == _SUFFIX)]

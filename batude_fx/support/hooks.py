@@ -1,4 +1,4 @@
-"""Functions that see every call of some modules while a block runs: the one place that registers hooks."""
+"""Forward and gradient hooks. No other file registers any, so this is where they are sure to be removed again."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ def observe_calls(
     before: Callable[[KeyT, tuple[Any, ...], dict[str, Any]], None] | None = None,
     after: Callable[[KeyT, tuple[Any, ...], dict[str, Any], Any], object] | None = None,
 ) -> Iterator[None]:
-    """Call functions before and after every forward pass of some modules; at the end their hooks are removed.
+    """Call functions before and after every forward pass of some modules; remove their hooks when the block ends.
 
     Args:
-        modules: Key to module; the functions are told the key.
+        modules: Key to module; the functions receive the key in place of the module.
         before: Called as `before(key, args, kwargs)` with the arguments of the forward pass.
         after: Called as `after(key, args, kwargs, output)`. What it returns takes the place of the output, unless it
             returns None.

@@ -1,4 +1,4 @@
-"""Borrow the caller's model politely: run it, trace it, hang hooks on it, and give it back as it was."""
+"""Run, trace or hook the caller's model, and leave it in the state that it was in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,30 +10,29 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 
-def run_on_copies(model: nn.Module, inputs: tuple[object, ...]) -> Any:  # noqa: ANN401 - whatever the model gives
-    """What a model gives for some arguments, which stay as they are: it may work on them in place."""
+def run_on_copies(model: nn.Module, inputs: tuple[object, ...]) -> Any:  # noqa: ANN401 - whatever the model returns
+    """Return the output of a model for copies of the inputs, since a model may change its inputs in place."""
     return model(*tree_map_only(Tensor, Tensor.clone, inputs))
 
 
 @contextmanager
 def eval_and_restore(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode; at the end its modules have the attributes, hooks and `training` flags of before.
+    """Put a model into eval mode for a block, and restore its state when the block ends.
 
-    torch's global random generators, which some models draw from in their forward, are where they were as well. What
-    `model.compile()` made is not used meanwhile.
-
-    Models keep things for later in attributes: a proxy while they are traced, a cache when they run. These are undone,
-    and so are hooks that a failing tool leaves behind. Buffers get back their values; parameters that are written to,
-    and lists that grow, stay as they are then.
+    Restored are the attributes, hooks and `training` flags of all modules, the values of buffers, and torch's global
+    random generators, from which some models draw in their forward. Attributes include what a model stores while it
+    runs or is traced, such as a cache or a proxy, and hooks include those that a tool leaves behind when it fails.
+    Not restored are values of parameters and the contents of lists. Inside the block the model runs without the
+    effect of `model.compile()`.
 
     Args:
         model: Any module.
     """
     # Parameters, buffers, children and hooks live in dicts that are attributes.
     attributes = [(vars(module), vars(module).copy()) for module in model.modules()]
-    contents = [(item, item.copy()) for _, before in attributes for item in before.values() if isinstance(item, dict)]
+    dicts = [(value, value.copy()) for _, before in attributes for value in before.values() if isinstance(value, dict)]
     buffers = [
-        (buffer, buffer._version, buffer.clone())  # noqa: SLF001 - the only sign of a write that costs no comparison
+        (buffer, buffer._version, buffer.clone())  # noqa: SLF001 - it tells of a write without comparing values
         for buffer in model.buffers()
         if not is_lazy(buffer) and not buffer.is_inference()
     ]
@@ -41,11 +40,11 @@ def eval_and_restore(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices):
             for module in model.modules():
-                vars(module).pop("_compiled_call_impl", None)  # of `model.compile()`
+                vars(module).pop("_compiled_call_impl", None)  # set by `model.compile()`
             model.eval()
             yield
     finally:
-        for current, before in (*attributes, *contents):
+        for current, before in (*attributes, *dicts):
             current.clear()
             current.update(before)
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Numbers and tables for people: the only place that formats them."""
+"""Numbers as text: counts with a metric prefix, percentages, milliseconds."""
 
 
 def human(count: float) -> str:
-    """A count with three digits and a metric prefix: 4089184256 is "4.09 G"."""
+    """Format a count with three digits and a metric prefix: 4089184256 becomes "4.09 G", to be followed by a unit."""
     for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * scale:  # 999 999 is 1 M, not 1000 k
             return f"{count / scale:.3g} {prefix}"
@@ -10,10 +10,10 @@ def human(count: float) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share of a whole: "49.9 %"."""
+    """Format a part of a whole as a percentage: "49.9 %"; "-" where the whole is 0."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def milliseconds(seconds: float) -> str:
-    """A wall time: 0.0441 is "44.1"."""
+    """Format seconds as milliseconds without a unit: 0.0441 becomes "44.1"."""
     return f"{1000 * seconds:.3g}"

@@ -1,4 +1,4 @@
-"""Progress bars on the terminal's error stream, for loops that take seconds; and the lines that training prints."""
+"""Progress bars on the error stream, shown only where it is a terminal; and the lines that training prints."""
 
 import sys
 from collections.abc import Generator, Iterable
@@ -8,12 +8,12 @@ ItemT = TypeVar("ItemT")
 
 
 def track(items: Iterable[ItemT], description: str, total: int | None = None) -> Generator[ItemT, None, None]:
-    """Pass the items on, with a bar that says how far it is.
+    """Yield the items of an iterable while a progress bar shows how many are done.
 
     Args:
-        items: What to pass on.
-        description: Shown before the bar.
-        total: Number of items, where known and `len` does not tell.
+        items: Any iterable.
+        description: Text before the bar.
+        total: Number of items, for an iterable without `len`; None if unknown.
     """
     if not sys.stderr.isatty():
         yield from items
@@ -21,19 +21,19 @@ def track(items: Iterable[ItemT], description: str, total: int | None = None) ->
     from rich.console import Console
     from rich.progress import Progress
 
-    # What others print, and is caught elsewhere, must not be shown above the bar.
+    # rich would print the standard output above the bar, even where the caller redirects it elsewhere.
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         yield from progress.track(items, total, description=description)
 
 
 class Bar:
-    """A bar that stays at the bottom while lines go past above it; off a terminal there are the lines alone.
+    """A progress bar below the lines that are printed meanwhile; without a terminal, only the lines are printed.
 
     Args:
-        description: Shown before the bar.
+        description: Text before the bar.
         total: Number of steps.
-        done: How many of them are done already.
-        shown: False in all processes but one.
+        done: Number of steps that are done already.
+        shown: Whether this process prints anything; of several processes, only one should.
     """
 
     def __init__(self, description: str, total: int, done: int = 0, *, shown: bool = True) -> None:
@@ -46,7 +46,7 @@ class Bar:
         self._task = self._progress.add_task(description, total=total, completed=done)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one more step as done."""
         self._progress.advance(self._task)
 
     def line(self, text: str) -> None:
@@ -54,10 +54,10 @@ class Bar:
         self._progress.console.print(text, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
-        """Show it."""
+        """Show the bar."""
         self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._progress.stop()

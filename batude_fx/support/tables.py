@@ -1,4 +1,4 @@
-"""Tables for the terminal and for `print`: one style, one width. What stands in a table is its owner's business.
+"""The style of all tables, on the terminal and as plain text. What a table shows is decided where it is filled.
 
 rich is imported inside the functions, so that `import batude_fx` stays light.
 """
@@ -14,12 +14,12 @@ _WIDTH = 120
 
 
 def new_table(*columns: str, title: str = "", min_width: int | None = 64, **style: Any) -> "Table":  # noqa: ANN401
-    """An empty table.
+    """Return an empty table.
 
     Args:
-        *columns: Headings of left-aligned columns; further ones are added with `table.add_column`.
-        title: Plain text; brackets in it are no markup.
-        min_width: Of the whole table, in characters.
+        *columns: Headings of left-aligned columns; `table.add_column` adds others.
+        title: Plain text, in which brackets are not markup.
+        min_width: Least width of the table in characters.
         **style: Further options of `rich.table.Table`.
     """
     from rich.box import SIMPLE_HEAD
@@ -31,21 +31,21 @@ def new_table(*columns: str, title: str = "", min_width: int | None = 64, **styl
 
 
 def add_row(table: "Table", *cells: str) -> None:
-    """Add a row of plain texts; brackets in them are no markup."""
+    """Add a row of plain text, in which brackets are not markup."""
     from rich.markup import escape
 
     table.add_row(*map(escape, cells))
 
 
 def set_caption(table: "Table", caption: str) -> None:
-    """Put a plain text below the table."""
+    """Put plain text, in which brackets are not markup, below a table."""
     from rich.markup import escape
 
     table.caption = escape(caption)
 
 
 def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> "Table":
-    """Names and values in two columns."""
+    """Return a table of two columns, names and values."""
     table = new_table(title=title, min_width=None, show_header=False)
     for name, value in rows:
         add_row(table, name, value)
@@ -53,7 +53,7 @@ def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> "Table":
 
 
 def as_text(table: "Table") -> str:
-    """The table as plain text, for `print` and log files."""
+    """Return a table as plain text, for `print` and log files."""
     from rich.console import Console
 
     text = StringIO()

@@ -1,4 +1,4 @@
-"""Wall time of networks and layers, measured so that what slows one slows all: over turns, medians or the shortest."""
+"""Wall time of networks and layers that are compared: they run in turns, so that a busy machine slows all alike."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ _CPU = torch.device("cpu")
 
 
 def now(device: torch.device = _CPU) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Wait until a device has finished its work, and return the time in seconds."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return perf_counter()
@@ -25,13 +25,13 @@ def now(device: torch.device = _CPU) -> float:
 def time_networks(
     networks: Sequence[nn.Module], inputs: tuple[object, ...], *, turns: int, seconds: float = 0
 ) -> list[float]:
-    """Median seconds of one run of each network in eval mode, all of them taking turns.
+    """Return the median time of a forward pass of each network in eval mode, in seconds.
 
     Args:
-        networks: All of them take the inputs.
-        inputs: Arguments of a run.
-        turns: Timed ones, at least.
-        seconds: Go on until so many have passed.
+        networks: Networks that all take the inputs, on one device.
+        inputs: Arguments of a forward pass.
+        turns: Least number of times that each network is timed.
+        seconds: Least total time; more turns follow until it has passed.
     """
     with ExitStack() as stack, torch.no_grad():
         for network in networks:
@@ -45,26 +45,26 @@ def time_calls(
     turns: int,
     seconds: float = 0,
     device: torch.device = _CPU,
-    among: Callable[[list[float]], float] = median,
+    summarize: Callable[[list[float]], float] = median,
 ) -> list[float]:
-    """Seconds of each call on a device, all of them taking turns, after a warm-up.
+    """Return the time of each call in seconds, measured in turns after a warm-up.
 
     Args:
-        calls: What is timed.
-        turns: As of `alternating`.
-        seconds: Likewise.
-        device: Whose work is waited for.
-        among: From the times of the turns to the one that counts: the median, or `min`, which other work on the machine
-            disturbs least.
+        calls: Functions to time.
+        turns: Least number of times that each call is timed.
+        seconds: Least total time; more turns follow until it has passed.
+        device: Device that the calls use; each call is timed until the device has finished its work.
+        summarize: Function from the times of all turns to the result: the median, or `min`, which other work on the
+            machine disturbs least.
     """
-    taken: list[list[float]] = [[] for _ in calls]
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(_WARM_UP):
         for call in calls:
             call()
     start = now(device)
-    while len(taken[0]) < turns or now(device) - start < seconds:
-        for call, times in zip(calls, taken, strict=True):
+    while len(times[0]) < turns or now(device) - start < seconds:
+        for call, times_of_call in zip(calls, times, strict=True):
             before = now(device)
             call()
-            times.append(now(device) - before)
-    return [among(times) for times in taken]
+            times_of_call.append(now(device) - before)
+    return [summarize(times_of_call) for times_of_call in times]

@@ -1,10 +1,33 @@
-"""What pydantic found wrong with a file, in one line."""
+"""The errors of pydantic, reduced to the first problem, for messages of one line."""
+
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+_SHOWN = 80  # characters of a wrong value
 
-def first_problem(error: ValidationError) -> str:
-    """The first problem with its place and what stands there: "ranks.layer1: Input should be ..., got '3'."."""
-    first = error.errors()[0]
-    place = "".join(f"{part}." for part in first["loc"]).rstrip(".")
-    return f"{f'{place}: ' if place else ''}{first['msg']}, got {str(first['input'])[:80]!r}."
+
+@dataclass(frozen=True)
+class Problem:
+    """A value that does not pass validation.
+
+    Attributes:
+        path: Keys and indices that lead to the value; empty where the whole input is wrong.
+        reason: What was expected of the value.
+        value: The value itself.
+    """
+
+    path: tuple[str, ...]
+    reason: str
+    value: object
+
+    def __str__(self) -> str:
+        """Return the problem as one sentence: "ranks.layer1: Input should be a valid tuple, got '3'."."""
+        place = f"{'.'.join(self.path)}: " if self.path else ""
+        return f"{place}{self.reason}, got {str(self.value)[:_SHOWN]!r}."
+
+
+def first_problem(error: ValidationError) -> Problem:
+    """Return the first of the problems that pydantic reports."""
+    details = error.errors(include_url=False)[0]
+    return Problem(tuple(map(str, details["loc"])), details["msg"].removeprefix("Value error, "), details["input"])

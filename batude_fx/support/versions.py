@@ -7,9 +7,9 @@ _ALWAYS = ("torch", "timm", "torchvision")
 
 
 def library_versions(*further: str) -> dict[str, str]:
-    """Name to version: Python, batude_fx, torch, timm, torchvision, and the further libraries that are named.
+    """Return name to version of Python, batude_fx, torch, timm, torchvision and further libraries.
 
-    They are read from the metadata of the installed packages, so that no library is imported for it.
+    The versions come from the metadata of the installed packages, so that none of them has to be imported.
     """
     own = {"python": platform.python_version(), "batude_fx": version("batude-fx")}
     return own | {name: version(name) for name in (*_ALWAYS, *further)}
