@@ -1,1 +1,1 @@
-"""How a network was compressed: as a record, as pictures, and as a page for the browser."""
+"""Reports of compressed networks: what is recorded in `report.json`, the pictures, and the page for the browser."""

@@ -1,7 +1,7 @@
-"""The pictures of a report: the only place that draws. Colours survive colour blindness, axes have units."""
+"""The pictures of a report, drawn by matplotlib. Their colours can be told apart with colour blindness."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +13,43 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from batude_fx.report.record import Record, SiteRecord
+from batude_fx.report.record import Record, RoundRecord, SiteRecord
 from batude_fx.report.sweep_points import Point
-from batude_fx.support.arrays import Floats
+from batude_fx.support.arrays import Floats, Integers
 from batude_fx.support.atomic_files import atomic_file
 
-# Of M. Okabe and K. Ito, "Color Universal Design", 2008.
+# From M. Okabe and K. Ito, "Color Universal Design", 2008, but for the grey.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#BBBBBB"
-_ROW = 0.17  # inches per site
-_LEAST = 1e-4  # of a loss that a spectrum shows
-_GRID = 65  # columns of a spectrum
+_VERMILION = "#D55E00"
+_ROW_HEIGHT = 0.17  # inches per site
+_SMALLEST_LOSS = 1e-4  # share of the loss below which the spectra show no difference
+_SPECTRUM_COLUMNS = 65
+_MODE_TITLES = "output ranks", "input ranks"  # of mode 0 and of mode 1
 Pictures = dict[str, Figure]
 
 
 def pictures(record: Record, points: Sequence[Point] = ()) -> Pictures:
-    """Every picture there is something to show in, by the name of its file."""
-    made = {"flops": _flops(record.sites)}
+    """Draw all pictures for which a record and a sweep have numbers; the keys are names of files without suffix."""
+    figures = {"flops": _flops(record.sites)}
     if any(site.spectrum_out for site in record.sites):
-        made["spectra"] = _spectra([site for site in record.sites if site.spectrum_out])
+        figures["spectra"] = _spectra([site for site in record.sites if site.spectrum_out])
     if record.training and record.training.rounds:
-        made["ranks"] = _ranks(record)
-        made["residuals"] = _residuals(record)
+        figures["ranks"] = _ranks(record.sites, record.training.rounds)
+        figures["residuals"] = _residuals(record.training.rounds)
     if points:
-        made["sweep"] = sweep_picture(points)
-    return made
+        figures["sweep"] = sweep_picture(points)
+    return figures
 
 
 def sweep_picture(points: Sequence[Point]) -> Figure:
-    """Agreement and accuracy against flops and against milliseconds."""
+    """Draw agreement and accuracy against flops and against milliseconds."""
     figure, (left, right) = _figure(9, 3.8, columns=2, sharey=True)
     curves = {"agreement with the original": [point.agreement for point in points]}
     if points[0].top1 is not None and points[0].top5 is not None:
-        curves["accuracy, first guess"] = [point.top1 or 0.0 for point in points]
-        curves["accuracy, first five"] = [point.top5 or 0.0 for point in points]
-    places = (left, [point.flops for point in points]), (right, [point.milliseconds for point in points])
-    for axes, x in places:
+        curves["top-1 accuracy"] = [point.top1 or 0.0 for point in points]
+        curves["top-5 accuracy"] = [point.top5 or 0.0 for point in points]
+    costs = (left, [point.flops for point in points]), (right, [point.milliseconds for point in points])
+    for axes, x in costs:
         for (label, y), colour, marker in zip(curves.items(), (_BLUE, _ORANGE, _GREEN), "os^", strict=False):
             axes.plot(x, y, color=colour, marker=marker, label=label)
         axes.grid(alpha=0.3)
@@ -61,21 +63,22 @@ def sweep_picture(points: Sequence[Point]) -> Figure:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all."""
+    """Write a picture as a PNG file, completely or not at all."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
 def svg(figure: Figure) -> bytes:
-    """A picture as SVG, the same bytes every time; its text is text."""
-    written = io.BytesIO()
+    """Return a picture as SVG: the same bytes every time, and with text that a browser can select."""
+    file = io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "batude_fx"}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return written.getvalue()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def _flops(sites: Sequence[SiteRecord]) -> Figure:
-    figure, (axes,) = _figure(9, 1.2 + _ROW * len(sites))
+    """Draw a bar per site: its flops after compression before those of the dense layer."""
+    figure, (axes,) = _figure(9, 1.2 + _ROW_HEIGHT * len(sites))
     rows = np.arange(len(sites))
     axes.barh(rows, [site.dense_flops for site in sites], height=0.8, color=_GREY, label="original")
     axes.barh(rows, [site.flops for site in sites], height=0.5, color=_BLUE, label="compressed")
@@ -89,63 +92,73 @@ def _flops(sites: Sequence[SiteRecord]) -> Figure:
 
 
 def _spectra(sites: Sequence[SiteRecord]) -> Figure:
-    figure, both = _figure(9, 1.6 + _ROW * len(sites), columns=2, sharey=True)
-    shades = ScalarMappable(LogNorm(_LEAST, 1), "cividis")
-    grid = np.linspace(0, 1, _GRID)
-    for mode, (axes, title) in enumerate(zip(both, ("output ranks", "input ranks"), strict=True)):
-        curves = [(site.spectrum_out, site.spectrum_in)[mode] for site in sites]
-        shown = np.array([_resampled(curve, grid) if curve else np.full(_GRID, np.nan) for curve in curves])
+    """Draw a heat map per mode: a row per site, the rank from left to right, the predicted loss as the colour."""
+    figure, mode_axes = _figure(9, 1.6 + _ROW_HEIGHT * len(sites), columns=2, sharey=True)
+    colours = ScalarMappable(LogNorm(_SMALLEST_LOSS, 1), "cividis")
+    full_ranks = _full_ranks(sites)
+    for mode, (axes, title) in enumerate(zip(mode_axes, _MODE_TITLES, strict=True)):
+        spectra = [(site.spectrum_out, site.spectrum_in)[mode] for site in sites]
         axes.imshow(
-            np.maximum(shown, _LEAST), norm=shades.norm, cmap=shades.cmap, aspect="auto",
-            extent=(0, 1, len(sites) - 0.5, -0.5), interpolation="none",
+            np.maximum([_resample(spectrum) for spectrum in spectra], _SMALLEST_LOSS), norm=colours.norm,
+            cmap=colours.cmap, aspect="auto", extent=(0, 1, len(sites) - 0.5, -0.5), interpolation="none",
         )  # fmt: skip
-        full = [(site.out_channels // site.groups, site.in_channels // site.groups)[mode] for site in sites]
-        for row, (site, channels) in enumerate(zip(sites, full, strict=True)):
-            if not site.ranks or not curves[row] or site.ranks[mode] == channels:
+        for row, site in enumerate(sites):
+            if not site.ranks or not spectra[row] or site.ranks[mode] == full_ranks[row, mode]:
                 continue
-            cut = site.ranks[mode] / channels
-            axes.plot([cut, cut], [row - 0.5, row + 0.5], color="white", linewidth=3)
-            axes.plot([cut, cut], [row - 0.5, row + 0.5], color="#D55E00", linewidth=1.5)
+            x = site.ranks[mode] / full_ranks[row, mode]
+            axes.plot([x, x], [row - 0.5, row + 0.5], color="white", linewidth=3)
+            axes.plot([x, x], [row - 0.5, row + 0.5], color=_VERMILION, linewidth=1.5)
         axes.set_title(title)
-        axes.set_xlabel("rank / channels; orange: the cut")
-    _name_rows(both[0], sites)
-    figure.colorbar(shades, ax=both, label="share of the loss that a rank leaves")
+        axes.set_xlabel("rank / channels; orange: the chosen rank")
+    _name_rows(mode_axes[0], sites)
+    figure.colorbar(colours, ax=mode_axes, label="predicted loss at a rank / at rank 0")
     return figure
 
 
-def _resampled(curve: Sequence[float], grid: Floats) -> Floats:
-    shown: Floats = np.interp(grid, np.linspace(0, 1, len(curve)), curve)
-    return shown
+def _full_ranks(sites: Sequence[SiteRecord]) -> Integers:
+    """Return the output and input channels per group of all sites, (sites, 2)."""
+    return np.array([[site.out_channels // site.groups, site.in_channels // site.groups] for site in sites])
 
 
-def _ranks(record: Record) -> Figure:
-    rounds = record.training.rounds if record.training else ()
-    sites = [site for site in record.sites if site.name in rounds[0].ranks]
-    full = np.array([[s.out_channels // s.groups, s.in_channels // s.groups] for s in sites])  # (sites, 2)
-    ranks = np.array([[one.ranks[site.name] or full[row] for row, site in enumerate(sites)] for one in rounds])
-    figure, both = _figure(9, 1.6 + _ROW * len(sites), columns=2, sharey=True)
-    shades = ScalarMappable(Normalize(0, 1), "cividis")
-    for mode, (axes, title) in enumerate(zip(both, ("output ranks", "input ranks"), strict=True)):
-        shown = (ranks / full)[:, :, mode].T  # (sites, rounds)
-        axes.imshow(shown, norm=shades.norm, cmap=shades.cmap, aspect="auto", interpolation="none")
+def _resample(spectrum: Sequence[float] | None) -> Floats:
+    """Interpolate a spectrum at the columns of a heat map, (columns,); NaN, which stays blank, where there is none."""
+    if not spectrum:
+        return np.full(_SPECTRUM_COLUMNS, np.nan)
+    columns = np.linspace(0, 1, _SPECTRUM_COLUMNS)
+    resampled: Floats = np.interp(columns, np.linspace(0, 1, len(spectrum)), spectrum)
+    return resampled
+
+
+def _ranks(all_sites: Sequence[SiteRecord], rounds: Sequence[RoundRecord]) -> Figure:
+    """Draw a heat map per mode: a row per site, the rounds of training from left to right, the rank as the colour."""
+    sites = [site for site in all_sites if site.name in rounds[0].ranks]
+    full_ranks = _full_ranks(sites)
+    ranks = np.array(
+        [[a_round.ranks[site.name] or full_ranks[row] for row, site in enumerate(sites)] for a_round in rounds]
+    )  # (rounds, sites, 2)
+    figure, mode_axes = _figure(9, 1.6 + _ROW_HEIGHT * len(sites), columns=2, sharey=True)
+    colours = ScalarMappable(Normalize(0, 1), "cividis")
+    for mode, (axes, title) in enumerate(zip(mode_axes, _MODE_TITLES, strict=True)):
+        shares = (ranks / full_ranks)[:, :, mode].T  # (sites, rounds)
+        axes.imshow(shares, norm=colours.norm, cmap=colours.cmap, aspect="auto", interpolation="none")
         axes.set_title(title)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _name_rows(both[0], sites)
-    figure.colorbar(shades, ax=both, label="rank / channels")
+    _name_rows(mode_axes[0], sites)
+    figure.colorbar(colours, ax=mode_axes, label="rank / channels")
     return figure
 
 
-def _residuals(record: Record) -> Figure:
-    rounds = record.training.rounds if record.training else ()
+def _residuals(rounds: Sequence[RoundRecord]) -> Figure:
+    """Draw the residuals of BC-ADL, and the flops of the ranks, over the rounds of training."""
     figure, (left, right) = _figure(9, 3.2, columns=2)
-    x = [one.round for one in rounds]
-    styles: Mapping[str, tuple[str, str]] = {"primal": (_BLUE, "o"), "dual": (_ORANGE, "s")}
-    for name, (colour, marker) in styles.items():
-        left.plot(x, [getattr(one, name) for one in rounds], color=colour, marker=marker, label=f"{name} residual")
+    numbers = [a_round.round for a_round in rounds]
+    primal, dual = [a_round.primal for a_round in rounds], [a_round.dual for a_round in rounds]
+    left.plot(numbers, primal, color=_BLUE, marker="o", label="primal residual")
+    left.plot(numbers, dual, color=_ORANGE, marker="s", label="dual residual")
     left.set_ylabel("relative to the weights' norm")
     left.legend()
-    right.plot(x, [one.keep for one in rounds], color=_GREEN, marker="^")
+    right.plot(numbers, [a_round.keep for a_round in rounds], color=_GREEN, marker="^")
     right.set_ylabel("share of flops that the ranks need")
     right.set_ylim(0, 1.05)
     for axes in (left, right):

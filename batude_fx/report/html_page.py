@@ -1,6 +1,6 @@
-"""`report.html`: what was done to a saved network, to be looked at from disk in any browser.
+"""The report of a compressed network as a page, `report.html`, which any browser shows from disk.
 
-The page holds everything it shows: no script, no font and no picture from elsewhere.
+Everything it shows is in this one file: it has no scripts, and loads no fonts and no pictures.
 """
 
 import base64
@@ -20,19 +20,19 @@ from batude_fx.support.numbers import human, milliseconds, percent
 
 PAGE = "report.html"
 _TITLES = {
-    "flops": "Flops of every convolution, before and after",
-    "spectra": "What each rank leaves, and where it was cut",
-    "sweep": "Other budgets of the same network",
-    "ranks": "Ranks over the rounds of training",
-    "residuals": "Residuals and flops over the rounds of training",
+    "flops": "Flops of each convolution before and after compression",
+    "spectra": "Predicted loss at each rank, and the chosen ranks",
+    "sweep": "Accuracy at other budgets",
+    "ranks": "Ranks during training",
+    "residuals": "Residuals of BC-ADL and flops during training",
 }
 
 
 def write(record: Record, folder: Path) -> None:
-    """Write the page; a `sweep.json` in the folder is shown, too.
+    """Write the page into a folder, with the sweep of the folder if there is one.
 
     Raises:
-        SavedModelError: When that is broken.
+        SavedModelError: When the folder's `sweep.json` is broken.
     """
     page = render(record, sweep_points.read(folder))
     with atomic_file(folder / PAGE) as text:
@@ -40,26 +40,29 @@ def write(record: Record, folder: Path) -> None:
 
 
 def check_network(folder: Path, record: Record) -> None:
-    """Refuse to show a sweep of a network in the report of another one.
+    """Refuse a folder with the report of another network, as the report would show the sweep of this one.
 
     Raises:
-        SavedModelError: When the folder has such a report, or a broken one.
+        SavedModelError: When the folder holds such a report, or a broken one.
     """
-    known = records.read(folder)
-    if known and not _same_original(known, record):
+    present = records.read(folder)
+    if present and not _same_original(present, record):
         raise SavedModelError(
-            f"{folder} holds a report of another network: {known.model}, whose original has {known.dense_flops:,} "
+            f"{folder} holds a report of another network: {present.model}, whose original has {present.dense_flops:,} "
             f"flops, and this one has {record.dense_flops:,} or other weights. Give another folder."
         )
 
 
 def replace_report(record: Record | None, folder: Path) -> None:
-    """Take away what a folder tells of the network before, and tell of this one; a sweep of the same original stays."""
+    """Remove the report and the pictures of a folder's previous network, and write the report of the present one.
+
+    A sweep stays if both were compressed from the same original.
+    """
     try:
-        known = records.read(folder)
+        previous = records.read(folder)
     except SavedModelError:
-        known = None
-    if not (record and known and _same_original(record, known)):
+        previous = None
+    if not (record and previous and _same_original(record, previous)):
         (folder / sweep_points.FILE).unlink(missing_ok=True)
     for name in (records.FILE, PAGE, *(f"{name}.png" for name in _TITLES)):
         (folder / name).unlink(missing_ok=True)
@@ -68,16 +71,17 @@ def replace_report(record: Record | None, folder: Path) -> None:
         write(record, folder)
 
 
-def _same_original(one: Record, other: Record) -> bool:
-    same_weights = one.weights == other.weights or None in {one.weights, other.weights}
-    return same_weights and (one.dense_flops, one.dense_params) == (other.dense_flops, other.dense_params)
+def _same_original(a: Record, b: Record) -> bool:
+    """Return whether two networks were compressed from the same one, as far as their records show."""
+    same_weights = a.weights == b.weights or None in {a.weights, b.weights}
+    return same_weights and (a.dense_flops, a.dense_params) == (b.dense_flops, b.dense_params)
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write the page anew, and every picture as PNG.
+    """Write the page again, and every picture as a PNG file.
 
     Returns:
-        The files written.
+        The files that were written.
 
     Raises:
         SavedModelError: When the folder holds neither a report nor a sweep, or one of them is broken.
@@ -87,32 +91,32 @@ def write_pages(folder: Path) -> list[Path]:
     record, points = records.read(folder), sweep_points.read(folder)
     if record:
         write(record, folder)
-        drawn = pictures(record, points)
+        figures = pictures(record, points)
     elif points:
-        drawn = {"sweep": sweep_picture(points)}
+        figures = {"sweep": sweep_picture(points)}
     else:
         raise SavedModelError(
             f"{folder} holds no {records.FILE} and no {sweep_points.FILE}; give a folder that batude-fx compress, "
             "train or sweep wrote."
         )
-    paths = {name: folder / f"{name}.png" for name in drawn}
-    for name, figure in drawn.items():
+    paths = {name: folder / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
         write_png(figure, paths[name])
     return [*([folder / PAGE] if record else []), *paths.values()]
 
 
 def render(record: Record, points: Sequence[sweep_points.Point] = ()) -> str:
-    """The page."""
+    """Return the page as HTML."""
     from batude_fx.report.figures import pictures, svg
 
-    drawn = {name: base64.b64encode(svg(figure)).decode() for name, figure in pictures(record, points).items()}
+    images = {name: base64.b64encode(svg(figure)).decode() for name, figure in pictures(record, points).items()}
     environment = Environment(
         loader=PackageLoader("batude_fx.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"human": human}
     return environment.get_template(PAGE).render(
-        record=record, points=points, pictures=drawn, titles=_TITLES, percent=percent, milliseconds=milliseconds,
+        record=record, points=points, pictures=images, titles=_TITLES, percent=percent, milliseconds=milliseconds,
         rows=_rows(record),
         replaced=sum(site.ranks is not None for site in record.sites),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""How a network was compressed: what its report shows. It travels with the network and is saved as `report.json`.
+"""The record of how a network was compressed, which is attached to the network and saved as `report.json`.
 
-Read back from folders of strangers, hence checked like their config; numbers and names only.
+It holds numbers and names only, and is validated when it is read, since a folder may come from an unknown source.
 """
 
 import sys
@@ -17,14 +17,15 @@ from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite, FoundBy
 from batude_fx.support.arrays import Floats
 from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.validation import first_problem
 from batude_fx.tucker.ranks import Ranks, SiteLoss
 
 FILE = "report.json"
-_POINTS = 64  # of a spectrum
+_SPECTRUM_POINTS = 64  # intervals between the ranks at which a spectrum is recorded
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Pair = tuple[Count, Count]
+RankPair = tuple[Count, Count]
 
 
 class _Frozen(BaseModel):
@@ -32,25 +33,26 @@ class _Frozen(BaseModel):
 
 
 class SiteRecord(_Frozen):
-    """One convolution before and after.
+    """One convolution before and after compression.
 
     Attributes:
         name: Qualified name.
         kind: Class of the dense layer.
-        in_channels: All groups together.
-        out_channels: All groups together.
-        kernel_size: Extents.
+        in_channels: Input channels, all groups together.
+        out_channels: Output channels, all groups together.
+        kernel_size: Spatial kernel extents.
         groups: Number of groups.
-        found_by: How discovery came by it.
+        found_by: How it was found; see `ConvSite`.
         skip_reason: Why it could not be replaced, or None.
-        dense_flops: Multiply-adds before.
-        flops: Multiply-adds after.
-        dense_params: Parameters before.
-        params: Parameters after.
+        dense_flops: Multiply-adds before compression.
+        flops: Multiply-adds after compression.
+        dense_params: Parameters before compression.
+        params: Parameters after compression.
         ranks: rank_out and rank_in per group, or None where it stays dense.
         loss: Predicted loss of its ranks; None where it was not predicted.
-        spectrum_out: At evenly spaced ranks from 0 to the full one, the share of mode 0's loss that they leave.
-        spectrum_in: Likewise of mode 1; None at a pointwise site, which has one rank.
+        spectrum_out: Predicted loss of keeping r directions of mode 0, as a share of that of keeping none, at evenly
+            spaced r from 0 to the full rank.
+        spectrum_in: The same of mode 1; None at a pointwise site, whose only rank is in `spectrum_out`.
     """
 
     name: str
@@ -65,25 +67,25 @@ class SiteRecord(_Frozen):
     flops: Count
     dense_params: Count
     params: Count
-    ranks: Pair | None
+    ranks: RankPair | None
     loss: float | None
     spectrum_out: tuple[float, ...] | None
     spectrum_in: tuple[float, ...] | None
 
 
 class RoundRecord(_Frozen):
-    """One round of BC-ADL: see `training.rounds`.
+    """One round of BC-ADL, in which ranks are chosen anew and the dual variables updated; see `training.rounds`.
 
     Attributes:
-        phase: Of the training.
-        step: Training steps before it.
-        round: Its number.
+        phase: Phase of the training.
+        step: Number of training steps before the round.
+        round: Number of the round.
         primal: Relative primal residual.
         dual: Relative dual residual.
-        rho: Weight of the penalty from then on.
-        flops: Multiply-adds of the network with the ranks as they stood.
-        keep: Their share of the dense network's.
-        ranks: Site name to rank_out and rank_in per group; None where dense.
+        rho: Weight of the penalty after the round.
+        flops: Multiply-adds of the network with the ranks of this round.
+        keep: Share of the dense network's multiply-adds that these are.
+        ranks: Site name to rank_out and rank_in per group; None where the site is dense.
     """
 
     phase: str
@@ -94,17 +96,17 @@ class RoundRecord(_Frozen):
     rho: float
     flops: Count
     keep: float
-    ranks: dict[str, Pair | None]
+    ranks: dict[str, RankPair | None]
 
 
 class TrainingRecord(_Frozen):
-    """What training did.
+    """The training of a network by a recipe.
 
     Attributes:
         recipe: The resolved recipe, as YAML.
-        original_accuracy: Of the network that one-shot training started from.
-        accuracy: Of the compressed network.
-        rounds: Every round of BC-ADL.
+        original_accuracy: Accuracy of the network that one-shot training started from.
+        accuracy: Accuracy of the compressed network.
+        rounds: All rounds of BC-ADL.
     """
 
     recipe: str
@@ -117,22 +119,23 @@ class Record(_Frozen):
     """How a network was compressed.
 
     Attributes:
-        format: Of this record.
+        format: Version of this record's layout.
         model: Class of the network.
-        budget: In the user's words.
-        calibration: What the ranks were judged by.
-        round_to: Multiple of the ranks.
-        seed: Of everything random.
+        budget: The budget as the user wrote it.
+        calibration: By what ranks were chosen: "images", "synthetic", "synthetic noise", "weights only" or "one-shot
+            training".
+        round_to: Number that the ranks are multiples of.
+        seed: Seed of all random numbers.
         dense_flops: Multiply-adds of the original, by fvcore.
         flops: Multiply-adds of the compressed network.
         dense_params: Parameters of the original.
         params: Parameters of the compressed network.
-        dense_seconds: Wall time of one run of the original, where it was measured.
-        seconds: That of the compressed network.
-        weights: Checksum of the original's parameters, where it was not trained here.
-        sites: Every convolution, in the order of its first call.
-        training: Where the network was trained by a recipe.
-        versions: Of the libraries.
+        dense_seconds: Wall time of one forward pass of the original; None if not measured.
+        seconds: Wall time of one forward pass of the compressed network; None if not measured.
+        weights: Checksum of the original's parameters; None if the network was trained by a recipe.
+        sites: All convolutions, in the order of their first call.
+        training: The training by a recipe; None if there was none.
+        versions: Library to version.
     """
 
     format: Literal[1] = 1
@@ -157,35 +160,36 @@ def site_records(
     sites: Iterable[ConvSite],
     options: Mapping[str, RankOptions],
     ranks: Mapping[str, Ranks],
-    judged: Mapping[str, SiteLoss] | None = None,
+    losses: Mapping[str, SiteLoss] | None = None,
 ) -> tuple[SiteRecord, ...]:
-    """Every site before and after.
+    """Return the record of every site.
 
     Args:
         sites: All convolutions.
-        options: Site name to what it could be, for those that can be replaced.
-        ranks: Site name to its ranks, for those that are replaced.
-        judged: Site name to the losses of its ranks, where they were predicted.
+        options: Site name to its rank options, for the sites that can be replaced.
+        ranks: Site name to the chosen ranks, for the sites that are replaced.
+        losses: Site name to the predicted loss at each rank, where it was predicted.
     """
-    records = []
-    for site in sites:
-        taken, loss = ranks.get(site.name), (judged or {}).get(site.name)
-        dense = dense_cost(site)
-        after = _cost(options[site.name], taken) if taken else dense
-        records.append(
-            SiteRecord(
-                **{name: getattr(site, name) for name in SiteRecord.model_fields if hasattr(site, name)},
-                dense_flops=dense[0],
-                flops=after[0],
-                dense_params=dense[1],
-                params=after[1],
-                ranks=(taken.rank_out, taken.rank_in) if taken else None,
-                loss=_rounded(loss.out[taken.rank_out] + loss.in_[taken.rank_in]) if taken and loss else None,
-                spectrum_out=_sampled(loss.out) if loss else None,
-                spectrum_in=_sampled(loss.in_) if loss and loss.in_.any() else None,
-            )
-        )
-    return tuple(records)
+    losses = losses or {}
+    return tuple(_site_record(site, options, ranks.get(site.name), losses.get(site.name)) for site in sites)
+
+
+def _site_record(
+    site: ConvSite, options: Mapping[str, RankOptions], ranks: Ranks | None, loss: SiteLoss | None
+) -> SiteRecord:
+    dense_flops, dense_params = dense_cost(site)
+    flops, params = _cost(options[site.name], ranks) if ranks else (dense_flops, dense_params)
+    return SiteRecord(
+        **{name: getattr(site, name) for name in SiteRecord.model_fields if hasattr(site, name)},
+        dense_flops=dense_flops,
+        flops=flops,
+        dense_params=dense_params,
+        params=params,
+        ranks=(ranks.rank_out, ranks.rank_in) if ranks else None,
+        loss=_round(loss.out[ranks.rank_out] + loss.in_[ranks.rank_in]) if ranks and loss else None,
+        spectrum_out=_sample(loss.out) if loss else None,
+        spectrum_in=_sample(loss.in_) if loss and loss.in_.any() else None,
+    )
 
 
 def write(record: Record, folder: Path) -> None:
@@ -195,10 +199,10 @@ def write(record: Record, folder: Path) -> None:
 
 
 def read(folder: Path) -> Record | None:
-    """Read `report.json`; None where there is none.
+    """Read `report.json`; return None if the folder has none.
 
     Raises:
-        SavedModelError: When it is broken.
+        SavedModelError: When the file is broken.
     """
     path = folder / FILE
     if not path.is_file():
@@ -206,10 +210,8 @@ def read(folder: Path) -> Record | None:
     try:
         return Record.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise SavedModelError(
-            f"{path} is broken: {where}: {first['msg']}. Remove it; the network does without."
+            f"{path} is broken: {first_problem(error)} Remove it; the network can be loaded without it."
         ) from None
 
 
@@ -219,12 +221,13 @@ def _cost(options: RankOptions, ranks: Ranks) -> tuple[int, int]:
     return flops, params
 
 
-def _sampled(tail: Floats) -> tuple[float, ...]:
-    """At evenly spaced ranks from 0 to the full one; the first is 1."""
-    last = len(tail) - 1
-    rows = np.unique(np.linspace(0, last, min(_POINTS, last) + 1).round().astype(int))
-    return tuple(_rounded(one / max(tail[0], sys.float_info.min)) for one in tail[rows])
+def _sample(loss: Floats) -> tuple[float, ...]:
+    """Return the loss at evenly spaced ranks from 0 to the full rank, as shares of the loss at rank 0."""
+    full_rank = len(loss) - 1
+    ranks = np.unique(np.linspace(0, full_rank, min(_SPECTRUM_POINTS, full_rank) + 1).round().astype(int))
+    return tuple(_round(value / max(loss[0], sys.float_info.min)) for value in loss[ranks])
 
 
-def _rounded(number: float) -> float:
+def _round(number: float) -> float:
+    """Round to four significant digits, to keep `report.json` short."""
     return float(f"{number:.4g}")

@@ -1,4 +1,4 @@
-"""One calibration, many budgets: how good and how fast the network is at each of them."""
+"""The measurements of a sweep, one point per budget, which are saved as `sweep.json`."""
 
 import json
 from collections.abc import Sequence
@@ -10,22 +10,24 @@ from pydantic import TypeAdapter, ValidationError
 
 from batude_fx.errors import SavedModelError
 from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.validation import first_problem
 
 FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One budget of a sweep; the original network is the point at budget 1.
+    """The measurements at one budget of a sweep; budget 1 is the original network.
 
     Attributes:
-        budget: The fraction of flops that may remain.
+        budget: Fraction of the flops that may remain.
         flops: Multiply-adds, by fvcore's count.
-        params: Parameters.
-        milliseconds: Median wall time of one image, by how long the original took beside it.
-        agreement: Share of the images for which the original names the same class.
-        top1: Share of the images that are named right, where they have labels.
-        top5: Share of the images whose class is among the first five.
+        params: Number of parameters.
+        milliseconds: Median wall time of one image. It is timed in turns with the original and scaled so that the
+            original takes the same time at every point.
+        agreement: Share of the images for which the network and the original predict the same class.
+        top1: Top-1 accuracy, where the images have labels.
+        top5: Top-5 accuracy, where the images have labels.
     """
 
     budget: float
@@ -38,10 +40,10 @@ class Point:
 
 
 def make_writable(folder: Path) -> None:
-    """Make the folder that will be written, before hours go into it.
+    """Create a folder and write a temporary file into it, before hours are spent on what will be written there.
 
     Raises:
-        SavedModelError: When that cannot be.
+        SavedModelError: When the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +60,10 @@ def write(points: Sequence[Point], folder: Path) -> None:
 
 
 def read(folder: Path) -> list[Point]:
-    """Read `sweep.json`; nothing where there is none.
+    """Read `sweep.json`; return no points if the folder has none.
 
     Raises:
-        SavedModelError: When it is broken.
+        SavedModelError: When the file is broken.
     """
     path = folder / FILE
     if not path.is_file():
@@ -69,4 +71,4 @@ def read(folder: Path) -> list[Point]:
     try:
         return TypeAdapter(list[Point]).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        raise SavedModelError(f"{path} is broken: {error.errors()[0]['msg']}. Sweep again, or remove it.") from None
+        raise SavedModelError(f"{path} is broken: {first_problem(error)} Sweep again, or remove it.") from None
