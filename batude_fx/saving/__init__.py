@@ -1,1 +1,1 @@
-"""Networks as folders, and how they are built again without executing anything."""
+"""Save compressed networks to folders, and load them without executing anything that a folder holds."""

@@ -1,12 +1,12 @@
-"""`config.json` of a saved network: what may stand in it, and how it is read without trusting it.
+"""`config.json` of a saved network: its schema, and how a file from an unknown source is read safely.
 
-It names an architecture and ranks, and nothing that could be executed or that leads out of the folder: names are
-looked up in the registries of timm and torchvision, arguments come from a short list, and no file but the two of the
-folder is ever read.
+The file holds the name of an architecture and ranks, and nothing that could be executed or that points to other files:
+names are looked up in the registries of timm and torchvision, and only arguments of a short list are accepted.
 """
 
 import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -16,74 +16,79 @@ from torch import nn
 from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.graph.surgery import build_skeleton
 from batude_fx.report import record
-from batude_fx.saving.architecture import Architecture, Argument, Library, Value
+from batude_fx.saving.architecture import ENTRYPOINT, Architecture, ArgumentName, ArgumentValue, Library
 from batude_fx.support.validation import first_problem
 from batude_fx.tucker.ranks import Ranks
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TRAINED = "model"
-"""Where the folder of a training run has its network."""
+TRAINED_NETWORK = "model"
+"""Name of the folder inside a training run's folder that holds its trained network."""
 FORMAT = 1
-_LARGEST = 2**24  # bytes
-# Not among them: where timm would fetch weights from.
-_Metadata = Literal[
+_MAX_BYTES = 2**24
+# Keys of timm's pretrained_cfg, without those that tell timm where to fetch weights.
+_MetadataKey = Literal[
     "architecture", "tag", "input_size", "test_input_size", "min_input_size", "fixed_input_size", "interpolation",
     "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "num_classes", "label_offset", "label_names",
     "label_descriptions", "pool_size", "test_pool_size", "first_conv", "classifier", "license", "description",
     "origin_url", "paper_name", "paper_ids", "notes",
 ]  # fmt: skip
-METADATA: tuple[_Metadata, ...] = get_args(_Metadata)
+METADATA_KEYS: tuple[_MetadataKey, ...] = get_args(_MetadataKey)
 
 
 class SavedArchitecture(BaseModel):
-    """What rebuilds the network: a registered architecture, and its sites in Tucker form.
+    """The architecture of a compressed network: that of the dense network, and the ranks of the Tucker modules.
 
     Attributes:
-        library: Where the dense architecture is registered; None where only the caller can build it.
-        base: Its name there.
-        args: Its arguments.
+        library: The library that registers the dense architecture; None where only the caller can build it.
+        base: The name of the dense architecture in that library, or None.
+        args: Arguments of the library's model factory.
         ranks: Site name to rank_out and rank_in, per group.
-        biased: Sites with a bias that the dense layer may lack.
+        biased: Sites whose Tucker module has a bias, which the dense layer need not have.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     library: Library | None
     base: str | None = Field(pattern=r"^[A-Za-z0-9_]+$")
-    args: dict[Argument, Value] = {}
+    args: dict[ArgumentName, ArgumentValue] = {}
     ranks: dict[str, tuple[PositiveInt, PositiveInt]]
     biased: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _named_or_not(self) -> "SavedArchitecture":
+    def _check_names(self) -> "SavedArchitecture":
         if (self.library is None) != (self.base is None):
             raise ValueError("library and base are given together, or both null")
-        if unknown := set(self.biased) - set(self.ranks):
-            raise ValueError(f"biased names {min(unknown)!r}, which has no ranks")
+        if unknown_sites := set(self.biased) - set(self.ranks):
+            raise ValueError(f"biased names {min(unknown_sites)!r}, which has no ranks")
         return self
 
     @property
-    def origin(self) -> Architecture | None:
-        """The dense architecture; None where only the caller can build it."""
+    def dense_architecture(self) -> Architecture | None:
+        """The architecture of the dense network; None where only the caller can build it."""
         if self.library is None or self.base is None:
             return None
         return Architecture(self.library, self.base, {str(name): value for name, value in self.args.items()})
 
     def build(self, *, weightless: bool = False, **overrides: Any) -> nn.Module:  # noqa: ANN401 - what timm was given
-        """The network with uninitialised Tucker modules and fresh weights elsewhere.
+        """Build the compressed network with uninitialised Tucker modules and fresh weights elsewhere.
+
+        Args:
+            weightless: Put parameters and buffers on the meta device, where the constructor can.
+            **overrides: Arguments of the dense architecture that take precedence over `args`.
 
         Raises:
             SavedModelError: When the architecture is not registered here, or does not have these sites.
         """
-        if self.origin is None:
+        dense = self.dense_architecture
+        if dense is None:
             raise SavedModelError(
                 "this folder holds a model that no library rebuilds by name; use batude_fx.load(folder, model=fresh) "
                 "with a fresh dense model of its class."
             )
-        return self.skeleton(self.origin.build(weightless=weightless, **overrides))
+        return self.replace_sites(dense.build(weightless=weightless, **overrides))
 
-    def skeleton(self, model: nn.Module) -> nn.Module:
-        """A copy of a dense model with the sites in Tucker form.
+    def replace_sites(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a dense model in which every site is an uninitialised Tucker module.
 
         Raises:
             SavedModelError: When the model does not have these sites.
@@ -91,22 +96,22 @@ class SavedArchitecture(BaseModel):
         try:
             return build_skeleton(model, {name: Ranks(*pair) for name, pair in self.ranks.items()}, self.biased)
         except BatudeError as error:
-            reason = textwrap.shorten(str(error), 500)  # a module that is no layer prints its whole tree
+            reason = textwrap.shorten(str(error), 500)  # the message may hold a whole module tree
             raise SavedModelError(f"{type(model).__name__} is not the model that was saved: {reason}") from error
 
 
 class SavedConfig(BaseModel):
-    """The content of `config.json`; the first four fields are the ones that timm reads.
+    """The content of `config.json`; timm reads the first four fields.
 
     Attributes:
-        architecture: The entrypoint that this package registers with timm.
-        model_args: Its arguments.
-        num_classes: Of the classifier, where there is one.
-        pretrained_cfg: timm's: input size, mean, standard deviation, class names.
-        channels_last: Whether the weights have that memory format, on which the last bits of the outputs depend.
-        params: Parameters of the network.
+        architecture: The name under which this package is registered with timm.
+        model_args: Arguments of that entrypoint.
+        num_classes: Classes of the classifier; None where there is none.
+        pretrained_cfg: timm's description of the input and the classifier: input size, mean, class names and others.
+        channels_last: Whether the weights are channels-last in memory, on which the last bits of the outputs depend.
+        params: Number of parameters of the network.
         format: Version of this layout.
-        versions: Of the libraries that wrote the folder; for information.
+        versions: Versions of the libraries that wrote the folder, for information.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -114,7 +119,7 @@ class SavedConfig(BaseModel):
     architecture: Literal["batude_fx"]
     model_args: SavedArchitecture
     num_classes: int | None = None
-    pretrained_cfg: dict[_Metadata, Any] = {}
+    pretrained_cfg: dict[_MetadataKey, Any] = {}
     channels_last: bool = False
     params: int
     format: Literal[1]
@@ -122,36 +127,36 @@ class SavedConfig(BaseModel):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """`pretrained_cfg` with sequences as timm has them."""
-        return {str(k): tuple(v) if isinstance(v, list) else v for k, v in self.pretrained_cfg.items()}
+        """The `pretrained_cfg` with tuples, as timm has them, where JSON has lists."""
+        return with_tuples(self.pretrained_cfg)
 
 
 def read_config(folder: Path) -> SavedConfig:
     """Read and check `config.json`.
 
     Raises:
-        SavedModelError: When it is missing, no JSON, or not of this format.
+        SavedModelError: When it is missing, is not JSON, or is not a config of this format.
     """
     path = folder / CONFIG
     if not path.is_file():
-        inside = folder / TRAINED
-        way_out = f"It is a training run; give {inside}" if (inside / CONFIG).is_file() else "Give what save wrote"
+        network = folder / TRAINED_NETWORK
+        way_out = f"It is a training run; give {network}" if (network / CONFIG).is_file() else "Give what save wrote"
         raise SavedModelError(f"{folder} is no saved model: it has no {CONFIG}. {way_out}.")
     try:
-        if (size := path.stat().st_size) > _LARGEST:
-            raise SavedModelError(f"{path} has {size} bytes, more than {_LARGEST}; it is no config.")
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise SavedModelError(f"{path} has {size} bytes, more than {_MAX_BYTES}; it is no config.")
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise SavedModelError(f"{path} cannot be read as JSON: {error}. Save the model again.") from error
-    return _validated(content, path)
+    return _validate(content, path)
 
 
-def _validated(content: object, path: Path) -> SavedConfig:
-    if not isinstance(content, dict) or content.get("architecture") != "batude_fx":
+def _validate(content: object, path: Path) -> SavedConfig:
+    if not isinstance(content, dict) or content.get("architecture") != ENTRYPOINT:
         other = content.get("architecture") if isinstance(content, dict) else type(content).__name__
         raise SavedModelError(
             f"{path} is not a config of batude_fx: its architecture is {other!r}, not 'batude_fx'. "
-            f'"local-dir:{path.parent}" is the name of a folder of timm itself.'
+            f'If timm wrote the folder, "local-dir:{path.parent}" is its name.'
         )
     if content.get("format") != FORMAT:
         raise SavedModelError(
@@ -171,5 +176,11 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def network_folder(folder: Path) -> Path:
-    """Where the network of a folder lies: a training run's in a folder of its own."""
-    return folder / TRAINED if (folder / TRAINED / record.FILE).is_file() else folder
+    """Return the folder of the network: a subfolder if the folder is that of a training run, else the folder itself."""
+    network = folder / TRAINED_NETWORK
+    return network if (network / record.FILE).is_file() else folder
+
+
+def with_tuples(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a config with tuples, as timm has them, where JSON has lists."""
+    return {str(key): tuple(value) if isinstance(value, list) else value for key, value in config.items()}

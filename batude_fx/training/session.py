@@ -15,9 +15,9 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
-from batude_fx.graph.provenance import attached
+from batude_fx.graph.provenance import attached_record
 from batude_fx.report.record import Record
-from batude_fx.saving.config import TRAINED
+from batude_fx.saving.config import TRAINED_NETWORK
 from batude_fx.saving.saved_folder import save
 from batude_fx.saving.weights import load_weights_, read_weights
 from batude_fx.support.atomic_files import atomic_file, visible_entries
@@ -190,9 +190,9 @@ class Session:
         from batude_fx.report.figures import pictures, write_png
 
         folder = cast("Path", self.folder)
-        shutil.rmtree(folder / TRAINED, ignore_errors=True)  # what a run that was killed here has left
-        save(model, folder / TRAINED)
-        write_png(pictures(cast("Record", attached(model)))["ranks"], folder / PICTURE)
+        shutil.rmtree(folder / TRAINED_NETWORK, ignore_errors=True)  # what a run that was killed here has left
+        save(model, folder / TRAINED_NETWORK)
+        write_png(pictures(cast("Record", attached_record(model)))["ranks"], folder / PICTURE)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),

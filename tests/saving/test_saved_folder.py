@@ -271,7 +271,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         batude_fx.save(_small(Own()), tmp_path / "file")
 
 
-@pytest.mark.parametrize("failing", ["save_model", "_config"])
+@pytest.mark.parametrize("failing", ["save_model", "_make_config"])
 def test_a_save_that_fails_leaves_the_old_folder(
     saved: tuple[nn.Module, Path], folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
