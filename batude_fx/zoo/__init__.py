@@ -1,1 +1,1 @@
-"""Networks by name: those of timm and torchvision, saved ones, and the networks of the CIFAR literature."""
+"""Networks by name: from timm and torchvision, from saved folders, and ResNet and VGG for CIFAR."""

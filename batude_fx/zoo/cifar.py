@@ -1,4 +1,4 @@
-"""The networks of the CIFAR literature, for images of 32 x 32, registered with timm.
+"""ResNet and VGG for the images of CIFAR (32 x 32 pixels); importing this file registers them with timm.
 
 Source: K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, https://arxiv.org/abs/1512.03385,
 section 4.2: three stages of 16, 32 and 64 channels and parameter-free shortcuts (option A). VGG-16: K. Simonyan,
@@ -27,7 +27,7 @@ _VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class _Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut that drops pixels and pads channels with zeros."""
+    """Two 3 x 3 convolutions, and a shortcut that subsamples pixels and pads the new channels with zeros."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -35,22 +35,22 @@ class _Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.added = stride, channels - in_channels
+        self.stride, self.new_channels = stride, channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))  # (N, C_out, H / stride, W / stride)
         y = self.bn2(self.conv2(y))
-        if self.added:
-            half = self.added // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.added - half))
+        if self.new_channels:
+            half = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new_channels - half))
         return F.relu(x + y)
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6 n + 2 layers.
+    """ResNet with three stages of n blocks, and 6 n + 2 layers.
 
     Args:
-        depth: 20, 32, 44, 56, 110.
+        depth: Number of layers: 20, 32, 44, 56 or 110.
         num_classes: Outputs of the classifier.
         in_chans: Channels of the images.
     """
@@ -74,11 +74,11 @@ class CifarResNet(nn.Module):
         return nn.Sequential(_Block(in_channels, channels, stride), *rest)
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Return the last layer."""
         return self.fc
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, C, 32, 32) to (N, 64, 8, 8)."""
+        """Map images (N, C, 32, 32) to features (N, 64, 8, 8)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer1(x)  # (N, 16, 32, 32)
         x = self.layer2(x)  # (N, 32, 16, 16)
@@ -86,13 +86,13 @@ class CifarResNet(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, 32, 32) to (N, num_classes)."""
+        """Map images (N, C, 32, 32) to logits (N, num_classes)."""
         logits: Tensor = self.fc(self.forward_features(x).mean((2, 3)))
         return logits
 
 
 class CifarVgg(nn.Module):
-    """VGG-16 with batch-norm and one linear layer.
+    """VGG-16 with batch normalization and a single linear layer.
 
     Args:
         num_classes: Outputs of the classifier.
@@ -114,16 +114,16 @@ class CifarVgg(nn.Module):
         _initialize_(self)
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Return the last layer."""
         return self.fc
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, C, 32, 32) to (N, 512, 1, 1)."""
+        """Map images (N, C, 32, 32) to features (N, 512, 1, 1)."""
         out: Tensor = self.features(x)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, 32, 32) to (N, num_classes)."""
+        """Map images (N, C, 32, 32) to logits (N, num_classes)."""
         logits: Tensor = self.fc(self.forward_features(x).mean((2, 3)))
         return logits
 
@@ -143,17 +143,17 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: ANN401, FBT001, FBT002 - timm's
-    """ResNet-20: 41 million flops, 270 thousand parameters."""
+    """Create a ResNet-20: 41 million flops, 270 thousand parameters."""
     return build_model_with_cfg(CifarResNet, "resnet20_cifar", pretrained, depth=20, **kwargs)
 
 
 @register_model
 def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: ANN401, FBT001, FBT002 - timm's
-    """ResNet-56: 127 million flops, 850 thousand parameters."""
+    """Create a ResNet-56: 127 million flops, 850 thousand parameters."""
     return build_model_with_cfg(CifarResNet, "resnet56_cifar", pretrained, depth=56, **kwargs)
 
 
 @register_model
 def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: ANN401, FBT001, FBT002 - timm's
-    """VGG-16 with batch-norm: 314 million flops, 15 million parameters."""
+    """Create a VGG-16 with batch normalization: 314 million flops, 15 million parameters."""
     return build_model_with_cfg(CifarVgg, "vgg16_bn_cifar", pretrained, **kwargs)
