@@ -1,4 +1,4 @@
-"""From a saved folder to files that run without batude_fx: ONNX, OpenVINO and torch.export, each checked.
+"""Export a compressed network to files that run without batude_fx: ONNX, OpenVINO and torch.export.
 
 python -m examples.deploying [FOLDER]
 """
@@ -13,16 +13,16 @@ import batude_fx
 
 
 def main(folder: Path) -> None:
-    """Compress, save, load back, export in four ways."""
+    """Compress, save, load, and export to four files."""
     torch.manual_seed(0)
-    model = timm.create_model("resnet18").eval()  # yours: pretrained=True
+    model = timm.create_model("resnet18").eval()  # use pretrained=True
     batude_fx.save(batude_fx.compress(model, 0.5, calibration=None), folder / "small")
     small = batude_fx.load(folder / "small")
 
-    photos = torch.randn(32, 3, 224, 224)  # yours: normalized as for evaluation
+    photos = torch.randn(32, 3, 224, 224)  # use your own, normalized as for evaluation
     for name, options in (
         ("small.onnx", {}),
-        ("small.xml", {}),  # OpenVINO; the weights lie beside it as small.bin
+        ("small.xml", {}),  # OpenVINO; the weights are in small.bin
         ("small.pt2", {}),  # torch.export
         ("small-int8.onnx", {"int8": photos}),
     ):
@@ -34,5 +34,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compress, save, export.")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/deploying"), help="where all goes")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/deploying"), help="output folder")
     main(parser.parse_args().folder)

@@ -1,4 +1,4 @@
-"""A detector of torchvision: its backbone at half of the flops, its heads left as they are; boxes come out as before.
+"""A detector of torchvision at 0.8 of its flops: its backbone is compressed, its heads are not changed.
 
 python -m examples.detector
 """
@@ -10,9 +10,9 @@ import batude_fx
 
 
 def main() -> None:
-    """Compress what `backbone.*` matches, run a picture through both networks."""
+    """Compress the layers that `backbone.*` matches, and run both networks on a picture."""
     torch.manual_seed(0)
-    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()  # yours: weights="DEFAULT"
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()  # use weights="DEFAULT"
     picture = torch.rand(3, 320, 320)
 
     # Detectors take a list of pictures: the example input is the tuple of arguments of one call.
@@ -22,8 +22,8 @@ def main() -> None:
     print(f"{plan.dense_flops:,} flops before, {plan.flops:,} after; {len(plan.ranks)} convolutions replaced")
     with torch.no_grad():
         for network in (model, small):
-            (found,) = network([picture])
-            print({name: tuple(tensor.shape) for name, tensor in found.items()})
+            (detections,) = network([picture])
+            print({name: tuple(tensor.shape) for name, tensor in detections.items()})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The main job on one page: a small timm network on digits, 2.5 times smaller, by `compress` and by a recipe.
+"""Demo: a small timm network for digits, compressed to 1 / 2.5 of its flops by `compress` and by a recipe.
 
-Run `make demo`, or `python -m examples.digits_demo [FOLDER]`. `recipes/digits-demo.yaml` trains the network, then
-learns ranks and trains in Tucker form; `compress` makes the same network smaller in three ways without training.
-Everything is saved under FOLDER (default `demo-out/`), and two of the networks are read back. About a minute on 2 idle
-cores. Exit code 1 when a network is over its budget or when a loaded one does not give the saved one's outputs to the
-last bit.
+Run `make demo`, or `python -m examples.digits_demo [FOLDER]`; about a minute on 2 idle cores.
+`recipes/digits-demo.yaml` trains the network, then learns ranks and trains in Tucker form; `compress` compresses the
+same network in three ways without training. All networks are saved under FOLDER (default `demo-out/`), and two of them
+are loaded again. The exit code is 1 if a network exceeds its budget, or if the outputs of a loaded network are not
+bit-identical to those of the saved one.
 """
 
 import argparse
@@ -37,14 +37,14 @@ CONSOLE = Console()
 
 
 @dataclass(frozen=True)
-class Measured:
+class Row:
     """One row of the table.
 
     Attributes:
-        accuracy: Share of the test images.
+        accuracy: Share of the test images that are classified correctly.
         flops: Multiply-adds of one image, by fvcore.
-        parameters: Their number.
-        disk_bytes: Of the saved folder.
+        parameters: Number of parameters.
+        disk_bytes: Size of the saved network, without its report.
         image_seconds: Wall time per image, in batches of 64, on one thread.
     """
 
@@ -56,20 +56,20 @@ class Measured:
 
 
 def main(folder: Path) -> int:
-    """Train by the recipe, compress what it started from in three ways, compare, load back."""
-    torch.set_num_threads(1)  # so small a network waits for its threads longer than they work
+    """Train by the recipe, compress the original in three ways, compare all networks, load two of them."""
+    torch.set_num_threads(1)  # for so small a network, starting threads takes longer than their work
     write_digits(folder / "digits")
-    shutil.rmtree(folder / "one-shot", ignore_errors=True)  # of the demo before
+    shutil.rmtree(folder / "one-shot", ignore_errors=True)  # from an earlier run of the demo
     recipe = batude_fx.Recipe.from_yaml(RECIPE, [f"data.root={folder / 'digits'}"])
     result = batude_fx.run(recipe, folder / "one-shot")
 
     model = timm.create_model("test_resnet", in_chans=1, num_classes=10).eval()
     load_model(model, str(folder / "one-shot" / "original.safetensors"))
     train_images, _ = read_digits(folder / "digits", "train")
-    networks = {"original": model, **compressed_in_three_ways(model, train_images), "one-shot": result.model}
+    networks = {"original": model, **compress_in_three_ways(model, train_images), "one-shot": result.model}
     save(networks, folder)
     images, classes = read_digits(folder / "digits", "validation")
-    rows = measured(networks, folder, images, classes)
+    rows = measure(networks, folder, images, classes)
     show(rows)
 
     in_budget = check_budget(rows)
@@ -79,32 +79,32 @@ def main(folder: Path) -> int:
     return 0 if in_budget and same else 1
 
 
-def compressed_in_three_ways(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
-    """The trained network at 1 / 2.5 of its flops; no class of any image is looked at."""
+def compress_in_three_ways(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+    """Return the trained network at 1 / 2.5 of its flops; labels are not used."""
     shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    ways: dict[str, Tensor | str | None] = {
+    calibrations: dict[str, Tensor | str | None] = {
         "weights only": None,
         "synthetic": "synthetic",
         "calibrated": shuffled[:CALIBRATION_IMAGES],
     }
     small = {}
-    for way, calibration in track(ways.items(), f"Compressing {FACTOR}x in three ways", console=CONSOLE):
-        small[way] = batude_fx.compress(model, f"{FACTOR}x", calibration=calibration, example_inputs=images[:1])
+    for name, calibration in track(calibrations.items(), f"Compressing {FACTOR}x in three ways", console=CONSOLE):
+        small[name] = batude_fx.compress(model, f"{FACTOR}x", calibration=calibration, example_inputs=images[:1])
     return small
 
 
 def save(networks: Mapping[str, nn.Module], folder: Path) -> None:
-    """A folder for each network that `compress` made; the run has saved its own, and the original."""
+    """Save each network that `compress` made; the run has saved its own network and the original."""
     for name, network in networks.items():
         if name not in {"original", "one-shot"}:
             batude_fx.save(network, folder / name.replace(" ", "-"))
 
 
-def measured(networks: Mapping[str, nn.Module], folder: Path, images: Tensor, classes: Tensor) -> dict[str, Measured]:
-    """What each network is worth, and what it costs."""
+def measure(networks: Mapping[str, nn.Module], folder: Path, images: Tensor, classes: Tensor) -> dict[str, Row]:
+    """Return accuracy, costs and time of each network."""
     seconds = image_seconds(list(networks.values()), images[:64])
     return {
-        name: Measured(
+        name: Row(
             accuracy=accuracy(network, images, classes),
             flops=fvcore_flops(network, images[:1]),
             parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -116,7 +116,7 @@ def measured(networks: Mapping[str, nn.Module], folder: Path, images: Tensor, cl
 
 
 def files_of(name: str, folder: Path) -> list[Path]:
-    """What is on disk for a network, without its report."""
+    """Return the files of a saved network, without its report."""
     if name == "original":
         return [folder / "one-shot" / "original.safetensors"]
     saved = folder / "one-shot" / "model" if name == "one-shot" else folder / name.replace(" ", "-")
@@ -124,9 +124,9 @@ def files_of(name: str, folder: Path) -> list[Path]:
 
 
 def fvcore_flops(network: nn.Module, image: Tensor) -> int:
-    """Multiply-adds of one image, counted afresh by a tool that is not ours."""
+    """Count the multiply-adds of one image with fvcore, independently of batude_fx."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fvcore uses torch.jit, which warns of its own age, at its import already
+        warnings.simplefilter("ignore")  # fvcore uses torch.jit, which is deprecated, already when imported
         from fvcore.nn import FlopCountAnalysis
 
         analysis = FlopCountAnalysis(network, image)
@@ -135,7 +135,7 @@ def fvcore_flops(network: nn.Module, image: Tensor) -> int:
 
 @torch.no_grad()
 def image_seconds(networks: Sequence[nn.Module], images: Tensor, rounds: int = 15) -> list[float]:
-    """Wall seconds per image: medians over rounds in which the networks take turns, so that a busy moment hits all."""
+    """Return wall seconds per image, medians over rounds; the networks alternate, so that load affects all alike."""
     walls: list[list[float]] = [[] for _ in networks]
     for turn in track(range(rounds + 2), "Timing", console=CONSOLE):
         for network, wall in zip(networks, walls, strict=True):
@@ -146,8 +146,8 @@ def image_seconds(networks: Sequence[nn.Module], images: Tensor, rounds: int = 1
     return [median(wall) for wall in walls]
 
 
-def show(rows: Mapping[str, Measured]) -> None:
-    """Before and after, one network a row."""
+def show(rows: Mapping[str, Row]) -> None:
+    """Print the table, with a row per network."""
     table = Table(title=f"timm's test_resnet on digits, {FACTOR}x; only one-shot is trained on", box=SIMPLE)
     table.add_column("network", no_wrap=True)
     for heading in ("accuracy", "fvcore flops", "parameters", "disk bytes", "ms/image"):
@@ -164,21 +164,21 @@ def show(rows: Mapping[str, Measured]) -> None:
     CONSOLE.print(table)
 
 
-def check_budget(rows: Mapping[str, Measured]) -> bool:
-    """Whether no compressed network has more flops than the budget."""
+def check_budget(rows: Mapping[str, Row]) -> bool:
+    """Report whether all compressed networks are within the budget."""
     budget = rows["original"].flops / FACTOR
-    most = max(row.flops for name, row in rows.items() if name != "original")
-    verdict = "within the budget" if most <= budget else "OVER THE BUDGET"
+    largest = max(row.flops for name, row in rows.items() if name != "original")
+    verdict = "within the budget" if largest <= budget else "OVER THE BUDGET"
     CONSOLE.print(
-        f"Budget {budget:,.0f} flops; the largest network has {most:,}, {most / budget:.2%}: {verdict}.",
+        f"Budget {budget:,.0f} flops; the largest network has {largest:,}, {largest / budget:.2%}: {verdict}.",
         soft_wrap=True,
     )
-    return most <= budget
+    return largest <= budget
 
 
 @torch.no_grad()
 def check_loaded(network: nn.Module, folder: Path, images: Tensor) -> bool:
-    """Whether the saved folder gives the network back, to the last bit of its outputs."""
+    """Report whether the outputs of the loaded network are bit-identical to those of the saved one."""
     same = torch.equal(batude_fx.load(folder)(images), network(images))
     verdict = "bit-equal" if same else "NOT EQUAL"
     CONSOLE.print(

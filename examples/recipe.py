@@ -1,4 +1,4 @@
-"""A recipe of your own: written, validated, tried without training, run for a few epochs on digits.
+"""A recipe of your own: written, validated, and run for a few epochs on digits.
 
 python -m examples.recipe [FOLDER]
 """
@@ -20,7 +20,7 @@ data:
   batch_size: 64
   workers: 0
   scale: [0.7, 1.0]
-  hflip: 0.0            # a mirrored digit is another sign
+  hflip: 0.0            # a mirrored digit is not a digit
 budget: 0.5
 pretrain: {epochs: 4, lr: 0.003, optimizer: adamw}
 one_shot: {epochs: 3, lr: 0.001, optimizer: adamw}
@@ -29,7 +29,7 @@ finalize: {epochs: 2, lr: 0.001, optimizer: adamw}
 
 
 def main(folder: Path) -> None:
-    """Everything under one folder: images, recipe, run."""
+    """Write images and recipe into a folder, show an error message, and run the recipe."""
     write_digits(folder / "digits")
     path = folder / "mine.yaml"
     path.write_text(RECIPE.replace("DIGITS", str(folder / "digits")), encoding="utf-8")
@@ -46,5 +46,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A recipe of your own, on digits.")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/recipe"), help="where all goes")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/recipe"), help="output folder")
     main(parser.parse_args().folder)

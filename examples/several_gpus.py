@@ -1,4 +1,4 @@
-"""The same recipe in two processes, as on two GPUs; here they share the CPU, and end with the same ranks.
+"""A recipe trained by two processes, as on two GPUs; here they share the CPU.
 
 python -m examples.several_gpus [FOLDER]
 """
@@ -15,7 +15,7 @@ SETTINGS = ["pretrain.epochs=1", "one_shot.epochs=2", "finalize.epochs=1"]
 
 
 def main(folder: Path) -> None:
-    """Launch, then read what the run wrote."""
+    """Launch the processes, then read the result of the run."""
     write_digits(folder / "digits")
     changes = [f"--set={setting}" for setting in (f"data.root={folder / 'digits'}", *SETTINGS)]
     # With GPUs: accelerate launch --multi_gpu --num_processes 2 -m batude_fx train ...
@@ -29,5 +29,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Two processes train one network.")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/two"), help="where all goes")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-out/two"), help="output folder")
     main(parser.parse_args().folder)

@@ -17,7 +17,7 @@ def block(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class EarlyExit(nn.Module):
-    """Stops early where it is sure; which branch it takes, only the values say."""
+    """A network that returns early if it is confident; the branch depends on the values of the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class EarlyExit(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, 10)."""
+        """Map images (N, 3, H, W) to logits (N, 10)."""
         features = self.first(self.stem(images))
         guess: Tensor = self.head(features.mean((2, 3)))
         if guess.softmax(1).amax() < 0.99:
@@ -38,12 +38,12 @@ class EarlyExit(nn.Module):
 
 
 def main() -> None:
-    """List the sites, with how each was found; compress."""
+    """List the sites and how each was found, then compress."""
     torch.manual_seed(0)
     model = EarlyExit().eval()
     image = torch.randn(1, 3, 32, 32)
 
-    sites = batude_fx.discover(model, image)  # a model of one's own needs an example input
+    sites = batude_fx.discover(model, image)  # a model of your own needs an example input
     print(sites)
     print("found by:", {site.name: site.found_by for site in sites})  # "child": in a part that can be traced
 
