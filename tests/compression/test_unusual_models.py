@@ -12,36 +12,12 @@ from torch import Tensor, nn
 import batude_fx
 from batude_fx.errors import CalibrationError, DiscoveryError, UnsupportedError
 from batude_fx.tucker.modules import TuckerModule
+from tests.toy_networks import InPlace, OutOfPlace, TwoConvolutions
 
 IMAGES = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-class Net(nn.Module):
-    """Two convolutions that can be replaced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a = nn.Conv2d(3, 32, 3, padding=1)
-        self.n = nn.BatchNorm2d(32)
-        self.b = nn.Conv2d(32, 32, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.b(self.n(self.a(x)).relu()).mean((2, 3))
-        return y
-
-
-class InPlace(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.sub_(0.3).div_(0.37))
-
-
-class OutOfPlace(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward((x - 0.3) / 0.37)
-
-
-class NoSelf(Net):
+class NoSelf(TwoConvolutions):
     """As mmcv's networks: `train`, and so `eval`, return nothing."""
 
     def train(self, mode: bool = True) -> None:  # type: ignore[override]
@@ -49,27 +25,27 @@ class NoSelf(Net):
         self.n.eval()
 
 
-class HalfInside(Net):
+class HalfInside(TwoConvolutions):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return super().forward(x).float()
 
 
-class OneByOne(Net):
+class OneByOne(TwoConvolutions):
     """Convolutions of images without a batch axis; batch-norm would need one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([self.b(self.a(one).relu()).mean((1, 2)) for one in x])
 
 
-class AtATime(Net):
+class AtATime(TwoConvolutions):
     """As an ordinary differential equation's right side."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x + t)
 
 
-class Masked(Net):
+class Masked(TwoConvolutions):
     def forward(self, mask: Tensor | None, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x if mask is None else x * mask)
 
@@ -87,7 +63,7 @@ class Tokens(nn.Module):
         return y
 
 
-class SometimesEmpty(Net):
+class SometimesEmpty(TwoConvolutions):
     """As a detector that finds nothing in dark images."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,16 +105,18 @@ def test_eval_need_not_return_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["forward", "stem"])
 def test_a_function_that_closes_over_the_model_is_refused(place: str) -> None:
-    model = Net()
+    model = TwoConvolutions()
     dense = model.forward
     functions = {"forward": lambda x: dense(x).softmax(-1), "stem": lambda x: model.a(x).relu()}
     setattr(model, place, functions[place])
-    with pytest.raises(UnsupportedError, match=rf"^{place} is a function that closes over modules of Net, so"):
+    with pytest.raises(
+        UnsupportedError, match=rf"^{place} is a function that closes over modules of TwoConvolutions, so"
+    ):
         batude_fx.compress(model, 0.6, example_inputs=IMAGES[:1], calibration=None)
 
 
 def test_a_function_that_closes_over_other_things_is_copied() -> None:
-    model, offset, teacher = Net(), torch.ones(1), Net()
+    model, offset, teacher = TwoConvolutions(), torch.ones(1), TwoConvolutions()
     vars(model)["shift"] = lambda x: x + offset + teacher(x).mean()
     assert batude_fx.compress(model, 0.6, example_inputs=IMAGES[:1], calibration=None).shift is model.shift
 
@@ -146,7 +124,7 @@ def test_a_function_that_closes_over_other_things_is_copied() -> None:
 @pytest.mark.parametrize("calibration", ["synthetic", IMAGES])
 def test_half_precision_inside_the_forward(calibration: str | Tensor) -> None:
     small = batude_fx.compress(HalfInside(), 0.6, example_inputs=IMAGES[:1], calibration=calibration)
-    same = batude_fx.compress(Net(), 0.6, example_inputs=IMAGES[:1], calibration=calibration)
+    same = batude_fx.compress(TwoConvolutions(), 0.6, example_inputs=IMAGES[:1], calibration=calibration)
     gap = small(IMAGES) - same(IMAGES)
     assert gap.norm() / same(IMAGES).norm() < 0.05
     assert {parameter.dtype for parameter in small.parameters()} == {torch.float32}
@@ -185,7 +163,7 @@ def test_batches_in_which_nothing_is_found_say_nothing(order: Callable[..., tupl
 
 
 def test_outputs_that_cannot_be_traced_are_said_in_short() -> None:
-    class Wrapped(Net):
+    class Wrapped(TwoConvolutions):
         def forward(self, x: Tensor) -> Any:
             return type("Output", (), {"logits": super().forward(x)})()
 
@@ -195,8 +173,8 @@ def test_outputs_that_cannot_be_traced_are_said_in_short() -> None:
 
 
 def test_a_budget_that_asks_for_nothing_is_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"nothing is replaced: the dense Net meets the budget, flops 50"):
-        small = batude_fx.compress(Net(), "50GFLOPs", example_inputs=IMAGES[:1], calibration=None)
+    with pytest.warns(UserWarning, match=r"nothing is replaced: the dense TwoConvolutions meets the budget, flops 50"):
+        small = batude_fx.compress(TwoConvolutions(), "50GFLOPs", example_inputs=IMAGES[:1], calibration=None)
     assert not any(isinstance(module, TuckerModule) for module in small.modules())
 
 
@@ -209,7 +187,7 @@ def test_batch_norms_shared_by_processes_are_saved_by_name(tmp_path: Path) -> No
 
 
 def test_a_norm_whose_gain_is_used_elsewhere_is_not_folded() -> None:
-    class Gained(Net):
+    class Gained(TwoConvolutions):
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.n(self.a(x)) * self.n.weight.view(1, -1, 1, 1)
             return y
