@@ -1,1 +1,1 @@
-"""What a model is made of: its convolutions, what they cost, how they are found and how they are replaced."""
+"""The convolutions of a model: how they are found, what they cost and how they are replaced."""

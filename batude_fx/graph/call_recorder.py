@@ -25,13 +25,13 @@ _SELECTIONS = {  # functions whose result has a size that depends on values
 
 
 @dataclass(frozen=True)
-class FoundLayer:
+class LayerEntry:
     """A convolution or linear layer in the module tree of a model.
 
     Attributes:
         layer: The layer.
         names: All of its qualified names; the first one is the name of its site.
-        found_by: How it was found.
+        found_by: How discovery reached it, as in `ConvSite`.
         sharers: Names of other modules that hold one of its parameters.
         place_reason: Why a layer at this place in the model cannot be replaced, or None.
     """
@@ -70,7 +70,7 @@ class CallRecorder:
     """Receives the calls of all layers and torch functions during a run, and keeps what discovery needs of them.
 
     Attributes:
-        layers: The layers whose calls are recorded.
+        entries: The layers whose calls are recorded.
         tensor_names: `id` of every parameter and buffer to its qualified name.
         counts: Name of a site to its calls.
         used_directly: Names of layers whose weight is used by a function outside of the layer.
@@ -78,7 +78,7 @@ class CallRecorder:
         sizes_vary: Whether the run makes a tensor whose size depends on values, as where a detector selects boxes.
     """
 
-    layers: list[FoundLayer]
+    entries: list[LayerEntry]
     tensor_names: dict[int, str]
     counts: dict[str, CallCounts] = field(default_factory=dict)
     used_directly: set[str] = field(default_factory=set)
@@ -87,9 +87,9 @@ class CallRecorder:
     _functional: dict[str, ConvSite] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.counts = {found.names[0]: CallCounts() for found in self.layers}
-        self._weights = {id(found.weight): found.names[0] for found in self.layers if found.weight is not None}
-        self._spatial_axes = {found.names[0]: _spatial_axes(found.layer) for found in self.layers}
+        self.counts = {entry.names[0]: CallCounts() for entry in self.entries}
+        self._weights = {id(entry.weight): entry.names[0] for entry in self.entries if entry.weight is not None}
+        self._spatial_axes = {entry.names[0]: _spatial_axes(entry.layer) for entry in self.entries}
         self._calls_so_far = 0
 
     def before_layer(self, *_: object) -> None:
@@ -217,20 +217,20 @@ def with_calls(site: ConvSite, counts: CallCounts) -> ConvSite:
     return replace(site, positions_in=counts.positions_in, positions_out=counts.positions_out, calls=counts.calls)
 
 
-def record_calls(model: nn.Module, layers: list[FoundLayer], inputs: tuple[object, ...]) -> CallRecorder:
+def record_calls(model: nn.Module, entries: list[LayerEntry], inputs: tuple[object, ...]) -> CallRecorder:
     """Run a model once and record its calls.
 
     Args:
         model: Any module, in eval mode; hooks are removed after the run.
-        layers: The layers whose calls are recorded.
+        entries: The layers whose calls are recorded.
         inputs: Arguments of the run.
 
     Raises:
         DiscoveryError: The model does not run on these arguments.
     """
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    recorder = CallRecorder(layers, names)
-    modules = {found.names[0]: found.layer for found in layers}
+    recorder = CallRecorder(entries, names)
+    modules = {entry.names[0]: entry.layer for entry in entries}
     try:
         with (
             torch.no_grad(), TorchCallHook(recorder.after_function),

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from batude_fx.errors import BatudeError, DiscoveryError, SelectionError
-from batude_fx.graph.call_recorder import CallRecorder, FoundLayer, record_calls, with_calls
+from batude_fx.graph.call_recorder import CallRecorder, LayerEntry, record_calls, with_calls
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.sites import ConvSite, FoundBy
@@ -68,11 +68,11 @@ def discover(
     _refuse_lazy(model)
     with eval_and_restore(model):
         called_modules = _called_modules(model, _LAYERS[layers])
-        found_layers = _find_layers(model, _LAYERS[layers], called_modules)
-        if not found_layers and example_inputs is None:
+        entries = _find_layers(model, _LAYERS[layers], called_modules)
+        if not entries and example_inputs is None:
             raise _no_sites_error(model, layers)
-        recorder = record_calls(model, found_layers, resolve_inputs(model, example_inputs))
-    sites = [*(_site(found, recorder) for found in found_layers), *recorder.functional_sites()]
+        recorder = record_calls(model, entries, resolve_inputs(model, example_inputs))
+    sites = [*(_site(entry, recorder) for entry in entries), *recorder.functional_sites()]
     if not sites:
         raise _no_sites_error(model, layers)
     sites.sort(key=lambda site: recorder.counts[site.name].first_call)
@@ -94,7 +94,7 @@ class _Tracer(fx.Tracer):
 
 def _find_layers(
     model: nn.Module, layer_types: tuple[type[nn.Module], ...], called_modules: Mapping[str, str]
-) -> list[FoundLayer]:
+) -> list[LayerEntry]:
     """Return every layer in the module tree, with how the traced graph reaches it."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -104,16 +104,16 @@ def _find_layers(
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     place_reasons = _place_reasons(model)
-    found_layers = []
+    entries = []
     for layer, layer_names in names.items():
         if isinstance(layer, layer_types):
             found_by = next((how for name in layer_names if (how := _reached_by(name, called_modules))), "tree")
             holders = (name for parameter in layer.parameters(recurse=False) for name in owners[id(parameter)])
             sharers = tuple(name for name in holders if name != layer_names[0])
-            found_layers.append(
-                FoundLayer(layer, tuple(layer_names), cast("FoundBy", found_by), sharers, place_reasons.get(layer))
+            entries.append(
+                LayerEntry(layer, tuple(layer_names), cast("FoundBy", found_by), sharers, place_reasons.get(layer))
             )
-    return found_layers
+    return entries
 
 
 def _place_reasons(model: nn.Module) -> dict[nn.Module, str]:
@@ -177,9 +177,9 @@ def _trace(module: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> fx.Gr
         return None
 
 
-def _site(found: FoundLayer, recorder: CallRecorder) -> ConvSite:
+def _site(entry: LayerEntry, recorder: CallRecorder) -> ConvSite:
     """Return the site of a layer, with its calls and, where it must stay dense, the reason."""
-    layer, conv = found.layer, cast("nn.Conv2d", found.layer)
+    layer, conv = entry.layer, cast("nn.Conv2d", entry.layer)
     if isinstance(layer, nn.Linear):
         shape: dict[str, Any] = {"in_channels": layer.in_features, "out_channels": layer.out_features}
         shape |= {"kernel_size": (), "groups": 1, "transposed": False}
@@ -187,18 +187,18 @@ def _site(found: FoundLayer, recorder: CallRecorder) -> ConvSite:
         names = ("in_channels", "out_channels", "kernel_size", "groups", "transposed")
         shape = {name: getattr(conv, name) for name in names}
     site = ConvSite(
-        name=found.names[0],
+        name=entry.names[0],
         kind=type(layer).__name__,
         **shape,
         positions_in=0,
         positions_out=0,
         calls=0,
-        found_by=found.found_by,
-        aliases=found.names[1:],
+        found_by=entry.found_by,
+        aliases=entry.names[1:],
         has_bias=layer.bias is not None,
     )
     site = with_calls(site, recorder.counts[site.name])
-    reason = dense_layers.skip_reason(layer) or _shape_reason(site, layer) or _use_reason(site, found, recorder)
+    reason = dense_layers.skip_reason(layer) or _shape_reason(site, layer) or _use_reason(site, entry, recorder)
     if reason:
         return replace(site, skip_reason=reason)
     own_flops, own_params = dense_layers.own_cost(layer)
@@ -217,14 +217,14 @@ def _shape_reason(site: ConvSite, layer: nn.Module) -> str | None:
     return None
 
 
-def _use_reason(site: ConvSite, found: FoundLayer, recorder: CallRecorder) -> str | None:
+def _use_reason(site: ConvSite, entry: LayerEntry, recorder: CallRecorder) -> str | None:
     """Return the reason why a layer stays dense because of how the model uses it, or None."""
     if not site.name:
         return "is the model itself; wrap it in nn.Sequential"
-    if found.place_reason:
-        return found.place_reason
-    if found.sharers:
-        return f"shares a parameter with {found.sharers[0]!r}"
+    if entry.place_reason:
+        return entry.place_reason
+    if entry.sharers:
+        return f"shares a parameter with {entry.sharers[0]!r}"
     if site.name in recorder.used_directly:
         return "its weight is also used directly, outside the layer"
     return None if site.calls else "never called on the example input"

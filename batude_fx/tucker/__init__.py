@@ -1,1 +1,1 @@
-"""The mathematics of Tucker-2, and the layers that carry it: ranks, decompositions, dense layers, modules."""
+"""Tucker-2: its tensor algebra, the dense layers that can be replaced, and the modules in Tucker-2 form."""
