@@ -1,0 +1,89 @@
+"""A config.json that cannot be trusted is refused in one line."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+import batude_fx
+from batude_fx.errors import SavedModelError
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _set(*keys: str, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = value
+
+    return change
+
+
+_BROKEN = {
+    "another package": (_set("architecture", value="resnet50"), "its architecture is 'resnet50'"),
+    "no architecture": (lambda config: config.pop("architecture"), "not a config of batude_fx"),
+    "another format": (_set("format", value=2), "has format 2"),
+    "unknown key": (_set("hook", value="os.system"), "hook"),
+    "unknown inner key": (_set("model_args", "code", value="x"), "code"),
+    "path as name": (_set("model_args", "base", value="../../etc/passwd"), "model_args.base"),
+    "scheme as name": (_set("model_args", "base", value="hf-hub:someone/else"), "model_args.base"),
+    "unknown name": (_set("model_args", "base", value="resnet10tt"), "no architecture that timm registers"),
+    "itself": (_set("model_args", "base", value="batude_fx"), "no architecture that timm registers"),
+    "unknown library": (_set("model_args", "library", value="os"), "model_args.library"),
+    "a file to read": (_set("model_args", "args", value={"checkpoint_path": "/etc/passwd"}), "checkpoint_path"),
+    "weights to fetch": (_set("model_args", "args", value={"pretrained": True}), "pretrained"),
+    "url to fetch": (_set("pretrained_cfg", "url", value="http://x/y.pth"), "pretrained_cfg.url"),
+    "nested value": (_set("model_args", "args", value={"num_classes": {"a": 1}}), "num_classes"),
+    "path as site": (_set("model_args", "ranks", value={"../x": [8, 8]}), "is not the model that was saved"),
+    "no such site": (_set("model_args", "ranks", value={"layer9.conv": [8, 8]}), "is not the model that was saved"),
+    "rank zero": (_set("model_args", "ranks", value={"conv1.0": [0, 3]}), "greater than 0"),
+    "rank too large": (_set("model_args", "ranks", value={"conv1.0": [9999, 3]}), "is not the model that was saved"),
+    "a block as site": (_set("model_args", "ranks", value={"layer1": [8, 8]}), "is not the model that was saved"),
+    "the root as site": (_set("model_args", "ranks", value={"": [8, 8]}), "is not the model that was saved"),
+    "bias of no site": (_set("model_args", "biased", value=["fc"]), "which has no ranks"),
+    "other ranks": (_set("model_args", "ranks", value={}), "the weights are not those"),
+    "other classes": (_set("model_args", "args", value={"num_classes": 9}), "the weights are not those"),
+    "other network": (_set("model_args", "base", value="resnet14t"), "is not the model that was saved"),
+    "half an origin": (_set("model_args", "library", value=None), "given together"),
+}
+
+
+@pytest.mark.parametrize("name", _BROKEN)
+def test_a_config_that_is_wrong_is_refused_in_one_line(name: str, folder: Path) -> None:
+    change, message = _BROKEN[name]
+    _edit(folder, change)
+    for read in (batude_fx.load, lambda path: timm.create_model(f"local-dir:{path}", pretrained=True)):
+        if name == "another package" and read is not batude_fx.load:
+            continue  # then timm is not asking us
+        if name == "no architecture" and read is not batude_fx.load:
+            continue
+        with pytest.raises(SavedModelError, match=re.escape(message)) as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", '{"a": NaN}', "[" * 100_000, "\x00", '{"architecture": 1e999}']
+)
+def test_a_config_that_is_no_json_is_refused(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(SavedModelError):
+        batude_fx.load(folder)
+
+
+def test_missing_and_oversized_files_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SavedModelError, match=r"has no config\.json"):
+        batude_fx.load(tmp_path / "nowhere")
+    with (folder / "config.json").open("ab") as config:
+        config.truncate(2**24 + 1)
+    with pytest.raises(SavedModelError, match="is no config"):
+        batude_fx.load(folder)
