@@ -1,7 +1,11 @@
-"""Batch-norm folded into the layer before it, for deployment: a scale and a shift per channel cost nothing there.
+"""Fold batch-norms into the layers before them, for deployment.
 
-One run of the example shows which layer's output goes to a batch-norm and nowhere else. Networks that cannot be traced
-are folded as well, and a layer that is called twice, or whose output is also used elsewhere, is left alone.
+In eval mode a batch-norm multiplies each channel by s = gain / sqrt(running variance + eps) and adds t = offset -
+running mean * s. After a layer W x + b this gives s (W x + b) + t = (s W) x + (s b + t): the same layer with other
+numbers, and the batch-norm costs nothing any more.
+
+One run on the example input shows which layer's output goes to a batch-norm and nowhere else. So networks that cannot
+be traced are folded as well, and a layer that is called twice, or whose output is also used elsewhere, stays as it is.
 
 Source: B. Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018, https://arxiv.org/abs/1712.05877, section 3.2.
@@ -9,6 +13,7 @@ Integer-Arithmetic-Only Inference", CVPR 2018, https://arxiv.org/abs/1712.05877,
 
 import copy
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,113 +32,159 @@ from batude_fx.tucker.modules import TuckerModule
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _WITH_ACTIVATION = (BatchNormAct2d, FrozenBatchNormAct2d)
-_QUESTIONS = {"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floating_point", "is_contiguous"}
+# Names of functions that read a shape or a dtype, not values, if they return no tensor; `__get__` reads any attribute.
+_METADATA = {"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floating_point", "is_contiguous"}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d, *_WITH_ACTIVATION)
 
 
 def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = None) -> ModelT:
-    """A copy of a network, compressed or not, whose batch-norms are folded into the layers before them.
+    """Return a copy of a network, compressed or not, whose batch-norms are folded into the layers before them.
 
     Args:
         model: Any module; it is left as it is.
-        example_inputs: Arguments of one run. By default what timm or torchvision knows of the model.
+        example_inputs: Arguments of one forward pass. By default, those that timm or torchvision declare for the model.
 
     Returns:
-        A network of the same class in eval mode, with the same outputs up to rounding. It is for inference: in training
-        a batch-norm would follow its batch. Layers get a bias, so `save` cannot rebuild it by name; `export` writes it.
+        A network of the same class in eval mode, with the same outputs up to rounding. It is for inference only: in
+        training, a batch-norm would use the statistics of the batch. The layers have a bias that they did not have, so
+        `save` cannot rebuild the network by name; `export` can write it.
 
     Raises:
-        DiscoveryError: Nothing is known of the model's input, and none was given.
+        DiscoveryError: No `example_inputs` are given, and none are declared for the model.
 
-    Source: B. Jacob et al., CVPR 2018, section 3.2; torch's `fuse_conv_bn_eval` does it for a pair that is known.
+    Source: B. Jacob et al., CVPR 2018, section 3.2; torch's `fuse_conv_bn_eval` folds one given pair.
     """
+    foldable_pairs = OutputTracker(model).run(resolve_inputs(model, example_inputs))
+    names = {module: name for name, module in model.named_modules()}
     modules: dict[str, nn.Module] = {}
-    for name, norm_name in _pairs(model, resolve_inputs(model, example_inputs)).items():
-        norm = model.get_submodule(norm_name)
-        modules[name] = _folded(model.get_submodule(name), norm)
-        modules[norm_name] = _remainder(norm)
+    for layer, norm in foldable_pairs:
+        modules[names[layer]] = _folded(layer, norm)
+        modules[names[norm]] = _rest_of_norm(norm)
     folded = replace_modules(model, modules)
     folded.eval()
     return folded
 
 
-def _pairs(model: nn.Module, inputs: tuple[object, ...]) -> dict[str, str]:
-    """Name of every layer that a batch-norm can be folded into, to the name of the batch-norm."""
-    names = {module: name for name, module in model.named_modules()}
-    layers = {module for module in names if _is_layer(module)}
-    norms = {module for module in names if _is_norm(module)}
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that none gets another's identity
-    followed: dict[nn.Module, nn.Module] = {}
-    calls: Counter[nn.Module] = Counter()
-    uses: Counter[int] = Counter()  # of each tensor, by torch functions that do more than ask for its shape
+@dataclass
+class OutputTracker:
+    """Follows the outputs of layers through one run of a model: which batch-norm gets each, and what else uses it.
 
-    def hear(function: Any, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> None:  # noqa: ANN401
-        if function.__name__ not in _QUESTIONS or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            uses.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
+    A batch-norm can be folded into a layer if the layer is called once, its output goes to the batch-norm and nowhere
+    else, and the batch-norm gets nothing else. Tensors are keys by identity, as in the state of torch's optimizers. The
+    keys keep all of these tensors alive during the run, so that no identity is given to a second tensor.
 
-    def after_layer(layer: nn.Module, _args: object, _kwargs: object, output: object) -> None:
-        calls[layer] += 1
-        if isinstance(output, Tensor) and output.ndim == _batched(layer):
-            outputs[id(output)] = layer, output
-            uses[id(output)] = 0  # an earlier tensor may have had this identity
+    Attributes:
+        model: The model.
+        layer_of: Output to the layer that returned it.
+        norm_of: Output to the batch-norm that was called with it.
+        uses: Number of torch functions that computed with each output and each parameter.
+        calls: Number of calls of each layer and batch-norm.
+        returned: The tensors that the model returned.
+    """
 
-    def before_norm(norm: nn.Module, args: tuple[object, ...], _kwargs: object) -> None:
-        calls[norm] += 1
-        if args and id(args[0]) in outputs:
-            followed[outputs[id(args[0])][0]] = norm
+    model: nn.Module
+    layer_of: dict[Tensor, nn.Module] = field(default_factory=dict)
+    norm_of: dict[Tensor, nn.Module] = field(default_factory=dict)
+    uses: Counter[Tensor] = field(default_factory=Counter)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    returned: set[Tensor] = field(default_factory=set)
 
-    with (
-        eval_and_restore(model), torch.no_grad(), TorchCallHook(hear),
-        observe_calls({layer: layer for layer in layers}, after=after_layer),
-        observe_calls({norm: norm for norm in norms}, before=before_norm),
-    ):  # fmt: skip
-        returned = {id(leaf) for leaf in tree_leaves(model(*inputs))}
-    elsewhere = {layer for key, (layer, _) in outputs.items() if uses[key] > 1 or key in returned}
-    shared = {module for module in names if any(uses[id(one)] > 1 for one in module.parameters(recurse=False))}
-    return {
-        names[layer]: names[norm]
-        for layer, norm in followed.items()
-        if calls[layer] == calls[norm] == 1 and layer not in elsewhere | shared and norm not in shared
-    }
+    def run(self, inputs: tuple[object, ...]) -> list[tuple[nn.Module, nn.Module]]:
+        """Run the model once in eval mode; return every layer that a batch-norm can be folded into, with the latter."""
+        self.uses.update(dict.fromkeys(self.model.parameters(), 0))
+        layers = {module: module for module in self.model.modules() if _is_layer(module)}
+        norms = {module: module for module in self.model.modules() if _is_norm(module)}
+        with (
+            eval_and_restore(self.model), torch.no_grad(), TorchCallHook(self._count_uses),
+            observe_calls(layers, after=self._after_layer), observe_calls(norms, before=self._before_norm),
+        ):  # fmt: skip
+            self.returned = _tensors(self.model(*inputs))
+        pairs = [(self.layer_of[output], norm) for output, norm in self.norm_of.items() if self._has_one_use(output)]
+        return [
+            (layer, norm)
+            for layer, norm in pairs
+            if self.calls[layer] == self.calls[norm] == 1 and not self._is_shared(layer) and not self._is_shared(norm)
+        ]
+
+    def _after_layer(self, layer: nn.Module, _args: object, _kwargs: object, output: object) -> None:
+        self.calls[layer] += 1
+        if isinstance(output, Tensor) and output.ndim == _batched_ndim(layer):
+            # The output of a Tucker module is that of its last part: the module comes later and takes its place.
+            self.layer_of[output] = layer
+            self.uses[output] = 0
+
+    def _before_norm(self, norm: nn.Module, args: tuple[object, ...], _kwargs: object) -> None:
+        self.calls[norm] += 1
+        if args and isinstance(args[0], Tensor) and args[0] in self.layer_of:
+            self.norm_of[args[0]] = norm
+
+    def _count_uses(
+        self,
+        function: Any,  # noqa: ANN401 - whatever torch function is called
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        result: object,
+    ) -> None:
+        reads_metadata = function.__name__ in _METADATA and not _tensors(result)
+        if not reads_metadata:
+            self.uses.update(tensor for tensor in _tensors((args, kwargs)) if tensor in self.uses)
+
+    def _has_one_use(self, output: Tensor) -> bool:
+        return self.uses[output] <= 1 and output not in self.returned
+
+    def _is_shared(self, module: nn.Module) -> bool:
+        """Return whether anything besides the module used its parameters."""
+        return any(self.uses[parameter] > 1 for parameter in module.parameters(recurse=False))
+
+
+def _tensors(tree: object) -> set[Tensor]:
+    return {leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
 
 
 def _is_layer(module: nn.Module) -> bool:
+    """Return whether a batch-norm could be folded into a module: it convolves as torch's own layers do."""
     if isinstance(module, TuckerModule):
         return not any(user_modification(part) for part in module.modules())
     return convolves_as_stored(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    known = type(module) in _NORMS and getattr(module, "running_mean", None) is not None
-    return known and user_modification(module) is None
+    """Return whether a module is a batch-norm with running statistics that nobody modified."""
+    has_statistics = type(module) in _NORMS and getattr(module, "running_mean", None) is not None
+    return has_statistics and user_modification(module) is None
 
 
-def _batched(layer: nn.Module) -> int:
-    """Axes of an output whose channels a batch-norm takes for its own; of a linear layer's (N, L, C) it takes L."""
+def _batched_ndim(layer: nn.Module) -> int:
+    """Return the axes of a batch of outputs (N, C, ...).
+
+    A batch-norm takes axis 1 for the channels. In an output with other axes, (C, ...) without a batch or (N, L, C) of a
+    linear layer, axis 1 is not the layer's channels.
+    """
     return 2 + len(getattr(layer, "kernel_size", ()))
 
 
 @torch.no_grad()
 def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """Return a copy of a layer, its weight multiplied by the scale of a batch-norm and its bias scaled and shifted."""
     folded = copy.deepcopy(layer)
     last = cast("nn.Conv2d", folded.last if isinstance(folded, TuckerModule) else folded)
     fine = torch.promote_types(last.weight.dtype, torch.float32)  # half precision is rounded once, at the end
     mean, variance, gain, offset = (
-        None if (one := getattr(norm, name)) is None else one.to(fine)
+        None if (value := getattr(norm, name)) is None else value.to(fine)
         for name in ("running_mean", "running_var", "weight", "bias")
     )
     scale = (cast("Tensor", variance) + cast("float", norm.eps)).rsqrt() * (1 if gain is None else gain)  # (C_out,)
     shift = (0 if offset is None else offset) - cast("Tensor", mean) * scale
     weight = to_canonical(last.weight.to(fine), last)  # (groups, C_out / groups, ...)
-    gains = scale.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    row_scales = scale.view(*weight.shape[:2], *[1] * (weight.ndim - 2))
     bias = shift if last.bias is None else last.bias.to(fine) * scale + shift
     last.bias = nn.Parameter(bias.to(last.weight.dtype))
-    last.weight.copy_(from_canonical(weight * gains, last))
+    last.weight.copy_(from_canonical(weight * row_scales, last))
     return folded
 
 
-def _remainder(norm: nn.Module) -> nn.Module:
-    """What is left of a batch-norm: timm's have a drop layer and an activation inside."""
+def _rest_of_norm(norm: nn.Module) -> nn.Module:
+    """Return what a batch-norm does besides normalizing: timm's contain a drop layer and an activation."""
     if not isinstance(norm, _WITH_ACTIVATION):
         return nn.Identity()
     return nn.Sequential(copy.deepcopy(norm.drop), copy.deepcopy(norm.act))
