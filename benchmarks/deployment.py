@@ -1,10 +1,11 @@
-"""One compressed ResNet-50 in every form it can be deployed in: milliseconds, bytes, and agreement with the original.
+"""A compressed ResNet-50 in every form of deployment: milliseconds, bytes, and agreement with the original.
 
-Run `make bench-deployment`, or `python -m benchmarks.deployment`; about ten minutes on idle cores. Real weights, half
-of the flops, calibrated with 256 shop photos, ranks in multiples of 32; int8 calibrated with 128 of them. Agreement is
-with the original's classes on 400 other photos. Each form is timed on one image and on eight, one thread, in turns with
-the original in torch. Exit code 1 when a file's outputs differ from torch's by more than 1e-4 of the largest, or int8
-loses more than 2 points of agreement.
+Run `make bench-deployment`, or `python -m benchmarks.deployment`; about ten minutes on idle cores. The network has
+ImageNet weights and is compressed to half of its flops, calibrated with 256 shop photos, with ranks in multiples of 32;
+int8 is calibrated with 128 of the photos. Agreement is the share of 400 other photos with the original's class. Each
+form is timed on one image and on eight, on one thread, alternating with the original in torch. The exit code is 1 if
+the outputs of a file differ from those of torch by more than 1e-4 of the largest, or if int8 loses more than 2
+percentage points of agreement.
 """
 
 import sys
@@ -38,7 +39,7 @@ Run = Callable[[Images], Images]
 
 
 def main() -> int:
-    """Export, run, show, judge."""
+    """Export, run, print and publish the table."""
     warnings.simplefilter("ignore")
     where = environment()
     CONSOLE.print(where)
@@ -64,7 +65,7 @@ def main() -> int:
                 times = [seconds(run, torch_run(model), held_out[:batch]) for batch in (1, 8)]
                 table.add_row(
                     name, form, f"{size / 1e6:.1f}", f"{difference:.0e}", f"{agreement:.4f}",
-                    *(f"{1000 * one:.1f} ({other / one:.2f}x)" for one, other in times),
+                    *(f"{1000 * wall:.1f} ({original_wall / wall:.2f}x)" for wall, original_wall in times),
                     "" if network is model else "ok" if ok else "MISSED",
                 )  # fmt: skip
     CONSOLE.print(table)
@@ -73,7 +74,7 @@ def main() -> int:
 
 
 def forms(network: nn.Module, folder: Path, photos: torch.Tensor) -> dict[str, tuple[Run, int, float]]:
-    """Form to its function, bytes and largest difference from torch."""
+    """Return, for each form, its function, its bytes and its largest difference from torch."""
     paths = {form: folder / name for form, name in (("ONNX", "a.onnx"), ("OpenVINO", "b.xml"), ("int8", "c.onnx"))}
     gaps = {
         form: batude_fx.export(network, path, int8=photos if form == "int8" else None) for form, path in paths.items()
@@ -91,9 +92,9 @@ def forms(network: nn.Module, folder: Path, photos: torch.Tensor) -> dict[str, t
 
 
 def torch_run(network: nn.Module, *, compiled: bool = False) -> Run:
-    """Channels-last, weights and images."""
-    last = network.to(memory_format=torch.channels_last)
-    call = torch.compile(last) if compiled else last
+    """Return a function that runs the network in channels-last format."""
+    channels_last = network.to(memory_format=torch.channels_last)
+    call = torch.compile(channels_last) if compiled else channels_last
 
     @torch.no_grad()
     def run(images: Images) -> Images:
@@ -103,7 +104,7 @@ def torch_run(network: nn.Module, *, compiled: bool = False) -> Run:
 
 
 def onnx_run(path: Path) -> Run:
-    """One thread."""
+    """Return a function that runs an ONNX file on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options)
@@ -111,20 +112,20 @@ def onnx_run(path: Path) -> Run:
 
 
 def openvino_run(path: Path) -> Run:
-    """One thread, float32 where nothing is quantized."""
+    """Return a function that runs a file on one thread, in float32 where it is not quantized."""
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = openvino.Core().compile_model(path, "CPU", settings)
     return lambda images: np.asarray(compiled([images])[0])
 
 
 def classes(run: Run, images: Images) -> NDArray[np.int64]:
-    """(N,) the class of every image, eight at a time."""
+    """Return the class of every image, (N,), computed in batches of eight."""
     batches = track(np.split(images, len(images) // 8), "running", console=CONSOLE, transient=True)
     return np.concatenate([run(batch).argmax(1) for batch in batches])
 
 
 def seconds(run: Run, original: Run, images: Images) -> tuple[float, float]:
-    """Medians of a form and of the original in torch, taking turns."""
+    """Return the median seconds of a form and of the original in torch, run alternately."""
     ours, theirs = time_calls([partial(run, images), partial(original, images)], TURNS)
     return ours, theirs
 

@@ -1,7 +1,7 @@
-"""Wall time of discovery plus flop count, beside fvcore's own time on the same model; one thread.
+"""Wall time of discovery and flop count, compared with fvcore alone on the same model; one thread.
 
-Run `make bench`, or `python -m benchmarks.discovery_time`; about half a minute. Both sides run in one process and take
-turns; medians, and the fastest and slowest turn beside them. Exit code 1 when a limit is missed.
+Run `make bench`, or `python -m benchmarks.discovery_time`; about half a minute. Both run alternately in one process;
+the table shows medians with the fastest and the slowest turn. The exit code is 1 if a limit is exceeded.
 """
 
 import sys
@@ -24,13 +24,13 @@ from batude_fx.graph.flops import count_flops
 from benchmarks.published import environment, publish
 
 LIMITS = {"resnet50": 1.5, "efficientnet_b4": 4.0}  # seconds
-MOST = 2.0  # times what fvcore takes
+MOST = 2.0  # times the time of fvcore
 TURNS = 11
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: seconds of every turn."""
+    """The seconds of every turn for one model."""
 
     name: str
     ours: list[float]
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Of the medians."""
+        """Ratio of the medians."""
         return median(self.ours) / median(self.fvcore)
 
     @property
@@ -48,12 +48,12 @@ class Row:
 
 
 def main() -> int:
-    """Measure, print the table."""
+    """Measure every model, print and publish the table."""
     console = Console(width=120)
     torch.set_num_threads(1)
     where = environment()
     console.print(where)
-    rows = [measured(name) for name in LIMITS]
+    rows = [measure(name) for name in LIMITS]
     table = Table("model", "discover + count_flops (s)", "limit", "fvcore alone (s)", "ratio", "limit", "")
     for row in rows:
         limit = f"{LIMITS[row.name]:.1f} s"
@@ -66,8 +66,8 @@ def main() -> int:
     return 0 if all(row.ok for row in rows) else 1
 
 
-def measured(name: str) -> Row:
-    """Both sides in turns, after one turn that does not count."""
+def measure(name: str) -> Row:
+    """Time both alternately, after one warm-up turn."""
     model = timm.create_model(name).eval()
     inputs = example_inputs(model)
 
@@ -85,14 +85,14 @@ def measured(name: str) -> Row:
 
 
 def seconds(action: Callable[[], None]) -> float:
-    """Of one call."""
+    """Return the wall seconds of one call."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def spread(times: list[float]) -> str:
-    """Median, and the fastest and slowest turn."""
+    """Describe the median, and the fastest and slowest turn."""
     return f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
 
 

@@ -1,11 +1,12 @@
-"""How the parts of `compress` grow with the number of sites and with their channels, with fitted exponents.
+"""How time and memory of the parts of `compress` grow with the number of sites and of channels.
 
-Run `make bench-growth`, or `python -m benchmarks.growth`; about five minutes on idle cores. Depth: ResNet-18, 50 and
-152; width: ResNet-50 with inner channels once, twice and four times as wide. Random weights, eight random images, two
-threads; every part is run twice in a fresh process, the faster run counts, memory is what the part added at its peak.
-An exponent is the slope of log seconds over log sites, or over log width, by least squares. "eigen" is what the
-eigen-decompositions of all modes of all sites alone take (LAPACK, cubic in the channels): nothing may grow faster.
-Exit code 1 when something does, by more than a tenth.
+Run `make bench-growth`, or `python -m benchmarks.growth`; about five minutes on idle cores. Depth is varied with
+ResNet-18, 50 and 152, width with ResNet-50 with one, two and four times as many inner channels. Weights are random,
+with eight random images and two threads. Every part is run twice in a fresh process; the table shows the time of the
+faster run, and the memory that the part added at its peak. An exponent is the slope of log seconds over log sites, or
+over log width, by least squares. "eigen" is the time of the eigendecompositions of all modes of all sites alone
+(LAPACK, cubic in the channels). The exit code is 1 if a part grows faster with the width than "eigen", by more than 0.1
+in the exponent.
 """
 
 import multiprocessing
@@ -47,39 +48,42 @@ CONSOLE = Console(width=140)
 
 
 def main() -> int:
-    """Measure, fit, show, judge."""
+    """Measure every network, fit the exponents, print and publish the table."""
     warnings.simplefilter("ignore")
     where = environment()
     CONSOLE.print(where)
-    found: dict[str, dict[str, Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for name in track(NETWORKS, "measuring", console=CONSOLE, transient=True):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), follow_parent) as fresh:
-            found[name] = fresh.submit(measure, *NETWORKS[name]).result()
+            facts[name] = fresh.submit(measure, *NETWORKS[name]).result()
     table = Table("network", "sites", *(f"{part}, s (MiB)" for part in PARTS), title="Cost of growth")
-    for name, one in found.items():
-        table.add_row(name, str(one["sites"]), *(f"{one[p][0]:.2f} ({one[p][1] / 2**20:.0f})" for p in PARTS))
-    deeper = [slope([found[n]["sites"] for n in DEPTH], [found[n][part][0] for n in DEPTH]) for part in PARTS]
-    wider = [slope([1, 2, 4], [found[n][part][0] for n in WIDTH]) for part in PARTS]
-    table.add_row("exponent of sites", "", *(f"{one:.2f}" for one in deeper))
-    table.add_row("exponent of width", "", *(f"{one:.2f}" for one in wider))
+    for name, costs in facts.items():
+        cells = (f"{costs[part][0]:.2f} ({costs[part][1] / 2**20:.0f})" for part in PARTS)
+        table.add_row(name, str(costs["sites"]), *cells)
+    deeper = [
+        slope([facts[name]["sites"] for name in DEPTH], [facts[name][part][0] for name in DEPTH]) for part in PARTS
+    ]
+    wider = [slope([1, 2, 4], [facts[name][part][0] for name in WIDTH]) for part in PARTS]
+    table.add_row("exponent of sites", "", *(f"{exponent:.2f}" for exponent in deeper))
+    table.add_row("exponent of width", "", *(f"{exponent:.2f}" for exponent in wider))
     CONSOLE.print(table)
     publish("growth", table, where)
     return int(max(wider[:-1]) > wider[-1] + SLACK)
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
-    """Of log seconds over log size."""
+    """Return the slope of log seconds over log size."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def measure(name: str, width: int) -> dict[str, Any]:
-    """Seconds and peak bytes of each part."""
+    """Return the seconds and peak bytes of each part."""
     model: nn.Module = torchvision.models.get_model(name, width_per_group=width).eval()
     image, images = torch.zeros(1, 3, 224, 224), torch.randn(8, 3, 224, 224)
     facts: dict[str, Any] = {}
 
     def part(label: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the part gives
-        Path("/proc/self/clear_refs").write_text("5")  # forget the memory's peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the memory
         before, seconds, results = resident("VmRSS"), [], []
         for _ in range(2):
             start = now()

@@ -1,7 +1,7 @@
-"""How each tool halves the flops of a network, as its own documentation does it; one function a row of `peers`.
+"""How each tool halves the flops of a network, used as in its documentation; one function per row of `peers`.
 
-Every function takes (model, photos, keep) and returns the compressed network. Where a tool has no flop budget but one
-number that sets its size, that number is found by bisection before the clock runs: `prepare` gives the call to time.
+Every function takes (model, photos, keep) and returns the call to time, which returns the compressed network. If a tool
+has no flop budget but one number that sets the size of the network, this number is found by bisection beforehand.
 """
 
 import os
@@ -21,7 +21,7 @@ from batude_fx.graph.surgery import copy_model
 from batude_fx.support.timing import time_networks
 
 IMAGE = torch.zeros(1, 3, 224, 224)
-SCORED = 32  # photos that tools which evaluate candidates look at
+SCORED = 32  # photos for tools that evaluate candidates
 _STEPS = 7  # of the bisection
 
 Call = Callable[[], nn.Module]
@@ -29,12 +29,12 @@ Call = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Method:
-    """A row.
+    """A row of the table.
 
     Attributes:
-        prepare: Model, photos and the share of flops to keep, to the call that is timed.
-        data: What it sees: "nothing", "procedural images" or "photos".
-        package: What its environment holds besides the project's own, the tool first; None where nothing.
+        prepare: Maps model, photos and the share of flops to keep to the call that is timed.
+        data: What the tool gets: "nothing", "procedural images" or "photos".
+        package: Packages that its environment holds besides the project's own, the tool first; None for none.
     """
 
     prepare: Callable[[nn.Module, Tensor, float], Call]
@@ -43,13 +43,13 @@ class Method:
 
 
 def ours(model: nn.Module, photos: Tensor, keep: float, *, calibration: str | None) -> Call:
-    """`compress` as it stands in the README."""
+    """`compress`, as in the README."""
     images: Any = photos if calibration == "photos" else calibration
     return partial(batude_fx.compress, model, keep, calibration=images)
 
 
 def ours_latency(model: nn.Module, photos: Tensor, keep: float) -> Call:
-    """As fast, measured, as the calibrated row, for one image; no times of layers are known yet."""
+    """A latency limit equal to the measured time of the calibrated row for one image; times layers anew."""
     os.environ["BATUDE_FX_CACHE"] = mkdtemp()
     flops_row = batude_fx.compress(model, keep, calibration=photos)
     dense, small = time_networks([model, flops_row], (IMAGE,), turns=21)
@@ -58,7 +58,7 @@ def ours_latency(model: nn.Module, photos: Tensor, keep: float) -> Call:
 
 
 def torch_pruning(model: nn.Module, _: Tensor, keep: float) -> Call:
-    """Its magnitude pruner over groups, one shot, channels in multiples of 8."""
+    """Torch-Pruning's magnitude pruner over groups in one shot, channels in multiples of 8."""
     import torch_pruning
 
     def at(share: float) -> nn.Module:
@@ -74,18 +74,18 @@ def torch_pruning(model: nn.Module, _: Tensor, keep: float) -> Call:
 
 
 def aimet(model: nn.Module, photos: Tensor, keep: float) -> Call:
-    """Spatial SVD, ratios per layer by its greedy search; candidates are scored by agreement with the original."""
+    """AIMET's spatial SVD with its greedy search for ratios; candidates are scored by agreement with the original."""
     from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
     from aimet_torch.compress import ModelCompressor
     from aimet_torch.defs import SpatialSvdParameters as Parameters
 
-    wanted = _classes(model, photos)
+    original_classes = _classes(model, photos)
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     greedy = GreedySelectionParameters(target_comp_ratio=keep, num_comp_ratio_candidates=10)
     automatic = Parameters.AutoModeParams(greedy, modules_to_ignore=[stem])
 
     def score(network: nn.Module, _iterations: int | None = None, *_cuda: bool, **_more: bool) -> float:
-        return float((_classes(network, photos) == wanted).float().mean())
+        return float((_classes(network, photos) == original_classes).float().mean())
 
     def call() -> nn.Module:
         small, _ = ModelCompressor.compress_model(
@@ -98,14 +98,14 @@ def aimet(model: nn.Module, photos: Tensor, keep: float) -> Call:
 
 
 def modelopt(model: nn.Module, photos: Tensor, keep: float) -> Call:
-    """FastNAS; candidates are scored by agreement with the original, batch-norms follow the photos."""
+    """ModelOpt's FastNAS; candidates are scored by agreement with the original, batch-norms are updated on photos."""
     import modelopt.torch.prune
 
-    wanted = _classes(model, photos)
-    batches = list(zip(torch.split(photos[:SCORED], 8), torch.split(wanted, 8), strict=True))
+    original_classes = _classes(model, photos)
+    batches = list(zip(torch.split(photos[:SCORED], 8), torch.split(original_classes, 8), strict=True))
 
     def score(network: nn.Module) -> float:
-        return float((_classes(network, photos) == wanted).float().mean())
+        return float((_classes(network, photos) == original_classes).float().mean())
 
     def call() -> nn.Module:
         small, _ = modelopt.torch.prune.prune(
@@ -118,7 +118,7 @@ def modelopt(model: nn.Module, photos: Tensor, keep: float) -> Call:
 
 
 def tensorly_torch(model: nn.Module, _: Tensor, keep: float) -> Call:
-    """Tucker over the channels of every convolution, the same share of parameters everywhere."""
+    """tensorly-torch's Tucker over the channels of every convolution, at the same share of parameters."""
     import tltorch
 
     def at(share: float) -> nn.Module:
@@ -137,7 +137,7 @@ def tensorly_torch(model: nn.Module, _: Tensor, keep: float) -> Call:
 
 
 def fasterai(model: nn.Module, _: Tensor, keep: float) -> Call:
-    """Tucker-2 of every convolution larger than 1x1, the same share of ranks everywhere."""
+    """fasterai's Tucker-2 of every convolution larger than 1x1, at the same share of ranks."""
     from fasterai.misc.conv_decomposer import Conv_Decomposer
 
     def at(share: float) -> nn.Module:
@@ -148,7 +148,7 @@ def fasterai(model: nn.Module, _: Tensor, keep: float) -> Call:
 
 
 def _largest(at: Callable[[float], nn.Module], model: nn.Module, keep: float) -> Call:
-    """The call with the largest share that stays within the flops; or the smallest one."""
+    """Return the call with the largest share that stays within the flops, or with the smallest share if none does."""
     most = keep * count_flops(model, (IMAGE,))
     low, high = 0.02, 1.0
     for _ in range(_STEPS):

@@ -1,14 +1,15 @@
-"""batude_fx beside its peers: half of the flops of three networks, by every tool, in one table.
+"""Comparison of batude_fx with other tools: three networks compressed to half of their flops by each tool.
 
 Run `make bench-peers`, or `python -m benchmarks.peers [--networks ...] [--rows ...]`; about an hour on two idle cores.
-Each row runs in a process of its own, a peer's in an environment of its own under `build/peers`, which shares the
-project's torch and holds the pinned peer with what it needs. What is done is kept under `build/peers` and not done
-again. A peer that cannot run says why; one that compresses for more than 10 minutes is stopped.
+Each row runs in a process of its own. Another tool (a peer) runs in an environment of its own under `build/peers`,
+which shares the project's torch and holds the tool in a pinned version with its dependencies. Finished rows are stored
+under `build/peers` and not measured again. A tool that fails gets a row with the reason; one that compresses for more
+than 10 minutes is stopped.
 
-Columns: seconds to compress and the memory that it adds; flops by fvcore; agreement with the original on 400 shop
-photos where the weights are real (ResNet-50; calibrated with 256 others); milliseconds of one image and of eight in
-eager torch and ONNX Runtime, on one thread and on two, and how many times faster that is than the original, the two
-taking turns; megabytes of the tensors. Writes `docs/data/bench/peers-*.json`.
+Columns: seconds to compress, and the memory that this adds; flops by fvcore; agreement with the original on 400 shop
+photos for the network with trained weights (ResNet-50; calibrated with 256 others); milliseconds of one image and of
+eight in eager torch and ONNX Runtime, on one thread and on two, with the speed-up over the original, the two running
+alternately; megabytes of the tensors. Writes `docs/data/bench/peers-*.json`.
 """
 
 import argparse
@@ -51,19 +52,19 @@ CONSOLE = Console(width=200)
 
 
 def main() -> int:
-    """Run what is missing, show and publish a table a network; 0 whether or not every peer runs."""
-    parser = argparse.ArgumentParser(description="batude_fx beside its peers.")
+    """Measure the missing rows, print and publish a table per network; return 0 even if a tool fails."""
+    parser = argparse.ArgumentParser(description="Comparison of batude_fx with other tools.")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rows", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--worker", metavar="FILE", help="measure the one row here, in this process")
-    given = parser.parse_args()
-    if given.worker:
-        measure(given.networks[0], given.rows[0], Path(given.worker))
+    parser.add_argument("--worker", metavar="FILE", help="measure one row in this process")
+    options = parser.parse_args()
+    if options.worker:
+        measure(options.networks[0], options.rows[0], Path(options.worker))
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     where = environment()
-    for network in given.networks:
-        for row in given.rows:
+    for network in options.networks:
+        for row in options.rows:
             path = FOLDER / f"{network} {row}.json"
             if not path.is_file():
                 CONSOLE.print(f"{network}, {row} ...")
@@ -77,7 +78,7 @@ def main() -> int:
 
 
 def run(network: str, row: str, path: Path) -> None:
-    """One row, or why there is none."""
+    """Measure one row in a process of its own, or write the reason why there is none."""
     python = interpreter(METHODS[row].package)
     command = [
         python, "-W", "ignore", "-m", "benchmarks.peers", "--networks", network, "--rows", row, "--worker", str(path)
@@ -89,41 +90,41 @@ def run(network: str, row: str, path: Path) -> None:
     else:
         if not done.returncode:
             return
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        reason = f"stopped after {LIMIT} s" if done.returncode == -signal.SIGALRM else f"does not run: {said[:80]}"
+        message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = f"stopped after {LIMIT} s" if done.returncode == -signal.SIGALRM else f"does not run: {message[:80]}"
     write_row(path, {"row": row, "reason": reason})
 
 
 def write_row(path: Path, facts: dict[str, Any]) -> None:
-    """A row's file, whole or not at all."""
+    """Write the file of a row atomically."""
     with atomic_file(path) as text:
         text.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def interpreter(package: str | None) -> str:
-    """Python with packages of its own beside everything that this one has."""
+    """Return a Python that has some packages in addition to everything that this one has."""
     if package is None:
         return sys.executable
     place = FOLDER / package.partition("==")[0]
     python = place / "bin" / "python"
     if not (place / "installed").is_file():
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)  # noqa: S603
-        for one in place.glob("lib/python*/site-packages"):
-            (one / "shared.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
+        for site_packages in place.glob("lib/python*/site-packages"):
+            (site_packages / "shared.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *package.split()], check=True)  # noqa: S603
         (place / "installed").touch()
     return str(python)
 
 
 def measure(network: str, row: str, path: Path) -> None:
-    """Compress, count, time, compare; in the row's own process."""
+    """Compress, count, time and compare; runs in the row's own process."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model, method = NETWORKS[network]().eval(), METHODS[row]
     photos, held_out = inputs.shop_photos("train", 256), inputs.shop_photos("test", 400)
     dense = count_flops(model, (IMAGE,))
     call = method.prepare(model, photos, KEEP)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the memory's peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the memory
     before, start = resident("VmRSS"), time.perf_counter()
     signal.alarm(LIMIT)  # ends the process
     small = call().eval()
@@ -140,8 +141,8 @@ def measure(network: str, row: str, path: Path) -> None:
 
 @torch.inference_mode()
 def times(model: nn.Module, small: nn.Module) -> list[tuple[float, float] | str]:
-    """Seconds, and how many times faster, for each of `TIMED`; or why there are none."""
-    found: list[tuple[float, float] | str] = []
+    """Return the seconds and the speed-up for each of `TIMED`, or the name of the error."""
+    cells: list[tuple[float, float] | str] = []
     with TemporaryDirectory() as folder:
         for batch, threads, runtime in TIMED:
             torch.set_num_threads(threads)
@@ -152,15 +153,15 @@ def times(model: nn.Module, small: nn.Module) -> list[tuple[float, float] | str]
                     for index, network in enumerate((small, model))
                 ]
                 ours, theirs = time_calls(calls, TURNS)
-                found.append((ours, theirs / ours))
+                cells.append((ours, theirs / ours))
             except Exception as error:  # noqa: BLE001 - a peer's network may fail to export in any way
-                found.append(type(error).__name__)
+                cells.append(type(error).__name__)
     torch.set_num_threads(2)
-    return found
+    return cells
 
 
 def runner(network: nn.Module, runtime: str, threads: int, images: Tensor, path: Path) -> Callable[[], object]:
-    """A call that runs the images through the network, by way of an ONNX file of that path where it is needed."""
+    """Return a call that runs the images through the network; ONNX Runtime needs a file, written to the path."""
     if runtime == "eager":
         return lambda: network(images)
     if not path.exists():
@@ -169,7 +170,7 @@ def runner(network: nn.Module, runtime: str, threads: int, images: Tensor, path:
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # The threads of a session that waits for its turn must not keep the cores from the other one.
+    # The threads of the waiting session must not occupy the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options)
     return lambda: session.run(None, {"input": images.numpy()})
@@ -177,34 +178,34 @@ def runner(network: nn.Module, runtime: str, threads: int, images: Tensor, path:
 
 @torch.no_grad()
 def classes(network: nn.Module, images: Tensor) -> Tensor:
-    """(N,) the class of every image."""
+    """Return the class of every image, (N,)."""
     return torch.cat([network(batch).argmax(1) for batch in torch.split(images, 16)])
 
 
 def original_classes(model: nn.Module, images: Tensor) -> Tensor:
-    """Those of the original, computed once for all rows."""
+    """Return the classes of the original, computed once for all rows."""
     path = FOLDER / "classes.json"
     if not path.is_file():
         path.write_text(json.dumps(classes(model, images).tolist()), encoding="utf-8")
     return torch.tensor(json.loads(path.read_text(encoding="utf-8")))
 
 
-def table(network: str, found: list[dict[str, Any]]) -> Table:
-    """A line a row; milliseconds with how many times faster."""
+def table(network: str, rows: list[dict[str, Any]]) -> Table:
+    """Return the table; milliseconds are followed by the speed-up."""
     heads = [f"{runtime} {batch}x, {threads} thr., ms" for batch, threads, runtime in TIMED]
     shown = Table(
         "tool", "sees", "seconds", "MiB added", "flops kept", "agreement", *heads, "MB",
         title=f"{network} at {KEEP} of its flops",
     )  # fmt: skip
-    for one in found:
-        if "reason" in one:
-            shown.add_row(one["row"], METHODS[one["row"]].data, one["reason"])
+    for row in rows:
+        if "reason" in row:
+            shown.add_row(row["row"], METHODS[row["row"]].data, row["reason"])
             continue
         shown.add_row(
-            one["row"], one["data"], f"{one['seconds']:.2f}", f"{one['memory'] / 2**20:.0f}", f"{one['keep']:.3f}",
-            f"{one['agreement']:.4f}" if "agreement" in one else "",
-            *(pair if isinstance(pair, str) else f"{1000 * pair[0]:.1f} ({pair[1]:.2f}x)" for pair in one["times"]),
-            f"{one['bytes'] / 1e6:.1f}",
+            row["row"], row["data"], f"{row['seconds']:.2f}", f"{row['memory'] / 2**20:.0f}", f"{row['keep']:.3f}",
+            f"{row['agreement']:.4f}" if "agreement" in row else "",
+            *(pair if isinstance(pair, str) else f"{1000 * pair[0]:.1f} ({pair[1]:.2f}x)" for pair in row["times"]),
+            f"{row['bytes'] / 1e6:.1f}",
         )  # fmt: skip
     return shown
 

@@ -1,4 +1,4 @@
-"""What a benchmark printed, as JSON under `docs/data/bench/` for the site, with the machine it was measured on."""
+"""Write the table of a benchmark as JSON under `docs/data/bench/`, with date, machine and versions, for the site."""
 
 import json
 import os
@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parents[1] / "docs" / "data" / "bench"
 
 
 def publish(name: str, table: Table, where: str) -> None:
-    """Keep a table of plain text.
+    """Write a table whose cells are plain text.
 
     Args:
-        name: Of the benchmark's file.
-        table: As it is printed.
-        where: What `environment` gave before the measurement.
+        name: Name of the file, without its ending.
+        table: The table as it is printed.
+        where: The result of `environment` before the measurement.
     """
     cells = [list(map(str, column.cells)) for column in table.columns]
     data = {
@@ -34,7 +34,7 @@ def publish(name: str, table: Table, where: str) -> None:
 
 
 def environment() -> str:
-    """Machine, date and versions."""
+    """Describe date, machine, load and versions."""
     packages = ("torch", "torchvision", "torch-pruning", "fvcore")
     libraries = ", ".join(f"{name} {version(name)}" for name in packages)
     cores, load = os.cpu_count(), os.getloadavg()[0]
@@ -45,7 +45,7 @@ def environment() -> str:
 
 
 def processor() -> str:
-    """Name of the processor, where Linux tells it."""
+    """Return the name of the processor on Linux, its architecture elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))

@@ -1,8 +1,8 @@
-"""The table and the picture of the home page: a ResNet-50 with real weights at seven budgets, calibrated once.
+"""Agreement and time of a ResNet-50 with ImageNet weights at seven budgets: table and plot of the home page.
 
-`make bench-resnet50`, some ten minutes on two cores. Calibrated with 256 photos of a shop; agreement with the original
-is measured on 400 other photos of it, milliseconds on one image, all networks taking turns. Writes
-`docs/data/resnet50.json` and `docs/images/resnet50.png`.
+Run `make bench-resnet50`; about ten minutes on two cores. The network is calibrated once with 256 photos of a shop.
+Agreement with the original is measured on 400 other photos of that shop, time on one image, all networks alternating.
+Writes `docs/data/resnet50.json` and `docs/images/resnet50.png`.
 """
 
 import json
@@ -30,7 +30,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
-    """Calibrate, sweep, write."""
+    """Calibrate, measure every budget, write the results."""
     model = inputs.resnet50_timm()
     cast("dict[str, object]", model.pretrained_cfg)["crop_pct"] = 1.0  # the photos are cropped already
     plan = batude_fx.plan(model, BUDGETS[-1], calibration=inputs.shop_photos("train", 256))
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def write_photos(photos: Tensor, folder: Path) -> None:
-    """(N, 3, 224, 224) inside [0, 1], without loss."""
+    """Write photos (N, 3, 224, 224) in [0, 1] as PNG files."""
     for index, photo in enumerate(photos):
         to_pil_image(photo).save(folder / f"{index:03}.png")
 

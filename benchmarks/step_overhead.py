@@ -1,9 +1,9 @@
-"""What learning ranks costs: a training step with the penalty against a plain one, and a projection round; ResNet-50.
+"""The cost of learning ranks for ResNet-50: a training step with the penalty, and a projection round.
 
-Run `make bench`, or `python -m benchmarks.step_overhead`; about five minutes on 2 idle cores. Steps are of batch 8 at
-224 pixels with SGD; with and without the penalty they take turns. A round is `Lagrangian.project_` and `update_duals_`
-under half of the flops, judged by the weights and by metrics of images; measuring these metrics is a line of its own,
-since it grows with the number of images, not with the method. Exit code 1 when a limit is missed.
+Run `make bench`, or `python -m benchmarks.step_overhead`; about five minutes on 2 idle cores. Steps use SGD and batches
+of 8 images at 224 pixels, alternately with and without the penalty. A round is `Lagrangian.project_` and
+`update_duals_` at half of the flops, with losses from the weights alone and from the metrics of images. Measuring these
+metrics has a row of its own, since its time depends on the number of images. The exit code is 1 if a limit is exceeded.
 """
 
 import sys
@@ -36,7 +36,7 @@ CONSOLE = Console(width=120)
 
 
 def main() -> int:
-    """Measure, show, judge."""
+    """Measure, print and publish the table, compare with the limits."""
     warnings.simplefilter("ignore")
     where = environment()
     CONSOLE.print(where)
@@ -52,8 +52,8 @@ def main() -> int:
     metrics = statistics(model, list(problem.sites.values()), ((batch,) for batch in torch.split(images, 8)))
     measuring = time.perf_counter() - started
     rounds = {
-        name: [seconds(partial(project, split, problem, given)) for _ in range(3)]
-        for name, given in (("by the weights", None), ("by metrics", metrics))
+        name: [seconds(partial(project, split, problem, round_metrics)) for _ in range(3)]
+        for name, round_metrics in (("by the weights", None), ("by metrics", metrics))
     }
 
     ratio = median(penalized) / median(plain)
@@ -72,13 +72,13 @@ def main() -> int:
 
 
 def project(split: Lagrangian, problem: Problem, metrics: Mapping[str, Metric] | None) -> None:
-    """One round."""
+    """Run one projection round."""
     split.project_(problem.most, metrics)
     split.update_duals_()
 
 
 def steps(model: nn.Module, split: Lagrangian) -> tuple[list[float], list[float]]:
-    """Wall seconds of steps without and with the penalty, in turns."""
+    """Return the wall seconds of steps without and with the penalty, run alternately."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     images, labels = torch.randn(8, 3, 224, 224), torch.randint(1000, (8,))
@@ -99,10 +99,10 @@ def steps(model: nn.Module, split: Lagrangian) -> tuple[list[float], list[float]
     return walls
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall seconds of some work."""
+def seconds(action: Callable[[], object]) -> float:
+    """Return the wall seconds of one call."""
     started = time.perf_counter()
-    work()
+    action()
     return time.perf_counter() - started
 
 

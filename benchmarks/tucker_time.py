@@ -1,8 +1,8 @@
 """Seconds of our Tucker-2 decomposition against tensorly's `partial_tucker`, on layers of ResNet-50 and ResNeXt-50.
 
-Run `python -m benchmarks.tucker_time`; two minutes. Both sides decompose the same random weight to the same ranks (half
-of each mode) by HOSVD and ten sweeps of HOOI, in one process, on one thread, taking turns. tensorly decomposes one
-group at a time; ours all groups in one call. The last column is the ratio of the errors: 1 where both end at the same
+Run `python -m benchmarks.tucker_time`; two minutes. Both decompose the same random weight to the same ranks (half of
+each mode) by HOSVD and ten sweeps of HOOI, alternating in one process on one thread. tensorly decomposes one group at a
+time, ours all groups in one call. The last column is the ratio of the errors, which is 1 if both reach the same
 approximation. `tests/tucker/test_decomposition.py` holds the two equal in float64.
 """
 
@@ -32,7 +32,7 @@ ROUNDS, WARM_UP = 7, 1
 
 
 def main() -> None:
-    """Measure, print the table."""
+    """Measure every layer, print and publish the table."""
     console, where = Console(width=100), environment()
     shown = Table("layer", "ours, ms", "tensorly, ms", "tensorly / ours", "error, ours / tensorly")
     for layer, shape in track(LAYERS.items(), "decomposing", console=console, transient=True):
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(weight: Tensor) -> tuple[float, float, tuple[float, float]]:
-    """Median seconds of both sides, and their errors."""
+    """Return the median seconds of ours and of tensorly, and their errors."""
     ranks = weight.shape[1] // 2, weight.shape[2] // 2
     sides: list[Callable[[], Tensor]] = [
         lambda: _dense(*decomposition.hooi(weight, *ranks, sweeps=SWEEPS)),

@@ -1,4 +1,4 @@
-"""What worker processes of benchmarks share."""
+"""Set-up of the worker processes of benchmarks."""
 
 import os
 from multiprocessing import parent_process
@@ -6,7 +6,7 @@ from threading import Thread
 
 
 def follow_parent() -> None:
-    """End this worker when its parent ends: it must not compute on for a benchmark that was killed."""
+    """End this worker when its parent ends, so that it does not continue after a benchmark was killed."""
     Thread(target=_follow, daemon=True).start()
 
 
