@@ -1,1 +1,1 @@
-"""Networks for deployment: batch-norms folded, files of other formats, eight bits."""
+"""Deployment: fold batch-norms, quantize to int8, and write networks as ONNX, OpenVINO or torch.export files."""
