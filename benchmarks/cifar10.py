@@ -1,16 +1,16 @@
-"""CIFAR-10, ResNet-20, one baseline: one-shot training against four ways to compress first and train then.
+"""One-shot training of ResNet-20 on CIFAR-10, compared with four ways to compress first and then train.
 
 Run `make bench-cifar10`, or `python -m benchmarks.cifar10 [--seeds 0 1 2] [--budgets 2.5x 3.6x] [--rows ...]`. Every
-row starts from the same baseline and gets the same number of epochs, optimizer, peak learning rate and distillation,
+row starts from the same baseline and has the same number of epochs, optimizer, peak learning rate and distillation,
 those of `recipes/resnet20-cifar10-*.yaml`, or others by `--set`, such as `finalize.optimizer=sgd finalize.lr=0.05
-finalize.weight_decay=0.0005` for 3.6x; rows of different optimizers are kept apart. One-shot training spends some of
-its epochs on finding ranks. Flops are counted by fvcore. On two CPU cores the baseline takes about half an hour and two
-rows as long again, so what is done is kept under `benchmarks/runs/cifar10`, baseline included, committed, and gone on
-with on any machine. The table and `docs/data/cifar10.json` hold what there is.
+finalize.weight_decay=0.0005` for 3.6x; each optimizer has rows of its own. One-shot training uses some of its epochs to
+find ranks. Flops are counted by fvcore. On two CPU cores the baseline takes about half an hour, and two rows as long
+again. Therefore finished rows and the baseline are stored and committed under `benchmarks/runs/cifar10`, and the
+benchmark can continue on any machine. The table and `docs/data/cifar10.json` hold all finished rows.
 
 Rows:
     one-shot: the recipe, ranks learned during training.
-    one-shot, 20 epochs: twice as long, to see what the short schedule costs; only where `--rows` names it.
+    one-shot, 20 epochs: twice as long, to show the cost of the short schedule; only if `--rows` names it.
     calibrated: `compress` with 256 training images, then training.
     weights only: `compress` without images, then training.
     uniform: Tucker-2 at the same share of every site's ranks, by HOSVD and HOOI, then training.
@@ -66,11 +66,11 @@ CONSOLE = Console(width=120)
 
 
 def in_memory(recipe: Recipe) -> Data:
-    """CIFAR-10 as tensors: random crops of padded images and flips, the same ones whenever an epoch is asked for."""
+    """Return CIFAR-10 as tensors, with random crops and flips that depend only on the seed and the epoch."""
     images, labels = cifar10("train")
     padded = nn.functional.pad(images, (PAD,) * 4)  # (50000, 3, 40, 40)
     test_images, test_labels = cifar10("test")
-    size, shown = recipe.data.batch_size, recipe.eval.batch_size
+    size, eval_size = recipe.data.batch_size, recipe.eval.batch_size
     pixels = torch.arange(32)
 
     def train(epoch: int, skip: int) -> Iterator[Batch]:
@@ -86,33 +86,35 @@ def in_memory(recipe: Recipe) -> Data:
             yield _normalized(batch.permute(0, 3, 1, 2)), labels[chosen]
 
     def evaluation() -> Iterator[Batch]:
-        for batch, classes in zip(torch.split(test_images, shown), torch.split(test_labels, shown), strict=True):
+        for batch, classes in zip(
+            torch.split(test_images, eval_size), torch.split(test_labels, eval_size), strict=True
+        ):
             yield _normalized(batch), classes
 
     return Data(train=train, evaluation=evaluation, batches=len(images) // size)
 
 
 def _normalized(pixels: Tensor) -> Tensor:
-    """(n, 3, 32, 32) float32 of uint8."""
-    scale, shift = (torch.tensor(one).view(3, 1, 1) for one in (STD, MEAN))
+    """Normalize pixels (n, 3, 32, 32), uint8, to float32."""
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (STD, MEAN))
     return (pixels.float() / 255 - shift) / scale
 
 
 def recipe_of(budget: str, seed: int, settings: list[str]) -> Recipe:
-    """The shipped recipe of a budget, from the baseline."""
+    """Return the package's recipe for a budget, starting from the baseline."""
     start = [f"model.checkpoint={BASELINE}", "pretrain=null"] if BASELINE.is_file() else []
     return Recipe.from_yaml(f"resnet20-cifar10-{budget}", [*start, "eval.interval=100", f"seed={seed}", *settings])
 
 
 def session_of(recipe: Recipe) -> Session:
-    """A run in memory."""
+    """Return the session of a run that writes no files."""
     session = Session(recipe, None, resume=False)
     session.data, session.classes = in_memory(recipe), 10
     return session
 
 
 def train_baseline(settings: list[str]) -> None:
-    """The dense network that all rows start from."""
+    """Train and save the dense network that all rows start from."""
     recipe = recipe_of("2.5x", 0, ["eval.interval=4", *settings])
     if recipe.pretrain is None:
         return
@@ -124,7 +126,7 @@ def train_baseline(settings: list[str]) -> None:
 
 
 def one_shot(recipe: Recipe) -> dict[str, Any]:
-    """Ranks learned during training."""
+    """Run the recipe, which learns ranks during training."""
     result = run(recipe, data=in_memory(recipe))
     ranks = [{name: pair for name, pair in record["ranks"].items() if pair} for record in result.rounds]
     trajectory = [{k: record[k] for k in ("primal", "dual", "rho", "keep")} for record in result.rounds]
@@ -135,19 +137,19 @@ def one_shot(recipe: Recipe) -> dict[str, Any]:
 
 
 def twice_as_long(recipe: Recipe) -> dict[str, Any]:
-    """One-shot training with as many epochs again, all of them in Tucker form."""
+    """Run one-shot training with twice the epochs; the additional ones are in Tucker form."""
     epochs = Duration(recipe.one_shot.epochs.amount + 2 * recipe.finalize.epochs.amount, "epochs")
     longer = recipe.model_copy(update={"finalize": recipe.finalize.model_copy(update={"epochs": epochs})})
     return one_shot(longer) | {"schedule": schedule(longer)}
 
 
 def schedule(recipe: Recipe) -> dict[str, str]:
-    """How long its phases are."""
+    """Return the lengths of the phases."""
     return {"one_shot": str(recipe.one_shot.epochs), "finalize": str(recipe.finalize.epochs)}
 
 
 def compressed_first(recipe: Recipe, compress: Callable[[nn.Module, Recipe, Data], nn.Module]) -> dict[str, Any]:
-    """A network that is compressed, then trained for as many epochs as one-shot training takes in all."""
+    """Compress a network, then train it for as many epochs as one-shot training has in total."""
     session, model = session_of(recipe), dense_network(recipe)
     problem = Problem.of(model, recipe)
     baseline, teacher = accuracy(session, model), fold(model, problem.inputs).requires_grad_(requires_grad=False)
@@ -162,19 +164,19 @@ def compressed_first(recipe: Recipe, compress: Callable[[nn.Module, Recipe, Data
 
 
 def calibrated(model: nn.Module, recipe: Recipe, data: Data) -> nn.Module:
-    """`compress` with as many training images as the recipe calibrates with."""
+    """Compress with as many training images as the recipe calibrates with."""
     count = recipe.one_shot.calibration_images
     images = torch.cat([batch for _, (batch, _) in zip(range(1 + count // 128), data.train(0, 0), strict=False)])
     return batude_fx.compress(model, recipe.budget, calibration=images[:count], round_to=recipe.one_shot.round_to)
 
 
 def weights_only(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
-    """`compress` without images."""
+    """Compress without images."""
     return batude_fx.compress(model, recipe.budget, calibration=None, round_to=recipe.one_shot.round_to)
 
 
 def uniform(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
-    """The largest share of all sites' ranks that meets the budget."""
+    """Decompose all sites at the largest common share of their ranks that meets the budget."""
     problem = Problem.of(model, recipe)
     limit = recipe.budget.limits(*problem.dense).flops or 0
 
@@ -189,16 +191,16 @@ def uniform(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
 
 
 def pruned(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
-    """Torch-Pruning; the stages' widths stay, since shortcuts without parameters tie them together."""
+    """Prune with Torch-Pruning; the widths of the stages stay, since shortcuts without parameters connect them."""
     problem = Problem.of(model, recipe)
     limit = recipe.budget.limits(*problem.dense).flops or 0
 
     def at(share: float) -> nn.Module:
         small = copy_model(model)
-        kept = [m for name, m in small.named_modules() if name in {"conv1", "fc"} or name.endswith("conv2")]
+        ignored = [m for name, m in small.named_modules() if name in {"conv1", "fc"} or name.endswith("conv2")]
         torch_pruning.pruner.GroupNormPruner(
             small, problem.inputs, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True, pruning_ratio=1 - share, max_pruning_ratio=0.95, ignored_layers=kept,
+            global_pruning=True, pruning_ratio=1 - share, max_pruning_ratio=0.95, ignored_layers=ignored,
         ).step()  # fmt: skip
         return small
 
@@ -224,7 +226,7 @@ ROWS: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 
 
 def measure(row: str, budget: str, seed: int, settings: list[str], threads: int) -> str:
-    """One row, kept in a file of its own."""
+    """Measure one row, or read it from its file, and describe it in a line."""
     recipe = recipe_of(budget, seed, settings)
     optimizer = recipe.finalize.optimizer
     path = FOLDER / f"{budget} {optimizer} {row} {seed}.json"
@@ -243,48 +245,49 @@ def measure(row: str, budget: str, seed: int, settings: list[str], threads: int)
 
 
 def publish(settings: list[str]) -> list[dict[str, Any]]:
-    """Everything that was measured, in one file with versions, date and machine."""
+    """Write all results into one file with versions, date and machine."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*x *.json"))]
     about = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "settings": settings,
         "versions": {name: version(name) for name in ("batude-fx", "torch", "timm", "torch-pruning")},
-        "recipes": {b: recipe_of(b, 0, settings).to_yaml() for b in sorted({one["budget"] for one in results})},
+        "recipes": {b: recipe_of(b, 0, settings).to_yaml() for b in sorted({result["budget"] for result in results})},
     }  # fmt: skip
     PUBLISHED.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n", encoding="utf-8")
     return results
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """One table: a line per budget and row, over its seeds; and how ranks moved."""
+    """Print a table with a line per budget, optimizer and row, and the first and last ranks of one-shot training."""
     lines = defaultdict(list)
-    for one in results:
-        lines[one["budget"], one["optimizer"], one["row"]].append(one)
+    for result in results:
+        lines[result["budget"], result["optimizer"], result["row"]].append(result)
     table = Table(
         "budget", "optimizer", "row", "accuracy", "by seed", "untrained", "flops", "of budget", "parameters", "seconds"
     )
     for (budget, optimizer, row), group in sorted(lines.items(), key=lambda item: (*item[0][:2], -_mean(item[1]))):
-        factor, untrained = float(budget[:-1]), [one["untrained"] for one in group if "untrained" in one]
-        used = mean(one["flops"] for one in group)
-        spread = f" ± {100 * stdev(one['accuracy'] for one in group):.2f}" if len(group) > 1 else ""
+        factor, untrained = float(budget[:-1]), [result["untrained"] for result in group if "untrained" in result]
+        flops = mean(result["flops"] for result in group)
+        spread = f" ± {100 * stdev(result['accuracy'] for result in group):.2f}" if len(group) > 1 else ""
         table.add_row(
-            budget, optimizer, row, f"{_mean(group):.2%}{spread}", " ".join(f"{one['accuracy']:.2%}" for one in group),
-            f"{mean(untrained):.1%}" if untrained else "", f"{used / 1e6:.2f} M",
-            f"{used * factor / 40927872:.1%}", f"{mean(one['params'] for one in group) / 1e3:.0f} k",
-            f"{mean(one['seconds'] for one in group):.0f}",
+            budget, optimizer, row, f"{_mean(group):.2%}{spread}",
+            " ".join(f"{result['accuracy']:.2%}" for result in group),
+            f"{mean(untrained):.1%}" if untrained else "", f"{flops / 1e6:.2f} M",
+            f"{flops * factor / 40927872:.1%}", f"{mean(result['params'] for result in group) / 1e3:.0f} k",
+            f"{mean(result['seconds'] for result in group):.0f}",
         )  # fmt: skip
     baseline = results[0]["baseline"] if results else 0
     table.title = f"CIFAR-10, ResNet-20, baseline {baseline:.2%}"
     CONSOLE.print(table)
-    for one in results:
-        if one["row"] == "one-shot" and one["seed"] == 0:
-            which = f"{one['budget']}, {one['optimizer']}"
-            CONSOLE.print(f"{which}, first round: {_ranks(one['first_ranks'])}", highlight=False)
-            CONSOLE.print(f"{which}, last round:  {_ranks(one['last_ranks'])}", highlight=False)
+    for result in results:
+        if result["row"] == "one-shot" and result["seed"] == 0:
+            which = f"{result['budget']}, {result['optimizer']}"
+            CONSOLE.print(f"{which}, first round: {_ranks(result['first_ranks'])}", highlight=False)
+            CONSOLE.print(f"{which}, last round:  {_ranks(result['last_ranks'])}", highlight=False)
 
 
 def _mean(group: list[dict[str, Any]]) -> float:
-    return float(mean(one["accuracy"] for one in group))
+    return float(mean(result["accuracy"] for result in group))
 
 
 def _ranks(ranks: dict[str, list[int]]) -> str:
@@ -292,26 +295,26 @@ def _ranks(ranks: dict[str, list[int]]) -> str:
 
 
 def main() -> None:
-    """Train what is missing, publish, show."""
+    """Train the missing rows, publish the results, print the table."""
     parser = argparse.ArgumentParser(description="One-shot training against four ways to compress first, on CIFAR-10.")
     parser.add_argument("--budgets", nargs="+", default=["2.5x", "3.6x"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=[row for row in ROWS if row != LONGER], choices=list(ROWS))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="rows at a time, one thread each")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="over the recipes")
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ.setdefault("ACCELERATE_DYNAMO_BACKEND", "inductor")  # steps take a fifth less time
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not BASELINE.is_file():
-        train_baseline(given.set)
-    threads = max(1, (os.cpu_count() or 1) // given.workers)
-    jobs = [(row, budget, seed) for seed in given.seeds for budget in given.budgets for row in given.rows]
-    with ProcessPoolExecutor(given.workers, get_context("spawn"), follow_parent) as pool:
-        done = [pool.submit(measure, *job, given.set, threads) for job in jobs]
-        for index, future in enumerate(as_completed(done), 1):
+        train_baseline(options.set)
+    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    jobs = [(row, budget, seed) for seed in options.seeds for budget in options.budgets for row in options.rows]
+    with ProcessPoolExecutor(options.workers, get_context("spawn"), follow_parent) as pool:
+        futures = [pool.submit(measure, *job, options.set, threads) for job in jobs]
+        for index, future in enumerate(as_completed(futures), 1):
             CONSOLE.print(f"{index}/{len(jobs)}  {future.result()}", highlight=False)
-    show(publish(given.set))
+    show(publish(options.set))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Wall time and memory of `compress`, one table: measured, limit, ok or missed.
+"""Wall time and memory of `compress`, compared with limits.
 
 Run `make bench`, or `python -m benchmarks.compress_time [--quick]`; about ten minutes on 2 idle cores, `--quick` one.
-What is compared runs in one process and takes turns, on the threads that torch uses by itself; medians, and the
-slowest and fastest turn beside them. Exit code 1 when a limit is missed.
+Calls that are compared run alternately in one process, on torch's default number of threads; the table shows medians
+with the fastest and the slowest turn. The exit code is 1 if a limit is exceeded.
 
-The weights are random: neither side does more or less work for trained ones. The images are procedural. Torch-Pruning's
-one-shot pruner is run as its documentation does, dependency graph and importance included. It changes its argument, so
-it gets a copy of the model inside the measured time; `compress` copies by itself.
+The weights are random, since the work does not depend on training. The images are procedural. Torch-Pruning's one-shot
+pruner is run as in its documentation, dependency graph and importance included. It changes its argument, so copying the
+model is part of its measured time; `compress` copies the model itself.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from batude_fx.calibration.dead_leaves import dead_leaves
 from benchmarks.published import environment, publish
 
 KEEP = 0.5
-PRUNING_RATIO = 0.3  # found beforehand: leaves 0.497 of ResNet-18's flops
+PRUNING_RATIO = 0.3  # searched beforehand: leaves 0.497 of ResNet-18's flops
 IMAGES = 256
-BATCH = 8  # of the plain forward passes; compress looks at the images in batches of this size too
+BATCH = 8  # of the plain forward passes; compress processes the images in batches of this size, too
 GIB = 2**30
 
 CONSOLE = Console(width=120)
@@ -44,14 +44,14 @@ CONSOLE = Console(width=120)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         what: What was measured.
-        measured: A ratio, seconds or bytes; lower is better.
-        limit: In the same unit.
+        measured: The result, a ratio, seconds or bytes; lower is better.
+        limit: The limit, in the same unit.
         unit: "x", "s" or "GiB".
-        detail: What the figure was computed from.
+        detail: The values that the result was computed from.
     """
 
     what: str
@@ -71,9 +71,9 @@ class Peak:
     """Memory of a fresh process, in bytes.
 
     Attributes:
-        model: Parameters and buffers.
-        before: Resident set with the libraries, the model and the images, just before `compress`.
-        highest: Its largest value until `compress` returned.
+        model: Size of the parameters and buffers.
+        before: Resident memory with the libraries, the model and the images, just before `compress`.
+        highest: The largest resident memory until `compress` returned.
     """
 
     model: int
@@ -82,7 +82,7 @@ class Peak:
 
 
 def main(*, quick: bool) -> int:
-    """Measure, print the table."""
+    """Measure, print and publish the table."""
     where = environment()
     CONSOLE.print(where)
     rows = weights_only()
@@ -94,7 +94,7 @@ def main(*, quick: bool) -> int:
 
 
 def weights_only() -> list[Row]:
-    """The call without images, against Torch-Pruning and against itself on a larger network."""
+    """Compare the call without images with Torch-Pruning, and with itself on a larger network."""
     resnet18, resnet50 = torchvision.models.resnet18().eval(), torchvision.models.resnet50().eval()
     walls = alternating(
         {
@@ -125,9 +125,9 @@ def weights_only() -> list[Row]:
 
 
 def prune(model: nn.Module) -> nn.Module:
-    """Torch-Pruning's one-shot pruner on a copy of the model, to half of its flops."""
+    """Prune a copy of the model to half of its flops by Torch-Pruning's one-shot pruner."""
     pruned = copy.deepcopy(model)
-    pruner = torch_pruning.pruner.BasePruner(  # its MagnitudePruner and MetaPruner are names of this class
+    pruner = torch_pruning.pruner.BasePruner(  # MagnitudePruner and MetaPruner are aliases of this class
         pruned,
         torch.randn(1, 3, 224, 224),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
@@ -139,14 +139,14 @@ def prune(model: nn.Module) -> nn.Module:
 
 
 def default_call() -> Row:
-    """The one-line call, images generated on the spot."""
+    """Time the default call, which generates images."""
     model = torchvision.models.resnet50().eval()
     walls = alternating({"default": lambda: batude_fx.compress(model, KEEP)}, rounds=3)["default"]
     return Row("ResNet-50, default call", median(walls), 60.0, "s", spread(walls))
 
 
 def calibrated() -> Row:
-    """The call with images, against what merely running the network on them takes."""
+    """Compare the call with images with forward passes of the network over them."""
     model, images = torchvision.models.resnet50().eval(), calibration_images()
     walls = alternating(
         {
@@ -162,18 +162,18 @@ def calibrated() -> Row:
 
 @torch.no_grad()
 def forward(model: nn.Module, images: Tensor) -> None:
-    """Run the network on the images, nothing else."""
+    """Run the network on the images."""
     for batch in images.split(BATCH):  # type: ignore[no-untyped-call]
         model(batch)
 
 
 def calibration_images() -> Tensor:
-    """Procedural images (256, 3, 224, 224), normalized roughly as photographs are."""
+    """Return procedural images (256, 3, 224, 224), normalized approximately as photographs are."""
     return (dead_leaves(IMAGES, (224, 224), seed=1) - 0.45) / 0.225
 
 
 def memory() -> Row:
-    """What a calibrated call adds to a process that holds the model and the images already."""
+    """Measure the memory that a calibrated call adds to a process that already holds the model and the images."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         peak = fresh.submit(peak_of_calibrated).result()
     limit = 2 * peak.model + GIB
@@ -184,12 +184,12 @@ def memory() -> Row:
 
 
 def peak_of_calibrated() -> Peak:
-    """Run a calibrated call and watch this process."""
+    """Run a calibrated call and measure the memory of this process."""
     model, images = torchvision.models.resnet50().eval(), calibration_images()
-    # A small call first: what libraries load at their first use is not what a model needs.
+    # A small call first: memory that libraries allocate at their first use is not counted.
     tiny = nn.Sequential(nn.Conv2d(3, 64, 3, stride=8), nn.Conv2d(64, 64, 3))
     batude_fx.compress(tiny, KEEP, calibration=images[:8], example_inputs=images[:1])
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the memory
     before = resident("VmRSS")
     batude_fx.compress(model, KEEP, calibration=images)
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
@@ -197,13 +197,13 @@ def peak_of_calibrated() -> Peak:
 
 
 def resident(name: str) -> int:
-    """Bytes of memory of this process. `getrusage` would carry the parent's peak over."""
+    """Return bytes of memory of this process; `getrusage` would include the peak of the parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def alternating(calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 0) -> dict[str, list[float]]:
-    """Wall seconds of calls that take turns, so that a busy moment of the machine hits all of them."""
+    """Return the wall seconds of calls that run alternately, so that load on the machine affects all alike."""
     walls: dict[str, list[float]] = {name: [] for name in calls}
     for turn in track(range(rounds + warm_up), ", ".join(calls), console=CONSOLE, transient=True):
         for name, call in calls.items():
@@ -215,12 +215,12 @@ def alternating(calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_
 
 
 def spread(walls: list[float]) -> str:
-    """Median, fastest and slowest."""
+    """Describe the median, and the fastest and slowest turn."""
     return f"{median(walls):.3g} s ({min(walls):.3g} to {max(walls):.3g})"
 
 
 def table(rows: list[Row]) -> Table:
-    """Every line with its limit and verdict."""
+    """Return the table of all rows."""
     shown = Table("what", "measured", "limit", "", "median seconds (fastest to slowest), or memory")
     for row in rows:
         verdict = "[green]ok" if row.ok else "[red]missed"
@@ -229,7 +229,7 @@ def table(rows: list[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)  # torch.jit's age, which fvcore's import recalls
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch.jit is deprecated, and fvcore imports it
     parser = argparse.ArgumentParser(description="Wall time and memory of compress.")
     parser.add_argument("--quick", action="store_true", help="only the two lines without images")
     sys.exit(main(quick=parser.parse_args().quick))

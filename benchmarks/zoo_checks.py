@@ -1,8 +1,7 @@
-"""What the sweep asks of one model: is every convolution found, and is the compressed network right?
+"""The checks of the sweep on one model: is every convolution found, and is the compressed network correct?
 
-Each check answers with a plain dict that goes into `docs/data/zoo.json`. Nothing here is taken from `batude_fx` when
-the answer can be had elsewhere: convolutions are counted by torch's dispatcher, flops by fvcore, outputs by the dense
-network in float64.
+Each check returns a dict for `docs/data/zoo.json`. The expected values are independent of `batude_fx` where possible:
+torch's dispatcher counts convolutions, fvcore counts flops, and the dense network in float64 gives the outputs.
 """
 
 import copy
@@ -40,7 +39,7 @@ from batude_fx.tucker.spectra import weight_spectrum
 ROUND_TO = 8
 LARGEST = 250_000_000  # parameters; larger ones take minutes to run, and two at once do not fit into 24 GiB
 LAYERS = "conv+linear"
-LARGEST_WHOLE = 5e9, 150e6  # flops and parameters of networks that are compared as a whole in float64
+LARGEST_WHOLE = 5e9, 150e6  # most flops and parameters of networks that are compared as a whole in float64
 EXTENT = 64  # positions per axis on which single sites are compared
 TOLERANCE = 1e-9  # relative to the largest output, float64
 
@@ -49,21 +48,21 @@ Record = dict[str, Any]
 
 
 def all_models() -> list[str]:
-    """Every name that timm and torchvision list, with the library in front; our own entry point is no model."""
+    """Return every name that timm and torchvision list, after its library; the entry point of batude_fx is excluded."""
     names = [f"timm:{name}" for name in timm.list_models()]
     names += [f"torchvision:{name}" for name in models.list_models()]
     return [name for name in names if not name.endswith(":batude_fx")]
 
 
 def family(name: str) -> str:
-    """Library and module that a model is written in: "timm:resnet", "torchvision:detection.ssd"."""
+    """Return the library and the module of a model, such as "timm:resnet" or "torchvision:detection.ssd"."""
     library, _, base = name.partition(":")
     entrypoint = timm.model_entrypoint(base) if library == "timm" else models.get_model_builder(base)
     return f"{library}:{entrypoint.__module__.removeprefix('timm.models.').removeprefix('torchvision.models.')}"
 
 
 def size(name: str) -> Record:
-    """Parameters of a model, counted without allocating them where the model allows it."""
+    """Count the parameters of a model, without allocating them if the model allows it."""
     try:
         with torch.device("meta"):
             model = batude_fx.create(name)
@@ -73,11 +72,11 @@ def size(name: str) -> Record:
 
 
 def found(name: str, *, weightless: bool) -> Record:
-    """Discovery of one model, against an independent count.
+    """Compare the discovery of one model with an independent count.
 
     Args:
         name: One of `all_models`.
-        weightless: Build it on the meta device, where shapes are computed and values are not. fvcore cannot count
+        weightless: Whether to build it on the meta device, which computes shapes but no values. fvcore cannot count
             there, so shares of the whole model are left out.
     """
     started = time.perf_counter()
@@ -103,8 +102,8 @@ def found(name: str, *, weightless: bool) -> Record:
         record |= {"flops": dense, "conv": _reach(convolutions, dense), "conv+linear": _reach(sites, dense)}
     counted = convolution_calls(model, inputs)
     record["counted"] = sum(counted.values())
-    known = {alias for site in convolutions for alias in (site.name, *site.aliases)}
-    record["missing"] = [part for part, module in model.named_modules() if _is_layer(module) and part not in known]
+    site_names = {alias for site in convolutions for alias in (site.name, *site.aliases)}
+    record["missing"] = [part for part, module in model.named_modules() if _is_layer(module) and part not in site_names]
     if record["calls"] != record["counted"]:
         record["error"] = f"{record['counted']} convolutions ran, the sites have {record['calls']} calls"
     elif record["missing"]:
@@ -113,14 +112,14 @@ def found(name: str, *, weightless: bool) -> Record:
 
 
 def compressed(name: str) -> Record:
-    """Compression of one model at a budget halfway between 1 and the smallest reachable.
+    """Compress one model to a budget halfway between 1 and the smallest reachable one, and check the result.
 
-    Linear layers take part where convolutions alone make up less than half of the flops.
+    Linear layers are replaced, too, if convolutions make up less than half of the flops.
     """
     started = time.perf_counter()
     model = _built(name, weightless=False)
     for parameter in model.parameters():
-        if not parameter.any():  # zero-initialized branches would send no gradient to what lies behind
+        if not parameter.any():  # no gradient would pass through zero-initialized branches
             nn.init.normal_(parameter, std=0.02)
     inputs = example_inputs(model)
     any_plan = _any_plan(model)
@@ -133,7 +132,7 @@ def compressed(name: str) -> Record:
     try:
         small = plan.apply(model)
     except batude_fx.BudgetError as error:
-        if detector:  # with random weights, how many boxes it chooses is chance
+        if detector:  # with random weights, the number of boxes is random
             return {"note": str(error)}
         raise
     count = _count(small, inputs)
@@ -157,7 +156,7 @@ def compressed(name: str) -> Record:
 
 
 def _any_plan(model: nn.Module) -> Plan | None:
-    """A plan to be taken to other budgets; linear layers too where convolutions are less than half of the flops."""
+    """Return a plan for use at other budgets, with linear layers if convolutions have less than half of the flops."""
     costs = {True: 0, False: 0}
     for site in batude_fx.discover(model, layers=LAYERS):
         costs[_is_convolution(site)] += dense_cost(site)[0]
@@ -169,7 +168,7 @@ def _any_plan(model: nn.Module) -> Plan | None:
 
 
 class _CountConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what reaches torch's convolution kernels, by the innermost module that is running."""
+    """Count calls of torch's convolution kernels by the innermost running module."""
 
     def __init__(self, running: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -183,7 +182,7 @@ class _CountConvolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def convolution_calls(model: nn.Module, inputs: Inputs) -> Counter[str]:
-    """How many convolutions one run computes inside each module, counted below everything that Python can hide."""
+    """Count the convolutions that one run computes in each module, in torch's dispatcher, below all Python code."""
     running = [""]
     handles = []
     for name, module in model.named_modules():
@@ -224,7 +223,7 @@ def _count(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _reach(sites: list[ConvSite] | tuple[ConvSite, ...], dense: int) -> Record:
-    """Share of the whole model's flops that lies in replaceable sites, and the smallest budget that can be met."""
+    """Return the share of replaceable sites in the flops of the model, and the smallest budget that can be met."""
     eligible = [site for site in sites if site.skip_reason is None]
     own = sum(dense_cost(site)[0] for site in eligible)
     options = [rank_options.site_options(site, ROUND_TO) for site in eligible]
@@ -233,7 +232,7 @@ def _reach(sites: list[ConvSite] | tuple[ConvSite, ...], dense: int) -> Record:
 
 
 def _structure(output: object) -> tuple[object, ...]:
-    """Nesting, shapes and dtypes; of detections, whose number is free, all but the first extent."""
+    """Return nesting, shapes and dtypes of an output, without the number of detections, which may differ."""
     leaves, spec = tree_flatten(_plain(output))
     detections = isinstance(output, list)
     return spec, *((tuple(x.shape[detections:]), x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
@@ -253,9 +252,9 @@ def _same_structure(model: nn.Module, small: nn.Module, inputs: Inputs) -> Itera
 
 
 def _trains(model: nn.Module, small: nn.Module, inputs: Inputs) -> Iterator[str]:
-    """Train mode: the same output structure, and a gradient in every factor.
+    """Check train mode: the same output structure, and a gradient in every factor.
 
-    It must not be zero either, but for detectors, whose losses look at a sample of the anchors only.
+    The gradient must not be zero, except for detectors, whose losses use a sample of the anchors only.
     """
     model, small = _undropped(model), _undropped(small)
     batch = _training_batch(inputs)
@@ -280,7 +279,7 @@ def _has_gradient(parameter: nn.Parameter, *, may_be_zero: bool) -> bool:
 
 
 def _undropped(model: nn.Module) -> nn.Module:
-    """A copy in train mode, with everything that drops at random off."""
+    """Return a copy in train mode, with all random dropping switched off."""
     model = copy.deepcopy(model).train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd | DropPath | StochasticDepth):  # noqa: SLF001
@@ -289,7 +288,7 @@ def _undropped(model: nn.Module) -> nn.Module:
 
 
 def _training_batch(inputs: Inputs) -> Inputs:
-    """Two images instead of one, since batch-norm needs them; detectors get targets as well."""
+    """Return inputs with two images, which batch-norm needs, and with targets for detectors."""
     torch.manual_seed(0)
     if isinstance(inputs[0], list):
         images = [torch.rand_like(image) for image in inputs[0] * 2]
@@ -321,13 +320,15 @@ def _saves(_: nn.Module, small: nn.Module, inputs: Inputs) -> Iterator[str]:
 
 
 def _exact(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> Iterator[str]:
-    """Equality in float64 on the real module tree.
+    """Check two equalities in float64.
 
-    At full rank no factor is left of a k x k site, and pointwise ones become an SVD pair: this network must equal the
-    original. And the compressed network must equal the full-rank one that has its composed weights.
+    The network with all sites replaced at full rank must equal the original; there, a k x k site has a core only, and a
+    pointwise site is an SVD pair. The compressed network must equal the full-rank network with the weights that its
+    factors compose to.
 
-    The outputs of a detector jump with the last bit of a score, RAFT does not run in float64, and large networks take
-    minutes: there each site is compared by itself, on a corner of the inputs that it gets in the float32 network.
+    Whole networks are not compared if they are detectors, whose outputs jump with the last bit of a score, if they do
+    not run in float64, as RAFT, or if they are so large that it takes minutes. Then each site is compared separately,
+    on a corner of the inputs that it gets in the float32 network.
     """
     small_enough = plan.dense_flops <= LARGEST_WHOLE[0] and plan.dense_params <= LARGEST_WHOLE[1]
     whole = small_enough and not isinstance(inputs[0], list)
@@ -369,7 +370,7 @@ def _exact_sites(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs)
         if name in plan.ranks:
             part = cast("TuckerModule", copy.deepcopy(small.get_submodule(name)).double())
             pairs.append((_full_rank(layer, _composed(part)), part))
-        worst[name] = max(worst[name], *(_relative(expected(x), given(x)) for expected, given in pairs))
+        worst[name] = max(worst[name], *(_relative(expected(x), actual(x)) for expected, actual in pairs))
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: compare(n, args)) for name in layers
@@ -395,7 +396,7 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _composed(part: TuckerModule) -> Tensor:
-    """(groups, C_out, C_in, k...) that the factors stand for."""
+    """Return the weight (groups, C_out, C_in, k...) that the factors compose to."""
     return to_canonical(part.weight.detach(), part)
 
 

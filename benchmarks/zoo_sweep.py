@@ -1,9 +1,9 @@
-"""Sweep every model of timm and torchvision: is every convolution found, is every family compressed right?
+"""Sweep over every model of timm and torchvision: is every convolution found, is every family compressed correctly?
 
-`make zoo` runs all of it and writes `docs/data/zoo.json`, which the zoo page of the site is made from. `make zoo-quick`
-takes the smallest model of each family and writes `build/zoo/quick.json`. A sweep that was killed goes on where it
-stopped: what is done stands in `build/zoo/journal.jsonl`, valid for the same versions of the libraries; what failed is
-tried again.
+`make zoo` sweeps all models and writes `docs/data/zoo.json`, from which the zoo page of the site is made.
+`make zoo-quick` sweeps the smallest model of each family and writes `build/zoo/quick.json`. An interrupted sweep
+continues where it stopped: results are stored in `build/zoo/journal.jsonl` and are valid for the same versions of the
+libraries. Tasks that failed are repeated.
 """
 
 import argparse
@@ -33,22 +33,22 @@ from benchmarks.workers import follow_parent
 from benchmarks.zoo_checks import LARGEST, Record
 
 WORKERS = 2
-SECONDS = 120  # most that discovery of one model with weights may take
+SECONDS = 120  # limit for the discovery of one model with weights
 COMPRESS_SECONDS = 600
 MEMORY = 11 * 2**30  # bytes of one worker, on a machine of 24 GiB
-NO_MEMORY = ("allocate memory", "could not create a primitive")  # torch's words and oneDNN's, in a RuntimeError
-TASKS_PER_WORKER = 40  # then a fresh process takes over: models leave caches behind
+NO_MEMORY = ("allocate memory", "could not create a primitive")  # messages of torch and oneDNN, in a RuntimeError
+TASKS_PER_WORKER = 40  # then the process is replaced, since models leave caches behind
 
 ROOT = Path(__file__).parents[1]
 JOURNAL = ROOT / "build" / "zoo" / "journal.jsonl"
 RESULT = ROOT / "docs" / "data" / "zoo.json"
 QUICK_RESULT = ROOT / "build" / "zoo" / "quick.json"
 
-Task = tuple[str, str]  # what is asked, of which model
+Task = tuple[str, str]  # the kind of task, and the model
 
 
 def main(*, quick: bool) -> int:
-    """Run what the journal lacks, write the result, print what is wrong."""
+    """Run the tasks that the journal lacks, write the result, print the errors."""
     names = zoo_checks.all_models()
     journal = Journal(JOURNAL, versions())
     if quick:
@@ -62,33 +62,33 @@ def main(*, quick: bool) -> int:
     path = QUICK_RESULT if quick else RESULT
     write(path, result)
     Console(width=120).print(summary(result))
-    wrong = [record for part in ("models", "families") for record in result[part] if "error" in record]
-    for record in wrong:
+    errors = [record for part in ("models", "families") for record in result[part] if "error" in record]
+    for record in errors:
         print(f"{record.get('family', '')} {record['name']}: {record['error']}")
-    print(f"{path.relative_to(ROOT)} written, {len(wrong)} records with an error")
-    return 1 if wrong else 0
+    print(f"{path.relative_to(ROOT)} written, {len(errors)} records with an error")
+    return 1 if errors else 0
 
 
 def _published_sizes() -> dict[Task, Record]:
-    """Parameters as the last whole sweep counted them, where it had the same libraries."""
-    known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    if known.get("versions") != versions():
+    """Return the parameter counts of the last full sweep, if it used the same versions of the libraries."""
+    published = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    if published.get("versions") != versions():
         return {}
-    return {("size", model["name"]): {"params": model["params"]} for model in known["models"] if "params" in model}
+    return {("size", model["name"]): {"params": model["params"]} for model in published["models"] if "params" in model}
 
 
 def versions() -> dict[str, str]:
-    """What the results hold for."""
+    """Return the versions for which the results are valid."""
     libraries = {name: version(name) for name in ("batude-fx", "torch", "timm", "torchvision", "fvcore")}
     return {"python": platform.python_version(), **libraries}
 
 
 class Journal:
-    """Answers to tasks, one JSON line each, appended as they come.
+    """The results of tasks, one JSON line each, appended as they arrive.
 
     Args:
-        path: The file; made where it is missing.
-        valid: Versions that lines must carry to count.
+        path: The file; it is created if it is missing.
+        valid: The versions of the libraries; lines with other versions are ignored.
     """
 
     def __init__(self, path: Path, valid: Mapping[str, str]) -> None:
@@ -99,7 +99,7 @@ class Journal:
         self.records: dict[Task, Record] = {(line["task"], line["model"]): line["record"] for line in read}
 
     def fill(self, tasks: Iterable[Task], title: str) -> None:
-        """Answer the tasks that have no answer or an error."""
+        """Run the tasks that have no result, or an error."""
         open_ = [task for task in dict.fromkeys(tasks) if "error" in self.records.get(task, {"error": ""})]
         if not open_:
             return
@@ -108,21 +108,21 @@ class Journal:
             for (what, model), record in answers(open_, self.records):
                 self.records[what, model] = record
                 line = {"task": what, "model": model, "versions": self.valid, "record": record}
-                file.write("\n" + json.dumps(line))  # on a line of its own, also after half a one
+                file.write("\n" + json.dumps(line))  # on a new line, also after a line that was written in part
                 file.flush()
                 progress.update(bar, advance=1, description=f"{title} ({model})")
 
 
-def _parsed(line: str) -> Any:  # noqa: ANN401 - one of our own lines, or None for the half one of a killed run
+def _parsed(line: str) -> Any:  # noqa: ANN401 - a line of the journal, or None if it was written in part
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
 
 
-def answers(tasks: list[Task], known: Mapping[Task, Record]) -> Iterator[tuple[Task, Record]]:
-    """Ask in worker processes, twice where one dies; a model that is too large with weights is discovered without."""
-    weightless = {t for t in tasks if t[0] == "found" and known["size", t[1]].get("params", 0) > LARGEST}
+def answers(tasks: list[Task], records: Mapping[Task, Record]) -> Iterator[tuple[Task, Record]]:
+    """Run tasks in worker processes, again if one dies; models that are too large are discovered without weights."""
+    weightless = {t for t in tasks if t[0] == "found" and records["size", t[1]].get("params", 0) > LARGEST}
     with ProcessPool(WORKERS, TASKS_PER_WORKER, _prepare, context=get_context("spawn")) as pool:
         again = set()
         for task, answer in _asked(pool, tasks, weightless):
@@ -135,7 +135,7 @@ def answers(tasks: list[Task], known: Mapping[Task, Record]) -> Iterator[tuple[T
 
 
 def _asked(pool: ProcessPool, tasks: list[Task], weightless: Collection[Task]) -> Iterator[tuple[Task, Any]]:
-    """Answers as they come; what a worker dies of is one, too."""
+    """Yield the results as they arrive; an error of a worker is a result, too."""
     futures: dict[Future[Record], Task] = {}
     for task in tasks:
         limit = COMPRESS_SECONDS if task[0] == "compressed" else SECONDS
@@ -158,30 +158,30 @@ def _prepare() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    torch.backends.mha.set_fastpath_enabled(False)  # fvcore does not see attention that is fused
+    torch.backends.mha.set_fastpath_enabled(False)  # fvcore does not count fused attention
     follow_parent()
 
 
 def _ask(task: Task, weightless: bool) -> Record:  # noqa: FBT001 - pebble passes positions
-    """In the worker: the answer to a task; what the model or the check raises is an answer too."""
+    """Return the result of a task, in the worker; an error of the model or the check is a result, too."""
     what, model = task
     try:
         if what == "size":
             return zoo_checks.size(model)
         return zoo_checks.found(model, weightless=weightless) if what == "found" else zoo_checks.compressed(model)
-    except Exception as error:  # noqa: BLE001 - whatever a model or a check raises is an answer
+    except Exception as error:  # noqa: BLE001 - any error of a model or a check is a result
         if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-            os._exit(1)  # what a worker holds when it runs out is never given back; another takes over
+            os._exit(1)  # the memory of this worker is not freed; a new worker replaces it
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def largest_first(names: Iterable[str], journal: Journal) -> list[str]:
-    """So that no worker is left with a large one at the end."""
+    """Sort models by size, so that no worker ends with a large model alone."""
     return sorted(names, key=lambda name: -journal.records["size", name].get("params", LARGEST))
 
 
 def smallest(names: Iterable[str], journal: Journal) -> dict[str, str]:
-    """The model with the fewest parameters of each family."""
+    """Return the model with the fewest parameters of each family."""
     families: dict[str, str] = {}
     for name in sorted(names, key=lambda name: journal.records["size", name].get("params", LARGEST)):
         families.setdefault(zoo_checks.family(name), name)
@@ -189,7 +189,7 @@ def smallest(names: Iterable[str], journal: Journal) -> dict[str, str]:
 
 
 def collected(journal: Journal, names: Iterable[str], families: Mapping[str, str]) -> dict[str, Any]:
-    """The content of the result file."""
+    """Return the content of the result file."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {WORKERS} workers",
@@ -206,7 +206,7 @@ def collected(journal: Journal, names: Iterable[str], families: Mapping[str, str
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """One line per record, so that a later sweep shows what changed."""
+    """Write one line per record, so that the diff to a later sweep is readable."""
     head = {key: value for key, value in result.items() if not isinstance(value, list)}
     parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     lists = {key: ",\n".join(json.dumps(record) for record in result[key]) for key in ("models", "families")}
@@ -218,7 +218,7 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def summary(result: Mapping[str, Any]) -> Table:
-    """Totals."""
+    """Return a table of the totals."""
     table = Table("", "number", title=f"{result['date']}, {result['machine']}")
     models, families = result["models"], result["families"]
     table.add_row("models", f"{len(models)}")
