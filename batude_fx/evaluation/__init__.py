@@ -1,1 +1,1 @@
-"""Networks held against images: folders of images, scores, sweeps over budgets."""
+"""Evaluation of networks on images: folders of images, scores, and sweeps over budgets."""

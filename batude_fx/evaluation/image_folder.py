@@ -1,4 +1,4 @@
-"""Folders of images for the command line: found, spread, and prepared as timm prepares them for the model."""
+"""Folders of images: list them, read their classes, and prepare the images as timm does for a model."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,38 +21,45 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def image_paths(folder: Path, count: int | None = None) -> list[Path]:
-    """The images below a folder, sorted; `count` of them, evenly spread, where that is fewer.
+    """Return the sorted paths of the images in a folder and its subfolders, without hidden ones.
+
+    Args:
+        folder: The folder.
+        count: Number of images to choose at equal distances from the sorted list; None or a larger number for all.
 
     Raises:
         CalibrationError: When the folder is missing or holds no image.
     """
     if not folder.is_dir():
-        raise CalibrationError(f"{folder} is no folder. Give a folder of images, of any depth.")
-    found = (path for path in _files(folder) if path.suffix.lower() in _SUFFIXES and path.is_file())
-    paths = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+        raise CalibrationError(f"{folder} is no folder. Give a folder of images; they may be in subfolders.")
+    images = (path for path in _files(folder) if path.suffix.lower() in _SUFFIXES and path.is_file())
+    paths = sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not paths:
-        raise CalibrationError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}) at any depth.")
+        raise CalibrationError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))}), nor do its subfolders.")
     if count is None or count >= len(paths):
         return paths
     return [paths[index * len(paths) // count] for index in range(count)]
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Links are followed, as timm does, but for those that lead back up."""
-    for name, below, files in os.walk(folder, followlinks=True):
-        here = Path(name)
-        below[:] = [one for one in below if not here.resolve().is_relative_to((here / one).resolve())]
-        yield from (here / file for file in files)
+    """Yield the files of a folder and its subfolders; follow links, as timm does, except to a folder further up."""
+    for name, subfolders, files in os.walk(folder, followlinks=True):
+        parent = Path(name)
+        subfolders[:] = [sub for sub in subfolders if not parent.resolve().is_relative_to((parent / sub).resolve())]
+        yield from (parent / file for file in files)
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of its subfolders in the order of the classes, which is timm's: "2" before "10"."""
+    """Return the names of the subfolders in the order of timm's class indices, which puts "2" before "10"."""
     names = (path.name for path in folder.iterdir() if path.is_dir())
     return sorted((name for name in names if not name.startswith(".")), key=natural_key)
 
 
 def class_indices(paths: Sequence[Path], folder: Path) -> list[int] | None:
-    """The class of every image, by its first subfolder, as `class_folders` orders them; None where one lies outside."""
+    """Return the class index of every image, or None if any image is in no subfolder.
+
+    The class is the index of the image's topmost subfolder in `class_folders`.
+    """
     parts = [path.relative_to(folder).parts for path in paths]
     if any(len(part) == 1 for part in parts):
         return None
@@ -61,10 +68,10 @@ def class_indices(paths: Sequence[Path], folder: Path) -> list[int] | None:
 
 
 def batches(model: nn.Module, paths: Sequence[Path]) -> Iterator[Tensor]:
-    """Batches (n, C, H, W), resized, cropped and normalized for evaluation of this model.
+    """Yield batches (n, C, H, W) of images, resized, cropped and normalized as timm does to evaluate the model.
 
     Raises:
-        CalibrationError: When a file cannot be read as an image, with its path.
+        CalibrationError: When a file cannot be read as an image, or the model does not take one colour image.
     """
     transform = _transform(model)
     for start in range(0, len(paths), BATCH):
@@ -75,8 +82,8 @@ def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transfo
     example, *more = example_inputs(model)
     if more or not isinstance(example, Tensor) or example.shape[1:2] != (3,) or example.ndim != _NDIM:
         raise CalibrationError(
-            f"{type(model).__name__} does not take one colour image, so photos cannot be shown to it; "
-            "plan and compress can do without: --calibration synthetic or none."
+            f"{type(model).__name__} does not take one colour image, so it cannot be run on photos; "
+            "plan and compress do not need any with --calibration synthetic or none."
         )
     config = resolve_data_config({"input_size": tuple(example.shape[1:])}, model=model)  # type: ignore[no-untyped-call]
     return create_transform(**config, is_training=False)

@@ -1,4 +1,4 @@
-"""How good and how fast networks are: their outputs on a folder of images, and milliseconds per image."""
+"""Accuracy, agreement and speed of classifiers, on a folder of images."""
 
 import math
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ _NDIM = 2  # (N, classes)
 
 @dataclass(frozen=True)
 class Photos:
-    """Images to evaluate on; made by `photos`.
+    """Images to evaluate on, made by `find_photos`.
 
     Attributes:
-        folder: Where they are.
-        paths: All of them.
+        folder: The folder that contains them.
+        paths: The path of every image.
     """
 
     folder: Path
@@ -33,29 +33,27 @@ class Photos:
 
     @property
     def labelled(self) -> bool:
-        """Whether each lies in a subfolder."""
+        """Whether every image is in a subfolder, which gives its class."""
         return image_folder.class_indices(self.paths, self.folder) is not None
 
     def labels(self, classes: int) -> list[int] | None:
-        """The class of every image, where each lies in a subfolder; None where not all do.
+        """Return the class index of every image, or None if any image is in no subfolder.
 
         Raises:
             UnsupportedError: When there are not as many subfolders as classes.
         """
-        found, folders = (
-            image_folder.class_indices(self.paths, self.folder),
-            len(image_folder.class_folders(self.folder)),
-        )
-        if found is not None and folders != classes:
+        labels = image_folder.class_indices(self.paths, self.folder)
+        folders = len(image_folder.class_folders(self.folder))
+        if labels is not None and folders != classes:
             raise UnsupportedError(
                 f"{self.folder} has {folders} class folders, the network has {classes} classes, so there is no "
-                "accuracy; give one folder per class, in their order"
+                "accuracy; give one folder per class, in the order of the classes"
             )
-        return found
+        return labels
 
 
 def find_photos(folder: Path) -> Photos:
-    """The images below a folder.
+    """Find the images in a folder and its subfolders.
 
     Raises:
         CalibrationError: When the folder is missing or holds no image.
@@ -64,37 +62,44 @@ def find_photos(folder: Path) -> Photos:
 
 
 def logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
-    """Outputs (N, classes) of a classifier on images, on the CPU.
+    """Return the outputs (N, classes) of a classifier on images, on the CPU.
 
     Raises:
-        UnsupportedError: When the network gives anything else than one row per image.
-        CalibrationError: When a file cannot be read, or the network takes no photos.
+        UnsupportedError: When the network's output is anything but one row per image.
+        CalibrationError: When a file cannot be read as an image, or the network does not take one colour image.
     """
     like = next(network.parameters())
     with eval_and_restore(network), torch.no_grad():
         batches = track(image_folder.batches(network, paths), "evaluating", math.ceil(len(paths) / image_folder.BATCH))
         outputs = [network(batch.to(like)) for batch in batches]
     if not isinstance(outputs[0], Tensor) or outputs[0].ndim != _NDIM:
-        raise UnsupportedError(f"{type(network).__name__} is no classifier; it does not name one class per image.")
+        raise UnsupportedError(
+            f"{type(network).__name__} is no classifier: it does not give one row of scores per image."
+        )
     return torch.cat(outputs).cpu()
 
 
 def top1_and_top5(outputs: Tensor, truth: Sequence[int]) -> tuple[float, float]:
-    """Shares of images whose class is the first, and among the first five, of the outputs (N, classes)."""
+    """Return top-1 and top-5 accuracy: the shares of images whose class has the largest, and a top-5, output.
+
+    Args:
+        outputs: (N, classes).
+        truth: Class index of every image.
+    """
     hits = outputs.topk(min(_TOP, outputs.shape[1])).indices == torch.tensor(truth)[:, None]
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
 
 
 def agreement(outputs: Tensor, others: Tensor) -> float:
-    """Share of images for which two outputs (N, classes) name the same class."""
+    """Return the share of images for which two networks' outputs (N, classes) are largest at the same class."""
     return (outputs.argmax(1) == others.argmax(1)).float().mean().item()
 
 
 def milliseconds(networks: Sequence[nn.Module], *, runs: int) -> list[float]:
-    """Medians of the wall time of one image in each network, taken in turns.
+    """Return the median wall time of one image in each network, in milliseconds; the networks run in turns.
 
     Args:
-        networks: Of one architecture, on one device.
-        runs: Timed ones, of each.
+        networks: Networks of one architecture, on one device.
+        runs: Number of timed runs of each network.
     """
-    return [1000 * one for one in time_networks(networks, example_inputs(networks[0]), turns=runs)]
+    return [1000 * seconds for seconds in time_networks(networks, example_inputs(networks[0]), turns=runs)]

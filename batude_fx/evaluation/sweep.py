@@ -1,4 +1,4 @@
-"""One calibration, many budgets: how good and how fast the network is at each of them."""
+"""Compress a network to many budgets after one calibration, and evaluate it at each of them."""
 
 import re
 import warnings
@@ -14,93 +14,103 @@ from batude_fx.evaluation import scores
 from batude_fx.report.sweep_points import Point
 
 _FORMS = "Write 0.3:0.9:0.1 (first, last, step) or 0.3,0.5,0.75."
-_MOST = 100  # budgets of one sweep
-_RUNS = 10  # timed, of each network
-_SLACK = 1e-9
+_MOST_BUDGETS = 100
+_RUNS = 10  # timed runs of each network
+_ROUNDING = 1e-9  # allowance for rounding errors in (last - first) / step
 
 
 def parse_budgets(text: str) -> list[float]:
-    """Read the budgets of a sweep: "0.3:0.9:0.1", last included, or "0.3,0.5,0.75"; sorted.
+    """Return the sorted budgets that a text gives: "0.3:0.9:0.1" (first, last, step) or "0.3,0.5,0.75".
+
+    The last budget of a range is included.
 
     Raises:
-        BudgetError: When they cannot be read, lie outside (0, 1), or are too many.
+        BudgetError: When the text cannot be read, a budget is outside (0, 1), or there are more than 100.
     """
     try:
         numbers = [float(part) for part in re.split("[:,]", text)]
     except ValueError:
-        raise BudgetError(f"budgets {text!r} cannot be read. {_FORMS}") from None
+        raise BudgetError(f"budgets {text!r} are not numbers. {_FORMS}") from None
     if ":" in text:
         if "," in text or len(numbers) != 3 or not numbers[2] > 0 or not numbers[0] <= numbers[1]:  # noqa: PLR2004
             raise BudgetError(f"budgets {text!r}: a range needs first, last and a step above 0. {_FORMS}")
         first, last, step = numbers
-        count = min((last - first) / step + _SLACK, _MOST)
-        numbers = [round(first + index * step, 6) for index in range(int(count) + 1)]
+        steps = min((last - first) / step + _ROUNDING, _MOST_BUDGETS)
+        numbers = [round(first + index * step, 6) for index in range(int(steps) + 1)]
     if outside := [number for number in numbers if not 0 < number < 1]:
         raise BudgetError(f"budgets {text!r}: {outside[0]:g} is outside (0, 1), the fraction that remains. {_FORMS}")
-    if len(numbers) > _MOST:
-        raise BudgetError(f"budgets {text!r} are more than {_MOST}. Take a larger step.")
+    if len(numbers) > _MOST_BUDGETS:
+        raise BudgetError(f"budgets {text!r} are more than {_MOST_BUDGETS}. Take a larger step.")
     return sorted(set(numbers))
 
 
-def plan_tightest(decide: Callable[[float], Plan], budgets: Sequence[float]) -> Plan:
-    """The plan for the smallest budget in reach.
+def plan_tightest(plan_for: Callable[[float], Plan], budgets: Sequence[float]) -> Plan:
+    """Return the plan for the smallest budget that can be met.
 
-    Where ranks suit the machine, what sites can be is settled for a budget: these choices serve all larger ones too,
-    though a plan of their own might have had coarser ranks.
+    With ranks that suit the machine, a plan has rank options that were chosen for its budget. Those for the smallest
+    budget serve all larger ones too, although a plan made for a larger one might have had coarser ranks.
+
+    Args:
+        plan_for: Makes the plan for a budget.
+        budgets: Sorted budgets.
 
     Raises:
-        BudgetError: When none is in reach.
+        BudgetError: When no budget can be met.
     """
     *tight, loosest = budgets
     for budget in tight:
         with suppress(BudgetError):
-            return decide(budget)
-    return decide(loosest)
+            return plan_for(budget)
+    return plan_for(loosest)
 
 
 def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: scores.Photos) -> list[Point]:
-    """Compress to every budget from the measurements of one plan, and try the result on images.
+    """Compress a network to every budget from the measurements of one plan, and evaluate the results on images.
 
     Args:
-        model: The one that the plan was made for, a classifier of images.
-        plan: For any budget.
+        model: The network that the plan was made for, a classifier of images.
+        plan: Its plan for any budget.
         budgets: Fractions of the flops that may remain.
-        photos: With a subfolder per class there is accuracy, too.
+        photos: Images to evaluate on; a subfolder per class gives accuracy, too.
 
     Returns:
-        A point for each budget in reach, and last the original network's.
+        A point for each budget that can be met; the last point is the original network.
 
     Raises:
-        BudgetError: When none is in reach; before any image is looked at.
+        BudgetError: When no budget can be met; raised before any image is read.
         UnsupportedError: When the model is no classifier.
-        CalibrationError: When a file cannot be read.
+        CalibrationError: When a file cannot be read as an image.
 
     Warns:
-        UserWarning: When a budget is out of reach, or there are not as many subfolders as the model has classes, so
+        UserWarning: When a budget cannot be met, or there are not as many subfolders as the model has classes, so
             that there is no accuracy.
     """
-    plans, budgets = _in_reach(plan, budgets)
+    plans = _plans_within_reach(plan, budgets)
     original = scores.logits(model, photos.paths)  # (N, classes)
     try:
         truth = photos.labels(original.shape[1])
-    except UnsupportedError as error:  # the agreement is worth having without
+    except UnsupportedError as error:  # agreement needs no labels
         warnings.warn(f"{error}.", stacklevel=2)
         truth = None
-    tried, dense = [], []
-    for one in plans:  # one network at a time, as memory goes
-        small = one.apply(model)
-        taken, beside = scores.milliseconds([small, model], runs=_RUNS)
-        tried.append((one.flops, one.params, taken / beside, scores.logits(small, photos.paths)))
-        dense.append(beside)
-    tried.append((plan.dense_flops, plan.dense_params, 1.0, original))
-    usual = median(dense)  # the machine may have been busier at one budget than at another
+    results, original_times = [], []
+    for budget, plan_at_budget in plans.items():  # one compressed network in memory at a time
+        small = plan_at_budget.apply(model)
+        small_time, original_time = scores.milliseconds([small, model], runs=_RUNS)
+        outputs = scores.logits(small, photos.paths)
+        results.append((budget, plan_at_budget.flops, plan_at_budget.params, small_time / original_time, outputs))
+        original_times.append(original_time)
+    results.append((1.0, plan.dense_flops, plan.dense_params, 1.0, original))
+    # The machine may be busier at one budget than at another. Only times that were measured in turns are compared: the
+    # ratio of each, times one time of the original for all.
+    milliseconds = median(original_times)
     return [
-        Point(budget, flops, params, share * usual, scores.agreement(outputs, original), *_accuracy(outputs, truth))
-        for budget, (flops, params, share, outputs) in zip([*budgets, 1.0], tried, strict=True)
+        Point(budget, flops, params, ratio * milliseconds, scores.agreement(outputs, original), *_top(outputs, truth))
+        for budget, flops, params, ratio, outputs in results
     ]
 
 
-def _in_reach(plan: Plan, budgets: Sequence[float]) -> tuple[list[Plan], list[float]]:
+def _plans_within_reach(plan: Plan, budgets: Sequence[float]) -> dict[float, Plan]:
+    """Return the plan for each budget that can be met, and warn of the others."""
     plans, errors = {}, {}
     for budget in budgets:
         try:
@@ -112,8 +122,8 @@ def _in_reach(plan: Plan, budgets: Sequence[float]) -> tuple[list[Plan], list[fl
         if not plans:
             raise largest
         warnings.warn(f"left out: {', '.join(errors)}, as the {largest}", stacklevel=3)
-    return list(plans.values()), list(plans)
+    return plans
 
 
-def _accuracy(outputs: Tensor, truth: Sequence[int] | None) -> tuple[float, ...]:
+def _top(outputs: Tensor, truth: Sequence[int] | None) -> tuple[float, ...]:
     return () if truth is None else scores.top1_and_top5(outputs, truth)
