@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from sklearn.covariance import oas
 from torch import Tensor, nn
 
-from batude_fx.calibration.statistics import shrink, statistics
+from batude_fx.calibration.statistics import average_metrics, shrink, statistics
 from batude_fx.errors import CalibrationError
 from batude_fx.graph.sites import ConvSite
 from batude_fx.tucker.ranks import Ranks
-from batude_fx.tucker.spectra import metric_spectrum
+from batude_fx.tucker.spectra import Metric, ModeMetric, metric_spectrum
 from tests.toy_networks import site_of, small_net
 
 
@@ -163,3 +163,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert net[3].weight.requires_grad
     assert all(not module._forward_hooks for module in net)
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_mixing_statistics_with_themselves_changes_nothing() -> None:
+    net = small_net().eval()
+    measured = statistics(net, [site_of("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
+    both = average_metrics(measured, measured)["0"]
+    for mode in ("out", "in_"):
+        for field in ("covariance", "sensitivity"):
+            mixture, single = (getattr(getattr(metric, mode), field) for metric in (both, measured["0"]))
+            torch.testing.assert_close(mixture, single)
+
+
+def test_mixing_is_half_and_half_on_the_scale_of_the_own_images() -> None:
+    def metric(covariance: float, sensitivity: float) -> Metric:
+        return Metric(ModeMetric(*(value * torch.eye(2)[None] for value in (covariance, sensitivity))), None)
+
+    both = average_metrics({"a": metric(2, 1)}, {"a": metric(4, 3)})["a"].out
+    assert both is not None
+    torch.testing.assert_close(both.covariance[0], 3 * torch.eye(2))
+    # All errors together cost 4 and 24: the synthetic sensitivity counts for a sixth.
+    torch.testing.assert_close(both.sensitivity[0], (1 + 3 / 6) / 2 * torch.eye(2))
+
+
+def test_an_empty_loader_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="empty"):
+        statistics(small_net(), [], [])

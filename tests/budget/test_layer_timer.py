@@ -1,0 +1,116 @@
+"""Layers are timed at few ranks, and the times between these and the best multiple of ranks are the clock's."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import batude_fx
+from batude_fx import Budget, Ranks, UnsupportedError
+from batude_fx.budget import layer_timer, time_table
+from batude_fx.budget.rank_options import options_by_site
+from batude_fx.tucker.modules import TuckerModule
+from tests.known_clock import INPUT, layer_seconds, timed_net, timer_of
+
+
+def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Module]) -> None:
+    model = timed_net()
+    timer = timer_of(model)
+    options = options_by_site(timer.sites, 8, {}, adds_bias=False)
+    timed = timer.with_times(options, only_faster=False)
+    for name, one in timed.items():
+        layer, x = model.get_submodule(name), torch.zeros(next(iter(timer._calls[name])).shape)
+        assert one.dense[2] == pytest.approx(1e9 * layer_seconds(layer, x), rel=1e-6)
+        for ranks, costs in zip(one.ranks[1:].tolist(), one.costs[1:], strict=True):
+            exact = 1e9 * layer_seconds(batude_fx.tucker.modules.build(layer, Ranks(*ranks)), x)
+            assert costs[2] == pytest.approx(exact, rel=1e-6)
+    assert len(clock) < sum(len(one.ranks) for one in options.values()) / 2
+
+
+def test_what_is_no_faster_than_the_dense_layer_is_no_option(clock: list[nn.Module]) -> None:
+    del clock
+    timer = timer_of(timed_net())
+    for name, one in timer.with_times(options_by_site(timer.sites, 8, {}, adds_bias=False), only_faster=True).items():
+        faster = one.costs[:, 2] < one.dense[2]
+        assert (faster | (one.costs == one.dense).all(axis=1)).all(), name
+    # The first layer has three input channels: two more layers cost more time than they save.
+    assert "0" not in batude_fx.plan(timed_net(), 0.5, example_inputs=INPUT, calibration=None, round_to="auto").ranks
+
+
+def test_where_sizes_vary_times_cannot_be_foreseen() -> None:
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.conv(x)
+            return y[x[:, 0, 0, 0] > 0]
+
+    with pytest.raises(UnsupportedError, match="cannot be foreseen"):
+        batude_fx.plan(Chooses(), Budget(latency=0.5), example_inputs=torch.ones(1, 8, 9, 9), calibration=None)
+
+
+@pytest.mark.parametrize("staircase", [4, 8, 16, 32])
+def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch, staircase: int
+) -> None:
+    del clock
+
+    def seconds(layer: nn.Module, _: torch.Tensor) -> float:
+        if not isinstance(layer, TuckerModule):
+            return 1.0
+        return float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
+
+    monkeypatch.setattr(time_table, "_seconds", seconds)
+    assert list(timer_of(timed_net()).multiples()) == [one for one in (32, 16, 8, 4) if one <= staircase]
+
+
+def test_the_layers_that_take_longest_decide_the_multiple(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del clock
+    monkeypatch.setattr(layer_timer, "_PROBED", 1)
+
+    def seconds(layer: nn.Module, x: torch.Tensor) -> float:
+        slow = 3.0 if x.shape[1] == 128 else 1.0
+        if not isinstance(layer, TuckerModule):
+            return slow
+        staircase = 32 if x.shape[1] == 128 else 4
+        return slow * float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
+
+    monkeypatch.setattr(time_table, "_seconds", seconds)
+    assert timer_of(timed_net()).multiples()[0] == 32
+
+
+def test_the_model_and_the_random_state_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
+    monkeypatch.setattr(time_table, "_SECONDS", 0)
+    monkeypatch.setattr(layer_timer, "_MODEL_SECONDS", 0)
+    model = timed_net().train()
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, flags = torch.get_rng_state(), [module.training for module in model.modules()]
+    batude_fx.compress(model, Budget(flops=0.5, latency="1s"), example_inputs=INPUT, calibration=None)
+    assert torch.equal(state, torch.get_rng_state())
+    assert flags == [module.training for module in model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_real_clock_gives_real_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BATUDE_FX_CACHE", str(tmp_path))
+    monkeypatch.setattr(time_table, "_SECONDS", 0)
+    monkeypatch.setattr(layer_timer, "_MODEL_SECONDS", 0)
+    model = timm.create_model("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
+    plan = batude_fx.plan(model, 0.6, calibration=None, round_to="auto")
+    assert plan.dense_seconds is not None
+    assert plan.seconds is not None
+    assert 0 < plan.seconds < 10
+    known: Mapping[str, int] = json.loads(next((tmp_path / "latency").iterdir()).read_text(encoding="utf-8"))
+    assert any("channels last" in key for key in known)
