@@ -1,4 +1,4 @@
-"""Compress timm and torchvision networks to a budget with Tucker-2 decompositions.
+"""Compress timm and torchvision networks to a budget by Tucker-2 decompositions of their convolutions.
 
 ```python
 import timm, batude_fx
@@ -34,7 +34,7 @@ from batude_fx.training.recipe import Recipe
 from batude_fx.training.run import run
 from batude_fx.tucker.dense_layers import Handler, register
 from batude_fx.tucker.ranks import Ranks
-from batude_fx.zoo import cifar, timm_plugin  # noqa: F401 - they register with timm and torchvision when imported
+from batude_fx.zoo import cifar, timm_plugin  # noqa: F401 - the imports register networks
 from batude_fx.zoo.create import create
 
 __version__ = version("batude-fx")

@@ -1,4 +1,4 @@
-"""`python -m batude_fx` is `batude-fx`."""
+"""Run the command line by `python -m batude_fx`, as `batude-fx` does."""
 
 from batude_fx_cli.app import app
 

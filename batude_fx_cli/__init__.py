@@ -1,1 +1,1 @@
-"""The command line of batude_fx. It stands beside the package so that `batude-fx --help` needs no torch."""
+"""The command line of batude_fx, a package of its own so that `batude-fx --help` does not import torch."""

@@ -1,4 +1,4 @@
-"""The command line: arguments to one call, and its result as a table or as JSON. No logic of its own.
+"""The commands of `batude-fx`: each makes one call of batude_fx and prints the result as a table or as JSON.
 
 It is a package beside `batude_fx`, not inside it: `import batude_fx` brings in torch and timm, and `batude-fx --help`
 must answer without them. For the same reason every command imports what it needs when it runs.
@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batude_fx_cli import recipe_commands
-from batude_fx_cli.terminal import one_line_errors, print_line, say, show
+from batude_fx_cli.terminal import one_line_errors, print_line, print_to_stderr, show
 
 if TYPE_CHECKING:
     from batude_fx import Plan
 
 app = typer.Typer(
-    help="Make timm and torchvision networks smaller, to a budget.\n\n"
-    "MODEL is a timm name (resnet50, or for a network of your own local-dir:FOLDER or hf-hub:USER/NAME), a torchvision "
-    "name (torchvision:resnet50) or a folder that `batude-fx compress` wrote. Flops are multiply-adds, as fvcore "
-    "counts them.",
+    help="Compress timm and torchvision networks to a budget of flops, parameters or time, by replacing convolutions "
+    "with their Tucker-2 decompositions.\n\n"
+    "MODEL is the name of a timm network (resnet50), of a torchvision network (torchvision:resnet50) or of a network "
+    "that timm saved (local-dir:FOLDER, hf-hub:USER/NAME), or a folder that `batude-fx compress` wrote. One "
+    "multiply-add is one flop, as fvcore counts them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -40,17 +41,17 @@ def _main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options that stand before any command."""
+    """Hold the options that stand before the command."""
 
 
 class Layers(StrEnum):
-    """Which layers are replaced."""
+    """The values of --layers."""
 
     CONV = "conv"
     CONV_LINEAR = "conv+linear"
 
 
-def _multiple(text: str) -> Any:  # noqa: ANN401 - what plan takes
+def _parse_multiple(text: str) -> Any:  # noqa: ANN401 - the type of `round_to` in `plan`
     if text == "auto":
         return text
     if not text.isdigit() or int(text) < 1:
@@ -58,31 +59,48 @@ def _multiple(text: str) -> Any:  # noqa: ANN401 - what plan takes
     return int(text)
 
 
-Model = Annotated[str, typer.Argument(help="timm name, local-dir:FOLDER, torchvision:NAME, or a saved folder.")]
+Model = Annotated[str, typer.Argument(help="Name in timm, torchvision:NAME, local-dir:FOLDER, or a saved folder.")]
 BudgetOption = Annotated[
-    str | None, typer.Option("--budget", help='What remains of the flops: 0.5, "2.5x", "40%", or "0.9GFLOPs".')
+    str | None,
+    typer.Option(
+        "--budget",
+        help='Limit on the flops: the fraction that remains (0.5), "40%", "2.5x" for 2.5 times fewer, or "0.9GFLOPs".',
+    ),
 ]
-Params = Annotated[str | None, typer.Option(help='What remains of the parameters: 0.5, "2.5x", "40%", or "12MParams".')]
+Params = Annotated[
+    str | None, typer.Option(help='Limit on the parameters, in the same forms: 0.5, "40%", "2.5x", or "12MParams".')
+]
 Latency = Annotated[
-    str | None, typer.Option(help='What remains of the wall time of a run, measured here: 0.6, "1.8x", or "12ms".')
+    str | None,
+    typer.Option(
+        help='Limit on the time of a forward pass, measured on this machine, in the same forms: 0.6, "1.8x", or "12ms".'
+    ),
 ]
-Pretrained = Annotated[bool, typer.Option(help="Fetch trained weights, as timm and torchvision do.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+Pretrained = Annotated[bool, typer.Option(help="Load trained weights, which timm and torchvision download.")]
+Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1 or mps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 LayersOption = Annotated[Layers, typer.Option(help="Replace convolutions only, or linear layers too.")]
-Include = Annotated[list[str] | None, typer.Option(help="Glob over site names; repeat for several.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Glob over site names that stay dense; repeat for several.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Replace only layers whose name matches a glob (layer3.*); can be repeated.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Keep layers dense whose name matches a glob (layer1.*); can be repeated.")
+]
 RoundTo = Annotated[
     Any,
     typer.Option(
-        help='Ranks are multiples of this; "auto" measures which suits this machine.', metavar="INTEGER|auto",
-        parser=_multiple,
+        help='Make ranks multiples of this number; "auto" times which suits this machine.', metavar="INTEGER|auto",
+        parser=_parse_multiple,
     ),
 ]  # fmt: skip
 Calibration = Annotated[
-    str, typer.Option(help='"synthetic", "none" (weights only), or a folder of unlabelled images (any depth).')
+    str,
+    typer.Option(
+        help="Images by which the best ranks are predicted: a folder of images without labels and its subfolders, "
+        '"synthetic" (generated images), or "none" (the weights alone decide).'
+    ),
 ]
-Count = Annotated[int, typer.Option(help="How many images of the folder to use, spread over it.", min=1)]
+Count = Annotated[int, typer.Option(help="Number of images to take from the folder, evenly spread.", min=1)]
 
 
 @app.command()
@@ -91,7 +109,7 @@ def discover(
     model: Model, layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """List every convolution: sizes, cost, how it was found, and why it would stay dense.
+    """List all convolutions of a network: sizes, costs, how each was found, and why it would stay dense.
 
     Example: batude-fx discover resnet50
     """
@@ -112,14 +130,14 @@ def plan_ranks(
     include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8", pretrained: Pretrained = True,
     device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Decide ranks under a budget and show them; nothing is written.
+    """Choose ranks that meet a budget and show them; nothing is written.
 
     Example: batude-fx plan resnet50 --budget 2.5x
     """
     from batude_fx.compression.plan import plan_table
     from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name, parse_limits
 
-    limits = parse_limits(budget, params, latency)  # before any weights are fetched
+    limits = parse_limits(budget, params, latency)  # before weights are downloaded
     source = calibration_source(calibration, images)
     network = network_by_name(model, device, pretrained=pretrained)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to)
@@ -129,12 +147,12 @@ def plan_ranks(
 @app.command()
 @one_line_errors
 def compress(
-    model: Model, output: Annotated[Path, typer.Option(help="Folder to write.")], budget: BudgetOption = None,
+    model: Model, output: Annotated[Path, typer.Option(help="Folder for the network.")], budget: BudgetOption = None,
     params: Params = None, latency: Latency = None, calibration: Calibration = "synthetic", images: Count = 256,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Compress a network to a budget and save it.
+    """Compress a network to a budget and save it in a folder.
 
     Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
     """
@@ -144,7 +162,7 @@ def compress(
     from batude_fx.support.numbers import human
     from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name, parse_limits
 
-    limits = parse_limits(budget, params, latency)  # before any weights are fetched
+    limits = parse_limits(budget, params, latency)  # before weights are downloaded
     source = calibration_source(calibration, images)
     check_folder(output)
     network = network_by_name(model, device, pretrained=pretrained)
@@ -152,7 +170,7 @@ def compress(
     batude_fx.save(plan.apply(network), output)
     show(plan_table(plan), {**_plan_facts(plan), "output": str(output)}, as_json)
     if not as_json:
-        print_line(f"saved to {output}: {human(_bytes_inside(output))}B")
+        print_line(f"saved to {output}: {human(_folder_bytes(output))}B")
 
 
 @app.command()
@@ -160,11 +178,14 @@ def compress(
 def export(
     model: Model, output: Annotated[Path, typer.Argument(help="File to write: .onnx, .xml (OpenVINO) or .pt2.")],
     int8: Annotated[
-        Path | None, typer.Option(help="Folder of unlabelled images: weights and activations become 8-bit integers.")
+        Path | None,
+        typer.Option(help="Quantize to 8-bit integers, with ranges measured on this folder of images (ONNX only)."),
     ] = None,
     images: Count = 128, pretrained: Pretrained = True, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Write a network as a file that runs without batude_fx, batch-norms folded, checked against the network.
+    """Write a network as a file that runs without batude_fx.
+
+    Batch normalization is folded into the convolutions, and the outputs of the file are compared with the network's.
 
     Example: batude-fx export small/ small.onnx
     """
@@ -175,13 +196,13 @@ def export(
     from batude_fx.support.tables import facts_table
     from batude_fx_cli.inputs import network_by_name
 
-    check_path(output, int8=int8 is not None)  # before any weights are fetched
+    check_path(output, int8=int8 is not None)  # before weights are downloaded
     paths = None if int8 is None else image_paths(int8, images)
     network = network_by_name(model, "cpu", pretrained=pretrained)
     photos = None if paths is None else batches(network, paths)
     difference = batude_fx.export(network, output, int8=photos)
-    written = {output, output.with_suffix(".bin") if output.suffix == ".xml" else output}
-    size = sum(file.stat().st_size for file in written)
+    files = {output, output.with_suffix(".bin") if output.suffix == ".xml" else output}
+    size = sum(file.stat().st_size for file in files)
     facts = {"output": str(output), "bytes": size, "difference": difference}
     rows = [("size", f"{human(size)}B"), ("largest difference of an output", f"{difference:.1e}")]
     show(facts_table(str(output), rows), facts, as_json)
@@ -190,7 +211,7 @@ def export(
 @app.command()
 @one_line_errors
 def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")], as_json: AsJson = False) -> None:
-    """Say what a saved folder holds: base network, ranks, flops, parameters, bytes.
+    """Show what a saved folder holds: the dense network's name, ranks, flops, parameters and bytes.
 
     Example: batude-fx info small/
     """
@@ -202,7 +223,7 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
 
     config = read_config(folder)
     facts: dict[str, Any] = config.model_dump(exclude={"pretrained_cfg"})
-    facts["bytes"] = _bytes_inside(folder)
+    facts["bytes"] = _folder_bytes(folder)
     if config.model_args.library is not None:
         network = batude_fx.load(folder)
         facts["flops"] = count_flops(network, example_inputs(network))
@@ -213,10 +234,12 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
 @one_line_errors
 def evaluate(
     model: Model, data: Annotated[Path, typer.Option(help="Folder of images; class subfolders give accuracy.")],
-    against: Annotated[str | None, typer.Option(help="Another MODEL, to report agreement with.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another MODEL, whose predictions are compared.")] = None,
     device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Accuracy on a folder of images in class subfolders, or agreement with another network.
+    """Measure accuracy on images in one subfolder per class, or agreement with another network on any images.
+
+    Agreement is the share of images for which both networks predict the same class.
 
     Example: batude-fx evaluate small/ --data imagenet/val --against resnet50
     """
@@ -229,7 +252,7 @@ def evaluate(
     if against is None and not photos.labelled:
         raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
     network = network_by_name(model, device, pretrained=True)
-    other = None if against is None else network_by_name(against, device, pretrained=True)
+    reference = None if against is None else network_by_name(against, device, pretrained=True)
     outputs = scores.logits(network, photos.paths)  # (N, classes)
     facts: dict[str, Any] = {"images": len(photos.paths)}
     try:
@@ -237,17 +260,18 @@ def evaluate(
     except UnsupportedError as error:
         if against is None:
             raise UnsupportedError(f"{error}, or --against MODEL.") from None
-        say(f"warning: {error}.", "yellow")
+        print_to_stderr(f"warning: {error}.", "yellow")
         truth = None
     if truth is not None:
         facts["top1"], facts["top5"] = scores.top1_and_top5(outputs, truth)
-    if other is not None:
-        others = scores.logits(other, photos.paths)
-        if others.shape != outputs.shape:
+    if reference is not None:
+        reference_outputs = scores.logits(reference, photos.paths)
+        if reference_outputs.shape != outputs.shape:
             raise UnsupportedError(
-                f"{model} has {outputs.shape[1]} classes, {against} has {others.shape[1]}; they cannot agree."
+                f"{model} has {outputs.shape[1]} classes, {against} has {reference_outputs.shape[1]}; they cannot be "
+                "compared."
             )
-        facts["agreement"] = scores.agreement(outputs, others)
+        facts["agreement"] = scores.agreement(outputs, reference_outputs)
     rows = [(key, f"{value:,}" if isinstance(value, int) else f"{value:.4g}") for key, value in facts.items()]
     show(facts_table(model, rows), facts, as_json)
 
@@ -257,16 +281,16 @@ def evaluate(
 def sweep_budgets(
     model: Model, evaluate: Annotated[Path, typer.Option(help="Folder of images; class subfolders give accuracy.")],
     budgets: Annotated[
-        str, typer.Option(help="Fractions of flops that remain: first:last:step, or a list with commas.")
+        str, typer.Option(help="Fractions of the flops that remain: first:last:step, or a list with commas.")
     ] = "0.3:0.9:0.1",
     calibration: Calibration = "synthetic", images: Count = 256,
-    output: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write sweep.json and sweep.png to.")] = None,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Try several budgets, calibrating once: agreement with the original, accuracy, flops and milliseconds of each.
+    """Compress to several budgets and measure each: agreement with the original, accuracy, flops and milliseconds.
 
-    The folder may be one that `compress` wrote: then its report.html shows the curves, too.
+    If the output folder is one that `compress` wrote, its report.html shows the measurements too.
 
     Example: batude-fx sweep resnet50 --budgets 0.3:0.9:0.1 --calibration photos/ --evaluate more-photos/
     """
@@ -299,8 +323,10 @@ def sweep_budgets(
 
 @app.command("report")
 @one_line_errors
-def write_report(folder: Annotated[Path, typer.Argument(help="What `compress`, `train` or `sweep` wrote.")]) -> None:
-    """Write report.html anew, and its pictures as PNG files.
+def write_report(
+    folder: Annotated[Path, typer.Argument(help="What `compress`, `train` or `sweep` wrote.")],
+) -> None:
+    """Write report.html again, and its pictures as PNG files.
 
     Example: batude-fx report small/
     """
@@ -321,7 +347,7 @@ def _plan_facts(plan: "Plan") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bytes_inside(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 

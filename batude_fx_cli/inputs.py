@@ -1,4 +1,4 @@
-"""From what the user typed to what the verbs of batude_fx take: a network, a budget, calibration images, a plan."""
+"""Turn the options of the command line into what batude_fx takes: a network, a budget, images, a plan."""
 
 import sys
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from batude_fx.evaluation.image_folder import batches, image_paths
 
 
 def parse_limits(budget: str | None, params: str | None, latency: str | None) -> Budget:
-    """The budget of the three options.
+    """Return the budget that the three options set.
 
     Raises:
-        BudgetError: None is given, or one cannot be read.
+        BudgetError: When none is given, or one cannot be read.
     """
     if budget is not None and params is None and latency is None:
         return Budget.parse(budget)
@@ -27,11 +27,11 @@ def parse_limits(budget: str | None, params: str | None, latency: str | None) ->
 
 
 def network_by_name(name: str, device: str, *, pretrained: bool) -> nn.Module:
-    """The network in eval mode on a device; fresh weights are the same ones in every call.
+    """Create a network in eval mode on a device. Weights that are not trained are the same in every call.
 
     Raises:
-        UnsupportedError: The device cannot be used here.
-        BatudeError: No network has this name, or it cannot be built.
+        UnsupportedError: When the device cannot be used on this machine.
+        BatudeError: When no network has this name, or it cannot be built.
     """
     try:
         target = torch.device(device)
@@ -41,31 +41,31 @@ def network_by_name(name: str, device: str, *, pretrained: bool) -> nn.Module:
             f"device {device!r} cannot be used here: {first_line(error)}. Use --device cpu."
         ) from error
     try:
-        with redirect_stdout(sys.stderr):  # torch.hub says there what it fetches, in the way of --json
+        with redirect_stdout(sys.stderr):  # torch.hub prints its downloads, which are no part of --json
             torch.manual_seed(0)
             network = batude_fx.create(name, pretrained=pretrained).to(target)
             network.eval()
             return network
     except BatudeError:
         raise
-    except Exception as error:  # timm's readers of foreign configs and names raise all kinds
-        way_out = " All but evaluate do without its weights: --no-pretrained." if pretrained else ""
+    except Exception as error:  # timm raises many kinds for broken configs and names
+        way_out = " All commands but evaluate can do without trained weights: --no-pretrained." if pretrained else ""
         raise BatudeError(f"{name!r} cannot be built: {type(error).__name__}: {first_line(error)}.{way_out}") from error
 
 
-def calibration_source(wanted: str, count: int) -> Callable[[nn.Module], Any]:
-    """A function from a network to what `plan` calibrates it with; a folder is looked into at once.
+def calibration_source(option: str, count: int) -> Callable[[nn.Module], Any]:
+    """Return a function from a network to its calibration images for `plan`; a folder is listed at once.
 
     Args:
-        wanted: "none", "synthetic", or a folder of images.
-        count: How many images of the folder, spread over it.
+        option: "none", "synthetic", or a folder of images.
+        count: Number of images to take from the folder, evenly spread.
 
     Raises:
-        CalibrationError: The folder is missing or holds no image.
+        CalibrationError: When the folder is missing or holds no image.
     """
-    if wanted in {"none", "synthetic"}:
-        return lambda _: None if wanted == "none" else wanted
-    paths = image_paths(Path(wanted), count)
+    if option in {"none", "synthetic"}:
+        return lambda _: None if option == "none" else option
+    paths = image_paths(Path(option), count)
     return lambda network: batches(network, paths)
 
 
@@ -73,7 +73,7 @@ def make_plan(
     network: nn.Module, budget: Budget, source: Callable[[nn.Module], Any], layers: str, include: list[str] | None,
     exclude: list[str] | None, round_to: Any,  # noqa: ANN401 - a number or "auto"
 ) -> Plan:  # fmt: skip
-    """`batude_fx.plan` with the options of the command line."""
+    """Call `batude_fx.plan` with the options of the command line."""
     return batude_fx.plan(
         network, budget, calibration=source(network), layers=layers, include=include or (), exclude=exclude or (),
         round_to=round_to,

@@ -1,4 +1,4 @@
-"""The tables of the command line: what a saved folder holds, and what a sweep measured."""
+"""The tables of `batude-fx info` and `batude-fx sweep`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from batude_fx.support.tables import add_row, new_table
 
 
 def saved_table(folder: object, facts: dict[str, Any]) -> Table:
-    """What a saved folder holds, and its Tucker modules."""
+    """Return the table of a saved folder: its sites with their ranks, and its size."""
     saved = facts["model_args"]
     title = f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}"
     table = new_table("site", "ranks", title=title)
@@ -27,16 +27,18 @@ def saved_table(folder: object, facts: dict[str, Any]) -> Table:
 
 
 def sweep_table(name: str, points: Sequence[Point]) -> Table:
-    """Every budget of a sweep."""
-    labelled = points[0].top1 is not None
-    columns = ("budget", "flops", "parameters", "ms/image", "agreement", *(("top 1", "top 5") if labelled else ()))
+    """Return the table of a sweep: a row per budget, the original network last."""
+    has_labels = points[0].top1 is not None
+    columns = ("budget", "flops", "parameters", "ms/image", "agreement", *(("top 1", "top 5") if has_labels else ()))
     table = new_table(title=name)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for point in points:
-        shares = [point.agreement, *((point.top1 or 0.0, point.top5 or 0.0) if labelled else ())]
+        shares = [point.agreement, *((point.top1 or 0.0, point.top5 or 0.0) if has_labels else ())]
         budget = f"{point.budget:g}" if point.budget < 1 else "original"
         counts = human(point.flops).strip(), human(point.params).strip(), f"{point.milliseconds:.2f}"
         add_row(table, budget, *counts, *(f"{share:.4f}" for share in shares))
-    table.caption = "Agreement: images for which the original names the same class. One image at a time, medians."
+    table.caption = (
+        "Agreement: share of images for which the original predicts the same class. Times: medians of one image."
+    )
     return table

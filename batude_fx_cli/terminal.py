@@ -1,4 +1,4 @@
-"""What all commands share: errors and warnings in one line, results as tables or as JSON."""
+"""The output of all commands: results as tables or JSON, errors and warnings on one line of the error stream."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ ResultT = TypeVar("ResultT")
 
 
 def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
-    """A user's mistake ends in one line and exit code 1, not in a traceback."""
+    """Decorate a command so that an expected error ends it with one line and exit code 1, not with a traceback."""
 
     @wraps(command)
     def run(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
@@ -27,15 +27,17 @@ def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, Re
                 return command(*args, **kwargs)
         except BatudeError as error:
             first, *more = str(error).splitlines() if isinstance(error, RecipeError) else [str(error)]
-            for line in (f"error: {first}", *more):  # a recipe may have several
-                say(line, "red")
+            for line in (f"error: {first}", *more):  # a recipe may have several problems, one per line
+                print_to_stderr(line, "red")
             raise typer.Exit(1) from None
-        except BrokenPipeError:  # who reads the output has seen enough
+        except BrokenPipeError:  # the reader of the output has ended, as `head` does; click exits quietly
             raise
         except OSError as error:
-            if error.strerror is None:  # some library's, not the system's
+            if error.strerror is None:  # raised by a library, not by the system
                 raise
-            say(f"error: {error.filename or 'the output'} cannot be written or read: {error.strerror}.", "red")
+            print_to_stderr(
+                f"error: {error.filename or 'the output'} cannot be written or read: {error.strerror}.", "red"
+            )
             raise typer.Exit(1) from None
 
     return run
@@ -43,23 +45,23 @@ def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, Re
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if issubclass(category, UserWarning):
-        say(f"warning: {message}", "yellow")
+        print_to_stderr(f"warning: {message}", "yellow")
 
 
-def say(text: str, colour: str = "") -> None:
-    """A line on the error stream."""
+def print_to_stderr(text: str, colour: str = "") -> None:
+    """Print text on the error stream, as one line."""
     line = " ".join(text.split())
     console = Console(stderr=True, soft_wrap=True, emoji=False)
     console.print(line, style=colour, markup=False, highlight=False)
 
 
 def print_line(text: str) -> None:
-    """A line on the standard output, whole and as it is."""
+    """Print a line on the standard output, without wrapping or markup."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show(table: Any, facts: Any, as_json: bool) -> None:  # noqa: ANN401, FBT001
-    """The table for people, or the facts for machines and nothing else."""
+    """Print a table, or the facts as JSON in its place."""
     if as_json:
         json.dump(facts, sys.stdout, indent=2)
         sys.stdout.write("\n")
