@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,3 +92,15 @@ def test_budgets_out_of_reach_are_left_out(plan: batude_fx.Plan, photos: Callabl
     with pytest.warns(UserWarning, match=r"left out: 0\.01, 0\.02, as the budget of 0\.0200 of the flops is out of"):
         points = sweep.sweep(_network(), plan, [0.01, 0.02, 0.6], scores.find_photos(photos(5)))
     assert [point.budget for point in points] == [0.6, 1.0]
+
+
+def test_a_sweep_plans_for_its_tightest_budget_in_reach() -> None:
+    def decide(keep: float) -> Any:
+        if keep < 0.3:
+            raise BudgetError(f"{keep} is out of reach")
+        return keep
+
+    planned: Any = sweep.plan_tightest(decide, [0.1, 0.2, 0.4, 0.5])
+    assert planned == 0.4
+    with pytest.raises(BudgetError, match=r"0\.2 is out of reach"):
+        sweep.plan_tightest(decide, [0.1, 0.2])
