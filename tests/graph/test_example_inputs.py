@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torchvision
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
+from torchvision import models
 
 import batude_fx
 from batude_fx.errors import DiscoveryError
-from batude_fx.graph.example_inputs import example_inputs
-
-models = torchvision.models
+from batude_fx.graph.example_inputs import example_inputs, published_images
 
 
 def shapes(inputs: tuple[object, ...]) -> list[tuple[int, ...]]:
@@ -110,3 +109,19 @@ def test_inputs_are_on_the_device_of_the_model() -> None:
 def test_other_models_need_their_inputs_given(model: nn.Module) -> None:
     with pytest.raises(DiscoveryError, match=f"{type(model).__name__} is no timm or torchvision.*Pass example_inputs="):
         example_inputs(model)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_v2_l", "mobilenet_v3_large", "regnet_x_400mf"])
+def test_torchvisions_classifiers_see_images_as_they_were_published_for(name: str) -> None:
+    shown = published_images(name)
+    published = models.get_model_weights(name).DEFAULT.transforms()
+    ours = create_transform(**resolve_data_config(shown), is_training=False)  # type: ignore[no-untyped-call]
+    resize, crop, _, normalize = ours.transforms
+    assert (resize.size, list(crop.size)) == (published.resize_size[0], published.crop_size * 2)
+    assert resize.interpolation == published.interpolation
+    assert [*normalize.mean, *normalize.std] == pytest.approx([*published.mean, *published.std])
+
+
+def test_torchvisions_other_networks_say_nothing_of_images() -> None:
+    assert published_images("raft_small") == published_images("fcn_resnet50") == {}
+    assert batude_fx.create("torchvision:resnet18").pretrained_cfg["crop_pct"] == 224 / 256

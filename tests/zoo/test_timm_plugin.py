@@ -1,6 +1,5 @@
-"""The zoo plugin: saved folders through timm and torchvision, and models by name."""
+"""Saved folders through the registries of timm and torchvision."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,39 +8,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.data import create_transform, resolve_data_config
-from timm.models import save_for_hf
 from torch import nn
-from torchvision import models
 
 import batude_fx
-from batude_fx.errors import BatudeError, SavedModelError
-from batude_fx.graph.example_inputs import published_images
-from batude_fx.tucker.modules import TuckerModule, is_channels_last
+from batude_fx.errors import SavedModelError
+from batude_fx.tucker.modules import is_channels_last
 from batude_fx.tucker.ranks import Ranks
 from batude_fx.zoo import timm_plugin
-
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-def _save(model: nn.Module, folder: Path) -> nn.Module:
-    small = batude_fx.compress(model, 0.6, calibration=None, example_inputs=IMAGES[:1], exclude="conv1*").eval()
-    batude_fx.save(small, folder)
-    return small
-
-
-@pytest.fixture(scope="module")
-def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("timm") / "out"
-    return _save(timm.create_model("resnet10t"), folder), folder
-
-
-@pytest.fixture(scope="module")
-def torchvision_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("torchvision") / "out"
-    return _save(torchvision.models.resnet18(), folder), folder
+from tests.zoo.saved_networks import IMAGES, save_compressed
 
 
 @pytest.mark.parametrize("library", ["timm_folder", "torchvision_folder"])
@@ -184,98 +158,13 @@ def test_torchvision_can_list_weights_of_every_model() -> None:
 
 
 def test_the_memory_format_comes_back_through_timm(tmp_path: Path) -> None:
-    small = _save(timm.create_model("resnet10t").to(memory_format=torch.channels_last), tmp_path)
+    small = save_compressed(timm.create_model("resnet10t").to(memory_format=torch.channels_last), tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert torch.equal(again(IMAGES), small(IMAGES))
     assert is_channels_last(again.layer1[0].conv1.core.weight)
-
-
-# Models by name
-
-
-@pytest.mark.parametrize(
-    ("name", "library"),
-    [
-        ("resnet18", "timm"),
-        ("timm:resnet18", "timm"),
-        ("torchvision:resnet18", "torchvision"),
-        ("raft_small", "torchvision"),
-    ],
-)
-def test_names_are_looked_up_in_both_libraries(name: str, library: str) -> None:
-    assert type(batude_fx.create(name)).__module__.startswith(f"{library}.")
-
-
-@pytest.mark.parametrize("name", ["resnet50", "efficientnet_v2_l", "mobilenet_v3_large", "regnet_x_400mf"])
-def test_torchvisions_classifiers_see_images_as_they_were_published_for(name: str) -> None:
-    shown = published_images(name)
-    published = models.get_model_weights(name).DEFAULT.transforms()
-    ours = create_transform(**resolve_data_config(shown), is_training=False)  # type: ignore[no-untyped-call]
-    resize, crop, _, normalize = ours.transforms
-    assert (resize.size, list(crop.size)) == (published.resize_size[0], published.crop_size * 2)
-    assert resize.interpolation == published.interpolation
-    assert [*normalize.mean, *normalize.std] == pytest.approx([*published.mean, *published.std])
-
-
-def test_torchvisions_other_networks_say_nothing_of_images() -> None:
-    assert published_images("raft_small") == published_images("fcn_resnet50") == {}
-    assert batude_fx.create("torchvision:resnet18").pretrained_cfg["crop_pct"] == 224 / 256
-
-
-def test_arguments_reach_the_model() -> None:
-    assert batude_fx.create("resnet10t", num_classes=3)(IMAGES).shape == (2, 3)
-    assert batude_fx.create("torchvision:resnet18", num_classes=3)(IMAGES).shape == (2, 3)
-
-
-def test_a_head_of_other_classes_starts_fresh_on_torchvisions_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    published = models.inception_v3(weights=None, init_weights=False).state_dict()
-    entry = models.Inception_V3_Weights
-    monkeypatch.setattr(entry, "get_state_dict", lambda *_, **__: published)
-    model = batude_fx.create("torchvision:inception_v3", pretrained=True, num_classes=3)
-    assert model.fc.out_features == model.AuxLogits.fc.out_features == 3
-    assert model.transform_input  # as torchvision sets it with these weights
-    for name, value in model.state_dict().items():
-        assert ("fc." in name and "conv" not in name) or torch.equal(value, published[name])
-
-
-def test_torchvisions_auxiliary_outputs_can_be_switched_off_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    published = models.inception_v3(weights=None, init_weights=False).state_dict()
-    monkeypatch.setattr(models.Inception_V3_Weights, "get_state_dict", lambda *_, **__: published)
-    model = batude_fx.create("torchvision:inception_v3", pretrained=True, aux_logits=False)
-    assert model.train()(torch.zeros(2, 3, 299, 299)).shape == (2, 1000)
-    assert model.state_dict().keys() == {name for name in published if not name.startswith("AuxLogits.")}
-
-
-def test_a_saved_folder_takes_no_arguments(timm_folder: tuple[nn.Module, Path]) -> None:
-    with pytest.raises(BatudeError, match=r'takes no num_classes; timm\'s "local-dir:.*" does'):
-        batude_fx.create(str(timm_folder[1]), num_classes=3)
-    assert batude_fx.create(f"local-dir:{timm_folder[1]}", num_classes=3).num_classes == 3
 
 
 def test_saved_again_it_keeps_its_report(timm_folder: tuple[nn.Module, Path], tmp_path: Path) -> None:
     shutil.copytree(timm_folder[1], folder := tmp_path / "out")
     batude_fx.save(timm.create_model(f"local-dir:{folder}", pretrained=True), folder)
     assert (folder / "report.json").read_text() == (timm_folder[1] / "report.json").read_text()
-
-
-def test_a_folder_is_a_name(timm_folder: tuple[nn.Module, Path]) -> None:
-    network = batude_fx.create(str(timm_folder[1]))
-    assert any(isinstance(module, TuckerModule) for module in network.modules())
-
-
-def test_a_dense_network_of_the_user_has_a_name_and_what_becomes_of_it_is_saved(tmp_path: Path) -> None:
-    own = timm.create_model("resnet10t", num_classes=3).eval()
-    save_for_hf(own, str(tmp_path / "own"), safe_serialization=True)
-    network = batude_fx.create(f"local-dir:{tmp_path / 'own'}", pretrained=True).eval()
-    assert torch.equal(network(IMAGES), own(IMAGES))
-    small = _save(network, tmp_path / "small")
-    assert torch.equal(batude_fx.load(tmp_path / "small")(IMAGES), small(IMAGES))
-
-
-@pytest.mark.parametrize("name", ["resnet51", "torchvision:resnet51", "keras:resnet50", "batude_fx", ""])
-def test_an_unknown_name_is_refused_with_close_ones(name: str) -> None:
-    with pytest.raises(BatudeError, match=re.escape(f"{name!r} is no saved folder")) as caught:
-        batude_fx.create(name)
-    if "51" in name:
-        assert "resnet50" in str(caught.value)
