@@ -33,15 +33,15 @@ class Bar:
         description: Text before the bar.
         total: Number of steps.
         done: Number of steps that are done already.
-        shown: Whether this process prints anything; of several processes, only one should.
+        visible: Whether this process prints anything; of several processes, only one should.
     """
 
-    def __init__(self, description: str, total: int, done: int = 0, *, shown: bool = True) -> None:
+    def __init__(self, description: str, total: int, done: int = 0, *, visible: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        console = Console(stderr=True, quiet=not shown, soft_wrap=True)
+        console = Console(stderr=True, quiet=not visible, soft_wrap=True)
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(description, total=total, completed=done)
 
