@@ -1,9 +1,7 @@
-"""Tucker modules and handlers: equal to the dense layer in float64 for all attributes; flops; refused layers."""
+"""Tucker modules equal the dense layer in float64 over every attribute, and cost what the formula says."""
 
 import copy
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
@@ -13,158 +11,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
-from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers.std_conv import ScaledStdConv2d
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
 from torchvision.models.video.resnet import Conv3DNoTemporal, Conv3DSimple
 
 from batude_fx.errors import UnsupportedError
 from batude_fx.tucker.decomposition import Factors
-from batude_fx.tucker.dense_layers import Handler, canonical_bias, canonical_weight, register, skip_reason
-from batude_fx.tucker.modules import TuckerConv, TuckerConvTranspose, TuckerLinear, TuckerModule, build, tucker_conv
+from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight
+from batude_fx.tucker.modules import TuckerConv, TuckerConvTranspose, TuckerLinear, build, tucker_conv
 from batude_fx.tucker.ranks import Ranks
-
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-TIMM = (Conv2dSame, StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A dense layer whose effective weight has these Tucker-2 ranks exactly, and an input for it."""
-
-    layer: nn.Module
-    ranks: Ranks
-    x: Tensor = field(repr=False)
-
-
-def leading(matrix: Tensor, rank: int) -> Tensor:
-    """Return the leading left singular vectors of a batch of matrices, (groups, rows, rank)."""
-    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=True)[0]
-    return vectors[:, :, :rank]
-
-
-def hosvd(weight: Tensor, ranks: Ranks, bias: Tensor | None) -> Factors:
-    """Decompose a canonical weight (groups, C_out, C_in, k...) by two singular value decompositions."""
-    _, c_out, c_in, *kernel = weight.shape
-    left = leading(weight.flatten(2), ranks.rank_out)  # (groups, C_out, r_out)
-    right = leading(weight.transpose(1, 2).flatten(2), ranks.rank_in)  # (groups, C_in, r_in)
-    if prod(kernel) == 1:
-        matrix = weight.flatten(2)
-        return Factors(factor_in=(left.mT @ matrix).mT, core=None, factor_out=left, bias=bias)
-    drop_out, drop_in = ranks.rank_out == c_out, ranks.rank_in == c_in
-    core = weight if drop_out else torch.einsum("goi...,gor->gri...", weight, left)
-    core = core if drop_in else torch.einsum("goi...,gir->gor...", core, right)
-    return Factors(None if drop_in else right, core, None if drop_out else left, bias)
-
-
-def set_low_rank_weight(layer: Any, ranks: Ranks, seed: int) -> None:
-    """Give the layer a random weight of these Tucker-2 ranks, also after weight standardization.
-
-    Standardization subtracts a mean per output channel; with a column of ones in the input subspace the ranks stay.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
-    shape = layer.weight.unflatten(0, (groups, -1)).shape
-    c_out, c_in = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
-    kernel = shape[3:]
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    right = normal(groups, c_in, ranks.rank_in)
-    right[:, :, 0] = 1
-    weight = normal(groups, ranks.rank_out, ranks.rank_in, *kernel)
-    if prod(kernel) == 1:
-        weight = torch.eye(ranks.rank_out, dtype=torch.float64).expand(groups, -1, -1).reshape(weight.shape)
-    weight = torch.einsum("gor...,gir->goi...", weight, right)
-    weight = torch.einsum("gri...,gor->goi...", weight, normal(groups, c_out, ranks.rank_out))
-    weight = weight.transpose(1, 2) if transposed else weight
-    layer.weight.data = weight.flatten(0, 1)
-    if layer.bias is not None:
-        layer.bias.data = normal(*layer.bias.shape)
-    if hasattr(layer, "gain"):
-        layer.gain.data = normal(*layer.gain.shape)
-
-
-@st.composite
-def ranks_for(draw: st.DrawFn, c_out: int, c_in: int, *, pointwise: bool) -> Ranks:
-    if pointwise:
-        rank = draw(st.integers(1, min(c_out, c_in)))
-        return Ranks(rank, rank)
-    return Ranks(draw(st.integers(1, c_out)), draw(st.integers(1, c_in)))
-
-
-@st.composite
-def paddings(draw: st.DrawFn, kernel: tuple[int, ...], *, same: bool) -> int | tuple[int, ...] | str:
-    names = ["valid", "same"] if same else ["valid"]
-    each = st.tuples(*(st.integers(0, 2) for _ in kernel))
-    padding: int | tuple[int, ...] | str = draw(st.one_of(st.integers(0, 2), each, st.sampled_from(names)))
-    return padding
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> Case:
-    """Any PyTorch convolution: 1d to 3d, transposed or not, with every attribute that its constructor has."""
-    dims, transposed = draw(st.integers(1, 3)), draw(st.booleans())
-    groups, c_out, c_in = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    each = st.tuples(*(st.integers(1, 3) for _ in range(dims)))
-    kernel, stride = draw(st.one_of(each, st.just((1,) * dims))), draw(each)
-    dilation = draw(st.tuples(*(st.integers(1, 2) for _ in range(dims))))
-    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
-    pointwise = prod(kernel) == 1
-    if transposed and pointwise:
-        options["stride"] = (1,) * dims
-    elif transposed:
-        options["padding"] = draw(st.tuples(*(st.integers(0, 1) for _ in kernel)))
-        below = (max(pair) - 1 for pair in zip(stride, dilation, strict=True))
-        options["output_padding"] = draw(st.tuples(*(st.integers(0, most) for most in below)))
-    else:
-        options["padding"] = draw(paddings(kernel, same=prod(stride) == 1))
-        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    layer_type = (TRANSPOSED if transposed else CONVOLUTIONS)[dims]
-    layer = layer_type(groups * c_in, groups * c_out, kernel, dtype=torch.float64, **options)
-    return draw(filled(layer, groups * c_in, dims, draw(ranks_for(c_out, c_in, pointwise=pointwise))))
-
-
-@st.composite
-def timm_convolutions(draw: st.DrawFn) -> Case:
-    """timm's subclasses: dynamic "same" padding and weight standardization."""
-    groups, c_out, c_in = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    each = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    kernel, layer_type = draw(st.one_of(each, st.just((1, 1)))), draw(st.sampled_from(TIMM))
-    assume(layer_type is Conv2dSame or c_in * prod(kernel) > 1)  # timm cannot standardize a single number
-    options: dict[str, Any] = {
-        "stride": draw(st.one_of(each, st.just((1, 1)))),
-        "dilation": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
-        "padding": draw(st.sampled_from(["same", "valid", ""] if layer_type.__name__.endswith("Same") else [None, 1])),
-    }
-    layer = layer_type(groups * c_in, groups * c_out, kernel, groups=groups, bias=draw(st.booleans()), **options)
-    ranks = draw(ranks_for(c_out, c_in, pointwise=prod(kernel) == 1))
-    return draw(filled(layer.double(), groups * c_in, 2, ranks))
-
-
-@st.composite
-def filled(draw: st.DrawFn, layer: nn.Module, channels: int, dims: int, ranks: Ranks) -> Case:
-    seed = draw(st.integers(0, 99))
-    set_low_rank_weight(layer, ranks, seed)
-    space = draw(st.tuples(*(st.integers(5, 7) for _ in range(dims))))
-    x = torch.randn(2, channels, *space, generator=torch.Generator().manual_seed(seed + 100), dtype=torch.float64)
-    return Case(layer.requires_grad_(False), ranks, x)
-
-
-def decomposed(layer: nn.Module, ranks: Ranks) -> TuckerModule:
-    return tucker_conv(layer, ranks, hosvd(canonical_weight(layer), ranks, canonical_bias(layer)))
-
-
-def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-def assert_same_function(case: Case) -> None:
-    small = decomposed(case.layer, case.ranks)
-    assert_equal(small(case.x), case.layer(case.x))
-    assert_equal(small(case.x[0]), case.layer(case.x[0]))  # without a batch dimension
+from tests.tucker.low_rank_layers import (
+    CONVOLUTIONS,
+    Case,
+    assert_equal,
+    assert_same_function,
+    convolutions,
+    decomposed,
+    hosvd,
+    set_low_rank_weight,
+    timm_convolutions,
+)
 
 
 @given(convolutions())
@@ -399,91 +265,6 @@ def test_ranks_that_do_not_fit_are_refused(layer: nn.Module, ranks: Ranks, messa
 )
 def test_repr_shows_shapes_and_ranks(layer: nn.Module, text: str) -> None:
     assert str(build(layer, Ranks(1, 1))).startswith(text)
-
-
-class Halved(nn.Conv2d):
-    """A class as a user may write it, which convolves with half of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast("Tensor", self._conv_forward(x, self.weight / 2, self.bias))
-
-
-def test_a_class_of_the_user_is_unknown_until_registered() -> None:
-    layer = Halved(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.float64)
-    assert skip_reason(layer) == "no handler for class Halved; register one with batude_fx.register"
-    with pytest.raises(UnsupportedError, match="no handler for class Halved"):
-        build(layer, Ranks(1, 1))
-
-    class Registered(Halved):
-        pass
-
-    class Child(Registered):
-        pass
-
-    register(Registered, Handler(weight=lambda module: module.weight.div(2)))
-    layer = Registered(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.float64)
-    set_low_rank_weight(layer, Ranks(2, 2), seed=0)
-    assert_same_function(Case(layer, Ranks(2, 2), torch.randn(2, 4, 5, 6, dtype=torch.float64)))
-    assert "no handler for class Child" in str(skip_reason(Child(4, 6, 3)))
-
-
-def test_only_convolutions_and_linear_layers_can_be_registered() -> None:
-    with pytest.raises(UnsupportedError, match=r"ReLU cannot be registered: it derives from none of Conv1d, .*Linear"):
-        register(nn.ReLU, Handler())
-
-
-def with_forward_hook() -> nn.Module:
-    layer = nn.Conv2d(4, 6, 3)
-    layer.register_forward_hook(lambda *_: None)
-    return layer
-
-
-def with_state_dict_hook() -> nn.Module:
-    layer = nn.Conv2d(4, 6, 3)
-    layer.register_state_dict_post_hook(lambda *_: None)  # type: ignore[no-untyped-call]
-    return layer
-
-
-def with_other_forward() -> nn.Module:
-    layer = nn.Conv2d(4, 6, 3)
-    layer.__dict__["forward"] = lambda x: x
-    return layer
-
-
-def pruned() -> nn.Module:
-    return cast("nn.Module", prune.l1_unstructured(nn.Conv2d(4, 6, 3), "weight", 0.5))  # type: ignore[no-untyped-call]
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (nn.ReLU, "no handler for class ReLU"),
-        (lambda: nn.LazyConv2d(4, 3), "no handler for class LazyConv2d"),
-        (with_forward_hook, "has forward hooks; remove them"),
-        (with_state_dict_hook, "has state dict hooks; remove them"),
-        (with_other_forward, "forward method was replaced"),
-        (pruned, "has forward pre hooks"),
-        (lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), "remove_parametrizations"),
-        (lambda: nn.MultiheadAttention(4, 2).out_proj, "read by MultiheadAttention"),
-        (lambda: nn.ConvTranspose2d(4, 6, 1, stride=2), "transposed 1x1 kernel"),
-        (lambda: nn.ConvTranspose1d(4, 6, 1, padding=1), "transposed 1x1 kernel"),
-        (lambda: nn.Conv2d(4, 6, 3, dtype=torch.complex64), r"dtype torch\.complex64"),
-    ],
-)
-def test_layers_that_cannot_be_replaced_exactly_have_a_reason(make: Callable[[], nn.Module], reason: str) -> None:
-    layer = make()
-    text = skip_reason(layer)
-    assert text is not None
-    assert re.search(reason, text)
-    with pytest.raises(UnsupportedError, match=reason):
-        canonical_weight(layer)
-
-
-@pytest.mark.parametrize(
-    "layer", [nn.Conv2d(4, 6, 3), nn.ConvTranspose1d(4, 6, 1), nn.Linear(4, 6), nn.Conv3d(1, 1, 1)]
-)
-def test_plain_layers_have_no_reason(layer: nn.Module) -> None:
-    assert skip_reason(layer) is None
 
 
 def test_a_tucker_module_can_be_traced_and_exported() -> None:
