@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Without this, a failing assert in these modules does not show its values.
+pytest.register_assert_rewrite("tests.cli.commands", "tests.tucker.low_rank_layers")
+
 
 @pytest.fixture(scope="session")
 def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -158,12 +158,12 @@ def decomposed(layer: nn.Module, ranks: Ranks) -> TuckerModule:
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Compare in float64."""
+    """Check that two float64 tensors are equal up to 1e-10."""
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def assert_same_function(case: Case) -> None:
-    """Compare the Tucker module with the dense layer, with a batch axis and without."""
+    """Check that the Tucker module computes what the dense layer does, with a batch axis and without."""
     small = decomposed(case.layer, case.ranks)
     assert_equal(small(case.x), case.layer(case.x))
     assert_equal(small(case.x[0]), case.layer(case.x[0]))  # without a batch dimension
