@@ -86,6 +86,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     recipe = (tmp_path / "site" / "recipes" / "any-timm-model.html").read_text(encoding="utf-8")
     for key in ("data.root", "budget", "one_shot.distillation.weight", "pretrain.ema"):  # it leaves `pretrain` out
         assert f"<td><code>{key}</code></td>" in recipe
+    architecture = (tmp_path / "site" / "architecture.html").read_text(encoding="utf-8")
+    for folder in (path.parent.name for path in (ROOT / "batude_fx").glob("*/__init__.py")):
+        assert f'<a href="#{folder}"><rect' in architecture
+        assert f'<h3 id="{folder}">' in architecture
 
 
 def _html(site: Path) -> str:

@@ -120,7 +120,7 @@ def file_tables(folders: Iterable[str], imports: Mapping[str, set[str]]) -> str:
             sections.append(f"### `errors` {{ #errors }}\n\n{_purpose(_ROOT / _PACKAGE / 'errors.py')}\n")
             continue
         path = _ROOT / _CLI if folder == _CLI else _ROOT / _PACKAGE / folder
-        used = ", ".join(f"[`{other}`](#{other})" for other in order if other in imports[folder])
+        used = ", ".join(f"[`{other}`](#{other})" for other in order if other in imports[folder]) or "no other folder"
         files = [file for file in sorted(path.glob("*.py")) if file.name != "__init__.py"]
         rows = [f"| `{file.name}` | {_purpose(file)} |" for file in files]
         sections.append(
