@@ -60,7 +60,7 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
     example = only_tensor(inputs)
     if example is None:
         raise CalibrationError(
-            "calibration images need a model that takes one tensor (N, ...), this one takes a structure. "
+            "calibration images need a model that takes one tensor (N, ...), this one takes other arguments. "
             'Use calibration="synthetic" or calibration=None.'
         )
     if not isinstance(images, Iterable):

@@ -62,12 +62,14 @@ def statistics(
     sums = {site.name: _site_sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
     layers = {name: model.get_submodule(name) for name in sums}
     generator = torch.Generator().manual_seed(0)
+    called_sites = set()
     images = 0
 
     def add_call(name: str, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
         x = tree_leaves((args, kwargs))[0]
         if not x.numel() or not output.numel():  # a detector that finds no box
             return
+        called_sites.add(name)
         positions = sums[name].add_activations(x, output, generator)
         if output.requires_grad:
             on_gradient(output, partial(sums[name].add_gradient, positions=positions))
@@ -81,7 +83,7 @@ def statistics(
             _backward_random_combinations(outputs, draws, generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
-    metrics = {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if site_sums.was_called}
+    metrics = {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if name in called_sites}
     for name, metric in metrics.items():
         _refuse_overflow(name, metric)
     return metrics
@@ -146,7 +148,7 @@ class _ChannelReader:
         return (x.shape[-spatial_axes:] if spatial_axes else x.shape[1:-1]).numel()
 
     def sample_positions(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw positions of a map without replacement, all of them where there are few."""
+        """Draw positions of a map without replacement; all of them if there are at most 49."""
         count = self.count_positions(x)
         if count <= _POSITIONS:
             return torch.arange(count, device="cpu")
@@ -219,11 +221,6 @@ class _TwoModeSums:
         self.inputs = _Moments(site.group_in_channels, site.groups, weight, centred=True)
         self.gradients = _Moments(site.group_out_channels, site.groups, weight, centred=False)
 
-    @property
-    def was_called(self) -> bool:
-        """Whether any activations were added."""
-        return self.outputs.count > 0
-
     def add_activations(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Add the input and the output of one call; return the positions that were sampled in the output."""
         positions = self.reader.sample_positions(y, generator)
@@ -267,11 +264,6 @@ class _PointwiseSums:
         channels = min(site.group_in_channels, site.group_out_channels)
         self.activations = _Moments(channels, site.groups, weight, centred=True)
         self.gradients = _Moments(channels, site.groups, weight, centred=False)
-
-    @property
-    def was_called(self) -> bool:
-        """Whether any activations were added."""
-        return self.activations.count > 0
 
     def add_activations(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Add the input or the output of one call; return the positions that were sampled in the output."""
@@ -326,16 +318,15 @@ def _sensitivity(gradients: _Moments, combinations: int, covariance: Tensor, uni
 def shrink(moment: Tensor, count: int) -> Tensor:
     """Return the oracle approximating shrinkage (OAS) of second moments.
 
-    S, the mean of n products v v^T, spreads the eigenvalues of the true moment: the large ones come out too large, the
-    small ones too small. (1 - a) S + a m I, with m = trace(S) / C, pulls all of them towards their mean m. The a with
-    the least expected squared error depends on the true moment; Chen et al. replace that by the estimate itself and
-    iterate, which for Gaussian vectors converges to a closed form. With t = trace(S^2) / m^2, and without the terms
-    2 / C, as in scikit-learn, it is
+    The eigenvalues of S, the mean of n products v v^T, are spread too far: the large ones are too large, the small ones
+    too small. (1 - a) S + a m I, with m = trace(S) / C, pulls all of them towards their mean m. The a with the least
+    expected squared error depends on the true moment. Chen et al. put the shrunk estimate in its place and iterate,
+    which converges to a closed form for Gaussian vectors. Without its terms 2 / C, as in scikit-learn, it is
 
-        a = (t + C^2) / ((n + 1) (t - C)), at most 1.
+        a = (t + C^2) / ((n + 1) (t - C)), at most 1, with t = trace(S^2) / m^2.
 
-    t is C where all eigenvalues are equal, and grows as they differ. More vectors or less equal eigenvalues give less
-    shrinkage.
+    t is C if all eigenvalues are equal, and larger the more they differ. So the shrinkage is less for more vectors, and
+    for eigenvalues that differ more.
 
     Args:
         moment: (groups, C, C).
