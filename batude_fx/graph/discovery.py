@@ -62,6 +62,8 @@ def discover(
     Raises:
         DiscoveryError: The model has no such layer, or does not run on the example input.
         SelectionError: A pattern matches no site, or `layers` is neither of its two values.
+
+    Source: torch.fx, with the tracer of torchvision's `feature_extraction` and timm's lists of what not to trace.
     """
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
