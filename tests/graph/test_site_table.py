@@ -8,8 +8,7 @@ import timm
 import torch
 
 import batude_fx
-from batude_fx.graph.site_table import sites_table
-from batude_fx.graph.sites import Sites
+from batude_fx.graph.site_table import Sites, sites_table
 from tests.printed_tables import rows_of, text_of
 
 IMAGE = torch.zeros(1, 3, 64, 64)
