@@ -43,7 +43,7 @@ def test_every_site_is_eligible_or_has_its_reason() -> None:
         assert sum(record["found_by"].values()) == sum(record["kinds"].values()) == record["convolutions"]
 
 
-def test_nothing_failed() -> None:
+def test_no_model_failed() -> None:
     assert not [(record["name"], record["error"]) for record in (*MODELS, *FAMILIES) if "error" in record]
 
 

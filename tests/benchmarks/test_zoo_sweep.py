@@ -46,7 +46,7 @@ def test_a_killed_sweep_goes_on_and_tries_again_what_failed(tmp_path: Path, aske
     assert again.records == journal.records
 
 
-def test_other_versions_start_anew(tmp_path: Path, asked: list[Task]) -> None:
+def test_a_sweep_with_other_versions_of_the_libraries_starts_anew(tmp_path: Path, asked: list[Task]) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path, {"timm": "1"}).fill([("size", "a")], "old")
     Journal(path, {"timm": "2"}).fill([("size", "a")], "new")

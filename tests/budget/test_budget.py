@@ -43,7 +43,7 @@ def test_a_unit_says_what_is_limited() -> None:
 
 
 @pytest.mark.parametrize("written", ["12", "12GFLOPs", "-3ms", "0ms", "1.0x", "fast"])
-def test_no_other_latency(written: str) -> None:
+def test_other_forms_of_a_latency_are_refused(written: str) -> None:
     with pytest.raises(BudgetError, match="12ms"):
         Budget(latency=written)
 

@@ -32,7 +32,7 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
     assert len(clock) < sum(len(one.ranks) for one in options.values()) / 2
 
 
-def test_what_is_no_faster_than_the_dense_layer_is_no_option(clock: list[nn.Module]) -> None:
+def test_ranks_that_are_not_faster_than_the_dense_layer_are_left_out(clock: list[nn.Module]) -> None:
     del clock
     timer = timer_of(timed_net())
     for name, one in timer.with_times(options_by_site(timer.sites, 8, {}, adds_bias=False), only_faster=True).items():
@@ -42,7 +42,7 @@ def test_what_is_no_faster_than_the_dense_layer_is_no_option(clock: list[nn.Modu
     assert "0" not in batude_fx.plan(timed_net(), 0.5, example_inputs=INPUT, calibration=None, round_to="auto").ranks
 
 
-def test_where_sizes_vary_times_cannot_be_foreseen() -> None:
+def test_a_latency_is_refused_where_sizes_depend_on_values() -> None:
     class Chooses(nn.Module):
         def __init__(self) -> None:
             super().__init__()

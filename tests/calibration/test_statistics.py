@@ -1,4 +1,4 @@
-"""Measuring: statistics against plain formulas on nets that are small enough to keep everything."""
+"""The statistics of calibration against plain formulas, on networks small enough to keep all activations."""
 
 import copy
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from batude_fx.calibration.statistics import average_metrics, shrink, statistics
 from batude_fx.errors import CalibrationError
-from batude_fx.graph.sites import ConvSite
 from batude_fx.tucker.ranks import Ranks
 from batude_fx.tucker.spectra import Metric, ModeMetric, metric_spectrum
 from tests.toy_networks import site_of, small_net
@@ -36,21 +35,18 @@ def test_shrinkage_is_that_of_scikit_learn(count: int, channels: int, seed: int)
     torch.testing.assert_close(found, torch.stack([_oas(group) for group in samples]))
 
 
-def test_shrinkage_knows_zeros_and_keeps_scale() -> None:
+def test_shrinkage_keeps_zeros_and_scales_with_its_input() -> None:
     assert not shrink(torch.zeros(1, 3, 3), 10).any()
     moment = torch.diag(torch.tensor([1.0, 2.0, 3.0]))[None]
     torch.testing.assert_close(shrink(1e20 * moment, 10), 1e20 * shrink(moment, 10))
 
 
-def test_what_few_images_do_not_show_is_not_free() -> None:
+def test_losses_from_few_images_hold_for_other_images() -> None:
     """A classifier's layer sees one vector an image, here fewer than channels: losses must hold for other images."""
     torch.manual_seed(0)
     mixing = torch.randn(64, 64) * torch.logspace(0, -1, 64)
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)).eval()
-    site = ConvSite(
-        "0", "Linear", 64, 64, (), 1,
-        transposed=False, positions_in=1, positions_out=1, calls=1, found_by="fx",
-    )  # fmt: skip
+    site = site_of("0", net[0], positions=1)
     images, others = (torch.randn(count, 64) @ mixing.T for count in (32, 2000))
     spectrum = metric_spectrum(statistics(net, [site], [(images,)], draws=8)["0"])
     weight = net[0].weight.detach()
@@ -103,10 +99,7 @@ def test_a_pointwise_site_is_measured_where_it_has_fewer_channels(c_in: int, c_o
     torch.manual_seed(0)
     layer = nn.Linear(c_in, c_out) if linear else nn.Conv2d(c_in, c_out, 1)
     net = nn.Sequential(layer, nn.Flatten(), nn.Linear(c_out * 9, 5)).double()
-    site = ConvSite(
-        "0", type(layer).__name__, c_in, c_out, () if linear else (1, 1), 1,
-        transposed=False, positions_in=9, positions_out=9, calls=1, found_by="fx",
-    )  # fmt: skip
+    site = site_of("0", layer, positions=9)
     shape = (3, 3, c_in) if linear else (c_in, 3, 3)
     images = torch.randn(1000, *shape, dtype=torch.float64)
     metric = statistics(net, [site], [(batch,) for batch in torch.split(images, 100)])["0"]
@@ -128,7 +121,7 @@ def test_a_pointwise_site_is_measured_where_it_has_fewer_channels(c_in: int, c_o
     torch.testing.assert_close(measured.sensitivity[0], expected, atol=0.15 * expected.max().item(), rtol=0)
 
 
-def test_where_no_gradient_arrives_all_outputs_matter_alike() -> None:
+def test_without_gradients_all_outputs_count_equally() -> None:
     class Argmax(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.argmax(1)
@@ -145,7 +138,7 @@ def test_no_batch_is_an_error() -> None:
         statistics(net, [site_of("0", net[0])], [])
 
 
-def test_what_overflows_is_refused() -> None:
+def test_gradients_that_overflow_are_refused() -> None:
     with pytest.raises(CalibrationError, match=r"gradients at 0 are too large for torch\.float32"):
         _statistics(small_net(), 1e30 * torch.randn(2, 3, 8, 8))
 

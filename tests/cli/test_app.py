@@ -16,7 +16,7 @@ from tests.cli.commands import NAME, run, run_error, run_json
 from tests.toy_networks import ConstantClassifier
 
 
-def test_help_teaches() -> None:
+def test_every_help_text_shows_an_example() -> None:
     text = subprocess.run(
         [sys.executable, "-m", "batude_fx", "--help"], check=True, capture_output=True, text=True
     ).stdout
@@ -75,7 +75,7 @@ def test_compress_writes_a_network_that_every_command_reads(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("calibration", ["photos", "synthetic"])
-def test_compress_calibrates(
+def test_compress_calibrates_on_photos_and_on_synthetic_images(
     calibration: str, class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = timm.create_model(NAME, num_classes=10, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
@@ -110,7 +110,7 @@ def test_a_time_is_a_budget_too() -> None:
     assert 'time ("12ms"; s, ms, us or ns)' in result.stderr
 
 
-def test_what_torch_says_while_it_fetches_is_not_in_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_prints_while_it_downloads_is_not_in_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetching(*_: object, **__: object) -> nn.Module:
         sys.stdout.write("Downloading")
         return ConstantClassifier(0)

@@ -42,11 +42,11 @@ def test_mistakes_end_in_one_line(arguments: tuple[object, ...], message: str) -
     assert message in run_error(*arguments)
 
 
-def test_a_device_that_is_not_there_is_one_line() -> None:
+def test_a_device_that_is_not_there_is_refused_in_one_line() -> None:
     assert "Use --device cpu" in run_error("plan", NAME, "--budget", 0.5, "--no-pretrained", "--device", "cuda")
 
 
-def test_folders_that_hold_no_images_or_broken_ones_are_one_line(tmp_path: Path) -> None:
+def test_folders_that_hold_no_images_or_broken_ones_are_refused_in_one_line(tmp_path: Path) -> None:
     plan = ("plan", NAME, "--budget", 0.7, "--no-pretrained", "--calibration", tmp_path)
     assert "holds no image" in run_error(*plan)
     (tmp_path / "folder.png").mkdir()
@@ -56,7 +56,7 @@ def test_folders_that_hold_no_images_or_broken_ones_are_one_line(tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
-def test_a_broken_saved_folder_is_one_line(damage: str, folder: Path, tmp_path: Path) -> None:
+def test_a_broken_saved_folder_is_refused_in_one_line(damage: str, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, broken := tmp_path / "broken")
     weights = broken / "model.safetensors"
     if damage == "truncated":
@@ -69,7 +69,7 @@ def test_a_broken_saved_folder_is_one_line(damage: str, folder: Path, tmp_path: 
     assert words[damage] in run_error("info", broken)
 
 
-def test_models_without_colours_cannot_take_photos(class_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_grey_images_refuse_photos(class_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grey = timm.create_model(NAME, in_chans=1, pretrained_cfg_overlay={"input_size": (1, 64, 64)})
     monkeypatch.setattr(batude_fx, "create", lambda *_, **__: grey)
     assert "does not take one colour image" in run_error("plan", NAME, "--budget", 0.7, "--calibration", class_folders)
@@ -92,7 +92,7 @@ def test_folders_are_looked_for_before_weights_are_fetched(
     assert "/nowhere is no folder" in run_error(*arguments)
 
 
-def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_fetched_are_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network\nmany lines")
 
@@ -102,14 +102,14 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("config", ["{", "{}", '{"architecture": "resnet10t", "model_args": {"nonsense": 1}}', None])
-def test_a_folder_that_timm_cannot_read_is_one_line(config: str | None, tmp_path: Path) -> None:
+def test_a_folder_that_timm_cannot_read_is_refused_in_one_line(config: str | None, tmp_path: Path) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     options = ("--budget", 0.5, "--calibration", "none", "--no-pretrained")
     assert "cannot be built" in run_error("plan", f"local-dir:{tmp_path}", *options)
 
 
-def test_an_error_of_many_lines_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_many_lines_is_printed_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise batude_fx.DiscoveryError("a :cat: [red]\n\n  b")
 
@@ -117,7 +117,7 @@ def test_an_error_of_many_lines_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     assert run_error("discover", NAME) == "error: a :cat: [red] b\n"
 
 
-def test_an_output_that_is_a_file_is_one_line(class_folders: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_refused_in_one_line(class_folders: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     options = ("--budget", 0.7, "--no-pretrained", "--calibration", "none", "--output", tmp_path / "out")
     assert "out is a file" in run_error("compress", NAME, *options)
@@ -127,7 +127,7 @@ def test_an_output_that_is_a_file_is_one_line(class_folders: Path, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_network_that_no_name_rebuilds_is_a_warning_in_one_line(
+def test_a_network_that_no_name_rebuilds_gives_a_warning_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3))

@@ -9,7 +9,7 @@ from batude_fx.training.recipe import shipped
 from batude_fx_cli.app import app
 
 
-def test_list_show_and_validate() -> None:
+def test_recipes_can_be_listed_shown_and_validated() -> None:
     listed = CliRunner().invoke(app, ["recipes", "list", "--json"])
     assert json.loads(listed.stdout)["digits-demo"] == {"model": "test_resnet", "budget": "flops 2.5x"}
     shown = CliRunner().invoke(app, ["recipes", "show", "digits-demo"])

@@ -4,7 +4,7 @@ from batude_fx_cli.tables import saved_table
 from tests.printed_tables import rows_of
 
 
-def test_a_saved_folder_with_its_ranks() -> None:
+def test_the_table_of_a_saved_folder_shows_its_ranks() -> None:
     facts = {
         "model_args": {"library": "timm", "base": "resnet18", "ranks": {"conv1": (8, 3), "fc": (16, 16)}},
         "params": 11_000_000, "bytes": 44_100_000, "flops": 900_000_000,

@@ -22,7 +22,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_on_the_command_line(photos: Path, tmp_path: Path) -> None:
+def test_train_shows_a_dry_run_and_trains(photos: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "my.yaml"
     recipe.write_text(tiny_recipe(photos).to_yaml(), encoding="utf-8")
     dry = CliRunner().invoke(app, ["train", str(recipe), "--dry-run", "--set", "data.root=nowhere"])
@@ -47,7 +47,7 @@ def test_train_on_the_command_line(photos: Path, tmp_path: Path) -> None:
     assert again.stderr.count("\n") == 1
 
 
-def test_what_torch_says_while_it_fetches_is_not_in_the_json(
+def test_what_torch_prints_while_it_downloads_is_not_in_the_json(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetching(*_: object, **__: object) -> nn.Module:

@@ -56,7 +56,7 @@ def test_every_way_to_calibrate_keeps_all_limits(calibration: Tensor | str | Non
 
 
 @pytest.mark.parametrize("layer", [StdConv2d, ScaledStdConv2d])
-def test_weight_standardization_is_counted_where_it_goes(layer: type[nn.Conv2d]) -> None:
+def test_layers_with_weight_standardization_are_counted_exactly(layer: type[nn.Conv2d]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(layer(3, 32, 3, padding=1), layer(32, 32, 3, padding=1), layer(32, 16, 1))
     plan = batude_fx.plan(model, Budget(flops=0.7, params=0.8), example_inputs=EXAMPLE, calibration=None)
@@ -95,7 +95,7 @@ def test_branches_that_a_fresh_network_multiplies_by_zero_are_not_cut_to_nothing
     assert 0.99 * 0.5 < plan.flops / plan.dense_flops <= 0.5
 
 
-def test_attention_counts_as_it_does_with_gradients() -> None:
+def test_attention_is_counted_the_same_without_gradients() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()

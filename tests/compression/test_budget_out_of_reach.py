@@ -23,13 +23,13 @@ def test_an_unreachable_budget_names_the_smallest_one_and_that_works(limits: dic
         batude_fx.plan(model, Budget(**{unit: smallest - 2e-4}), example_inputs=EXAMPLE, calibration=None)
 
 
-def test_sites_that_cannot_shrink_are_told_the_way_out() -> None:
+def test_sites_too_small_for_round_to_are_refused_with_the_way_out() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))  # no multiple of 8 is below 8
     with pytest.raises(BudgetError, match=r"still need .* Use a smaller round_to, or more sites"):
         batude_fx.compress(model, 0.5, example_inputs=EXAMPLE, calibration=None)
 
 
-def test_a_budget_that_only_linear_layers_can_meet_says_so() -> None:
+def test_a_budget_that_only_linear_layers_can_meet_names_the_option() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(2), nn.Linear(64, 256), nn.Linear(256, 64))
     options = {"example_inputs": torch.zeros(1, 3, 32, 32), "calibration": None}
     with pytest.raises(BudgetError, match=r'With linear layers, layers="conv\+linear", it can be met\.$'):
@@ -63,7 +63,7 @@ def test_where_nothing_can_be_replaced_no_impossible_budget_is_advised() -> None
 
 
 @pytest.mark.parametrize("budget", ["abc", 0, 1.5, "0.5x", float("nan"), "1x", "-3", "0GFLOPs", True, ""])
-def test_a_budget_that_cannot_be_meant_is_refused_in_one_line(budget: float | str) -> None:
+def test_a_budget_that_makes_no_sense_is_refused_in_one_line(budget: float | str) -> None:
     with pytest.raises(BudgetError, match=r"Write a fraction that remains \(0\.5\)") as caught:
         batude_fx.compress(varied_net(), budget, example_inputs=EXAMPLE)
     assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ def test_images_of_another_size_are_refused_where_the_model_takes_one_size() -> 
         batude_fx.compress(model, 0.6, example_inputs=EXAMPLE, calibration=torch.randn(4, 3, 10, 10))
 
 
-def test_calibrated_beats_weights_only_on_images_like_those() -> None:
+def test_calibration_beats_weights_only_on_similar_images() -> None:
     model = varied_net().eval()
     basis = torch.randn(2, 3 * 12 * 12, generator=torch.Generator().manual_seed(5))
     images = (torch.randn(80, 2, generator=torch.Generator().manual_seed(6)) @ basis).view(80, 3, 12, 12)
@@ -80,7 +80,7 @@ def test_a_model_of_several_inputs_takes_synthetic_ones() -> None:
 
 
 @pytest.mark.parametrize("images", [7, [{"image": torch.zeros(1, 3, 12, 12)}], [()]])
-def test_what_holds_no_images_is_refused(images: object) -> None:
+def test_calibration_without_images_is_refused(images: object) -> None:
     with pytest.raises(CalibrationError, match="not a tensor"):
         batude_fx.compress(varied_net(), 0.6, calibration=images, example_inputs=EXAMPLE)
 

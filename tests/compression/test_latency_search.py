@@ -33,7 +33,7 @@ def test_the_network_meets_the_limit_though_its_sites_do_not_explain_all_its_tim
 
 @pytest.mark.parametrize("faster", [1.1, 1.3, 1.8])
 @pytest.mark.parametrize("busy", [0.4, 2.0, 3.5])
-def test_layers_that_were_timed_on_a_busier_or_idler_day_are_no_obstacle(
+def test_times_of_layers_from_a_busier_or_idler_machine_do_no_harm(
     clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch, busy: float, faster: float
 ) -> None:
     del clock
@@ -57,7 +57,7 @@ def test_a_latency_and_flops_hold_together(clock: list[nn.Module]) -> None:
     assert tighter.seconds == pytest.approx(network_seconds(tighter.apply(model)), rel=0.1)
 
 
-def test_out_of_reach_is_said_with_both_times_and_what_can_be_reached(clock: list[nn.Module]) -> None:
+def test_a_latency_out_of_reach_names_both_times_and_the_smallest_that_works(clock: list[nn.Module]) -> None:
     del clock
     with pytest.raises(BudgetError, match=r"latency is out of reach.*still need .* of .* ms\. Use at least") as error:
         batude_fx.plan(timed_net(), Budget(latency=0.01), example_inputs=INPUT, calibration=None)
@@ -68,7 +68,9 @@ def test_out_of_reach_is_said_with_both_times_and_what_can_be_reached(clock: lis
         batude_fx.plan(timed_net(), Budget(latency=least - 0.01), example_inputs=INPUT, calibration=None)
 
 
-def test_a_limit_that_the_network_misses_is_no_plan(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_the_whole_network_misses_is_refused(
+    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A network that is slower than all that its sites take: only timing the whole of it shows that."""
     del clock
 
@@ -81,7 +83,7 @@ def test_a_limit_that_the_network_misses_is_no_plan(clock: list[nn.Module], monk
         batude_fx.plan(timed_net(), Budget(latency=0.3), example_inputs=INPUT, calibration=None)
 
 
-def test_a_clock_that_jumps_is_warned_of(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_gives_a_warning(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     del clock
     jumps = iter([0.75, 0.5, 0.7, 0.53, 0.67, 0.55, 0.64] * 3)
 
@@ -95,7 +97,7 @@ def test_a_clock_that_jumps_is_warned_of(clock: list[nn.Module], monkeypatch: py
 
 @pytest.mark.parametrize("latency", [0.179, 0.182, 0.185, 0.191, 0.194, 0.36, 0.66, 0.96])
 @pytest.mark.filterwarnings("ignore:.*no ranks lie between")
-def test_what_layers_cost_in_the_network_alone_is_found_without_a_circle(
+def test_the_search_accounts_for_time_that_layers_cost_in_the_network_only(
     latency: float, clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del clock
@@ -113,7 +115,7 @@ def test_what_layers_cost_in_the_network_alone_is_found_without_a_circle(
     assert len(timed) == len(set(timed))  # none is timed twice
 
 
-def test_one_disturbed_timing_is_no_refusal(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_disturbed_timing_does_not_refuse_a_budget(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     del clock
     jumps = iter([4.0])
 
@@ -132,7 +134,7 @@ def test_a_latency_that_does_not_bind_changes_nothing(clock: list[nn.Module]) ->
     assert batude_fx.plan(timed_net(), Budget(flops=0.5, latency="10s"), **options).ranks == alone.ranks
 
 
-def test_a_plan_without_times_has_none_for_another_budget() -> None:
+def test_a_plan_without_times_refuses_a_latency_as_another_budget() -> None:
     plan = batude_fx.plan(timed_net(), 0.5, example_inputs=INPUT, calibration=None)
     assert plan.seconds is None
     with pytest.raises(BudgetError, match="no times have been measured"):

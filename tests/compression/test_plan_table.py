@@ -22,7 +22,7 @@ def plan() -> batude_fx.Plan:
     return batude_fx.plan(timm.create_model("efficientnet_b0"), 0.85, calibration=None, example_inputs=IMAGE)
 
 
-def test_a_row_per_site_with_the_costs_of_the_closed_formulas(plan: batude_fx.Plan) -> None:
+def test_every_site_has_a_row_with_the_costs_of_the_closed_formulas(plan: batude_fx.Plan) -> None:
     rows = rows_of(plan_table(plan))
     assert [row["site"] for row in rows] == [site.name for site in plan.sites]
     for row, site in zip(rows, plan.sites, strict=True):
@@ -37,7 +37,7 @@ def test_a_row_per_site_with_the_costs_of_the_closed_formulas(plan: batude_fx.Pl
         assert row[""] == ("*" if site.skip_reason else "")
 
 
-def test_the_totals_are_fvcores(plan: batude_fx.Plan) -> None:
+def test_the_totals_are_those_of_fvcore(plan: batude_fx.Plan) -> None:
     model = timm.create_model("efficientnet_b0").eval()
     counts = FlopCountAnalysis(model, IMAGE).unsupported_ops_warnings(enabled=False)
     total = counts.uncalled_modules_warnings(enabled=False).total()

@@ -20,7 +20,7 @@ def test_half_precision_is_refused_with_the_way_out(dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
-def test_inference_mode_is_refused_without_gradients_it_would_choose_other_ranks() -> None:
+def test_inference_mode_is_refused_as_it_has_no_gradients() -> None:
     with pytest.raises(UnsupportedError, match=r"outside.*torch\.no_grad\(\) is no hindrance"):
         batude_fx.compress(varied_net(), 0.5, example_inputs=EXAMPLE)
 
@@ -59,14 +59,14 @@ def test_models_without_values_or_convolutions_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     model = varied_net()
     model.stem.weight.data[0, 0, 0, 0] = value
     with pytest.raises(UnsupportedError, match=r"stem\.weight holds NaN or infinite"):
         batude_fx.compress(model, 0.5, calibration=None, example_inputs=EXAMPLE)
 
 
-def test_a_model_that_cannot_be_copied_says_so() -> None:
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = varied_net()
     vars(model)["lock"] = threading.Lock()
     with pytest.raises(BatudeError, match="cannot be copied"):

@@ -109,7 +109,7 @@ def test_the_result_can_be_scripted() -> None:
     torch.testing.assert_close(torch.jit.script(small)(EXAMPLE), small(EXAMPLE))
 
 
-def test_the_result_trains_where_the_model_trains() -> None:
+def test_the_result_has_the_training_mode_of_the_model() -> None:
     for training in (True, False):
         small = batude_fx.compress(varied_net().train(training), 0.6, example_inputs=EXAMPLE)
         assert {module.training for module in small.modules()} == {training}

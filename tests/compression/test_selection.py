@@ -22,7 +22,7 @@ def test_globs_choose_the_sites() -> None:
     assert "mix" not in _replaced(exclude=["m*"])
 
 
-def test_linear_layers_are_taken_on_demand() -> None:
+def test_linear_layers_are_replaced_on_request() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 64), nn.Linear(64, 64))
     options = {"example_inputs": EXAMPLE, "calibration": None}
     assert set(batude_fx.plan(model, 0.5, layers="conv+linear", **options).ranks) >= {"2"}
@@ -56,7 +56,7 @@ def test_ranks_can_be_fixed_and_sites_kept_dense() -> None:
         batude_fx.plan(varied_net(), 0.9, example_inputs=EXAMPLE, calibration=None, ranks={"mix": Ranks(9, 8)})
 
 
-def test_a_layer_that_holds_more_stays_dense() -> None:
+def test_a_layer_with_an_extra_buffer_stays_dense() -> None:
     model = varied_net()
     model.stem.register_buffer("gain", torch.ones(1))
     (stem,) = (site for site in batude_fx.discover(model, EXAMPLE) if site.name == "stem")

@@ -122,7 +122,7 @@ def test_a_function_that_closes_over_other_things_is_copied() -> None:
 
 
 @pytest.mark.parametrize("calibration", ["synthetic", IMAGES])
-def test_half_precision_inside_the_forward(calibration: str | Tensor) -> None:
+def test_autocast_inside_the_forward_is_allowed(calibration: str | Tensor) -> None:
     small = batude_fx.compress(HalfInside(), 0.6, example_inputs=IMAGES[:1], calibration=calibration)
     same = batude_fx.compress(TwoConvolutions(), 0.6, example_inputs=IMAGES[:1], calibration=calibration)
     gap = small(IMAGES) - same(IMAGES)
@@ -134,7 +134,7 @@ def test_half_precision_inside_the_forward(calibration: str | Tensor) -> None:
     (OneByOne(), (IMAGES[:1],)), (AtATime(), (torch.tensor(0.3), IMAGES[:1])), (Masked(), (None, IMAGES[:1])),
     (Tokens(), (torch.arange(20)[None],)),
 ])  # fmt: skip
-def test_unusual_arguments_and_calls(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def test_models_with_unusual_arguments_are_compressed(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     small = batude_fx.compress(model, 0.6, example_inputs=inputs)
     expected = model.eval()(*inputs)
     assert (small.eval()(*inputs) - expected).norm() / expected.norm() < 0.9
@@ -152,7 +152,7 @@ def test_integers_are_calibrated_with_integers() -> None:
 
 
 @pytest.mark.parametrize("order", [lambda dark, light: (dark, light), lambda dark, light: (light, dark)])
-def test_batches_in_which_nothing_is_found_say_nothing(order: Callable[..., tuple[Tensor, ...]]) -> None:
+def test_batches_in_which_a_layer_sees_nothing_do_not_count(order: Callable[..., tuple[Tensor, ...]]) -> None:
     light = IMAGES[:8] + 0.5
     small = batude_fx.compress(
         SometimesEmpty(), 0.6, example_inputs=light[:1], calibration=list(order(torch.zeros(8, 3, 16, 16), light))
@@ -162,7 +162,7 @@ def test_batches_in_which_nothing_is_found_say_nothing(order: Callable[..., tupl
     torch.testing.assert_close(small(light), same(light), rtol=0.2, atol=0.02)
 
 
-def test_outputs_that_cannot_be_traced_are_said_in_short() -> None:
+def test_outputs_that_cannot_be_traced_are_refused_in_few_words() -> None:
     class Wrapped(TwoConvolutions):
         def forward(self, x: Tensor) -> Any:
             return type("Output", (), {"logits": super().forward(x)})()
@@ -172,7 +172,7 @@ def test_outputs_that_cannot_be_traced_are_said_in_short() -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_a_budget_that_asks_for_nothing_is_a_warning() -> None:
+def test_a_budget_that_the_dense_network_meets_gives_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"nothing is replaced: the dense TwoConvolutions meets the budget, flops 50"):
         small = batude_fx.compress(TwoConvolutions(), "50GFLOPs", example_inputs=IMAGES[:1], calibration=None)
     assert not any(isinstance(module, TuckerModule) for module in small.modules())

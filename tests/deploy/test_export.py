@@ -110,7 +110,7 @@ class _Several(nn.Module):
         return {"sum": self.conv(x) + y, "y": 2 * y}
 
 
-def test_several_arguments_and_outputs(tmp_path: Path) -> None:
+def test_several_arguments_and_outputs_are_exported(tmp_path: Path) -> None:
     inputs = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 6, 6)
     for name in ("a.onnx", "a.xml", "a.pt2"):
         assert batude_fx.export(_Several(), tmp_path / name, example_inputs=inputs) <= 1e-4
@@ -136,7 +136,7 @@ def test_unusual_outputs_are_compared_as_what_they_are(tmp_path: Path, name: str
     assert torch.equal(x, before)
 
 
-def test_not_a_number_is_not_overlooked(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_of_nan_are_refused(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_nan(network: nn.Module, _inputs: object, path: Path, _images: object) -> export.Runner:
         path.write_bytes(b"wrong")
         good = network(torch.zeros(1, 3, 160, 160)).shape[1]
@@ -147,7 +147,9 @@ def test_not_a_number_is_not_overlooked(small: nn.Module, tmp_path: Path, monkey
         batude_fx.export(small, tmp_path / "a.pt2")
 
 
-def test_what_cannot_be_exported_is_said(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_exports_are_refused_with_the_reason(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ExportError, match=r"ending '\.tflite'; use \.onnx, \.xml, \.pt2"):
         batude_fx.export(small, tmp_path / "a.tflite")
     with pytest.raises(ExportError, match="int8 is written as ONNX only"):
@@ -183,7 +185,7 @@ class _Decides(nn.Module):
 @pytest.mark.parametrize(("ending", "dtype"), [
     (".onnx", torch.float16), (".xml", torch.float64), (".pt2", torch.bfloat16), (".pt2", torch.float16),
 ])  # fmt: skip
-def test_a_precision_that_is_not_written_is_said(
+def test_a_precision_that_cannot_be_written_is_refused(
     ending: str, dtype: torch.dtype, small: nn.Module, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=rf"holds {dtype}, which cannot be written; use model\.float\(\)"):
@@ -196,7 +198,7 @@ def test_a_network_that_decides_by_values_is_refused_with_its_reason(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_computes_something_else_is_not_left(
+def test_a_file_whose_outputs_differ_is_not_kept(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.pt2").write_text("the one before", encoding="utf-8")
@@ -212,7 +214,7 @@ def test_a_file_that_computes_something_else_is_not_left(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_on_the_command_line(small: nn.Module, tmp_path: Path) -> None:
+def test_export_works_on_the_command_line(small: nn.Module, tmp_path: Path) -> None:
     batude_fx.save(small, tmp_path / "saved")
     result = CliRunner().invoke(app, ["export", str(tmp_path / "saved"), str(tmp_path / "a.onnx")])
     assert result.exit_code == 0

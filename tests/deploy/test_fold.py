@@ -32,7 +32,7 @@ def _norms(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_b0", "regnetx_002", "densenet121"])
 @torch.no_grad()
-def test_outputs_are_equal_compressed_or_not(name: str) -> None:
+def test_folding_keeps_the_outputs_of_dense_and_compressed_networks(name: str) -> None:
     model = _with_statistics(timm.create_model(name))
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     small = batude_fx.compress(model, 0.85, example_inputs=x[:1], calibration=None)
@@ -78,7 +78,7 @@ def _layers(convolution: nn.Module, norm: nn.Module) -> nn.Sequential:
     ids=lambda value: repr(value[0])[:18] if isinstance(value, nn.Module) else "",
 )
 @torch.no_grad()
-def test_every_kind_of_layer_and_norm(model: nn.Module, shape: tuple[int, ...]) -> None:
+def test_every_kind_of_layer_and_norm_is_folded(model: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     model = _with_statistics(model)
     folded = batude_fx.fold(model, x)
@@ -131,7 +131,7 @@ class _Odd(nn.Module):
     ],
 )
 @torch.no_grad()
-def test_what_cannot_be_folded_is_left_alone(how: str) -> None:
+def test_norms_that_cannot_be_folded_are_left_alone(how: str) -> None:
     model, x = _with_statistics(_Odd(how)), torch.randn(2, 4, 3, 3, dtype=torch.float64)
     folded = batude_fx.fold(model, x)
     assert _norms(folded) == 2
@@ -140,7 +140,7 @@ def test_what_cannot_be_folded_is_left_alone(how: str) -> None:
 
 @pytest.mark.parametrize("place", ["conv", "norm"])
 @torch.no_grad()
-def test_what_was_changed_by_hand_is_left_alone(place: str) -> None:
+def test_layers_with_a_hook_or_another_forward_are_left_alone(place: str) -> None:
     model, x = _with_statistics(_Odd("plain")), torch.randn(2, 4, 3, 3, dtype=torch.float64)
     assert _norms(batude_fx.fold(model, x)) == 1
     handle = model.get_submodule(place).register_forward_hook(lambda _module, _args, output: output + 1)

@@ -23,7 +23,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
-def test_outputs_stay_and_ranges_are_shared_out(name: str) -> None:
+def test_equalization_keeps_outputs_and_balances_ranges(name: str) -> None:
     layer, ranks, shape = LAYERS[name]
     torch.manual_seed(0)
     layer = layer.double()

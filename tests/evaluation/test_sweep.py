@@ -34,7 +34,7 @@ def plan() -> batude_fx.Plan:
         ("0.1:0.35:0.1", [0.1, 0.2, 0.3]),
     ],
 )
-def test_budgets_are_read(text: str, numbers: list[float]) -> None:
+def test_lists_and_ranges_of_budgets_are_read(text: str, numbers: list[float]) -> None:
     assert sweep.parse_budgets(text) == numbers
 
 
@@ -67,7 +67,7 @@ def _network() -> nn.Module:
     return model
 
 
-def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
+def test_a_sweep_measures_the_networks_of_the_plan(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
     model = _network()
     points = sweep.sweep(model, plan, [0.6, 0.8], scores.find_photos(photos(5)))
     assert [point.budget for point in points] == [0.6, 0.8, 1.0]
@@ -77,7 +77,9 @@ def test_a_sweep_is_the_plans_own_networks(plan: batude_fx.Plan, photos: Callabl
     assert all(point.milliseconds > 0 and point.top5 == 1 for point in points)
 
 
-def test_folders_that_are_no_classes_give_agreement_alone(plan: batude_fx.Plan, photos: Callable[[int], Path]) -> None:
+def test_without_class_labels_a_sweep_measures_agreement_alone(
+    plan: batude_fx.Plan, photos: Callable[[int], Path]
+) -> None:
     with pytest.warns(UserWarning, match="has 2 class folders, the network has 5"):
         points = sweep.sweep(_network(), plan, [0.6], scores.find_photos(photos(2)))
     assert [point.top1 for point in points] == [None, None]

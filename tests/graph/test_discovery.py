@@ -50,7 +50,7 @@ def test_parts_of_a_tucker_module_cannot_be_replaced_again() -> None:
     assert set(reasons) == {"is part of a Tucker module already"}
 
 
-def test_the_model_itself_cannot_be_swapped() -> None:
+def test_a_model_that_is_a_single_layer_cannot_be_replaced() -> None:
     (root,) = discover(conv(), NetWithSites.inputs)
     assert root == site("", skip_reason="is the model itself; wrap it in nn.Sequential")
 
@@ -108,7 +108,7 @@ def test_unknown_layers_are_an_error() -> None:
         (nn.Sequential(conv()), "conv", None, "no timm or torchvision model.*Pass example_inputs="),
     ],
 )  # fmt: skip
-def test_models_without_anything_to_find(model: nn.Module, layers: str, inputs: Any, message: str) -> None:
+def test_models_without_layers_to_replace_are_refused(model: nn.Module, layers: str, inputs: Any, message: str) -> None:
     with pytest.raises(DiscoveryError, match=message):
         discover(model, inputs, layers=layers)
 

@@ -34,7 +34,7 @@ def shapes(inputs: tuple[object, ...]) -> list[tuple[int, ...]]:
         ("mixer_s32_224", {}, (1, 3, 224, 224)),
     ],
 )
-def test_timm_models(name: str, changes: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_timm_models_get_inputs_of_their_size(name: str, changes: dict[str, Any], shape: tuple[int, ...]) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, **changes)
     assert shapes(example_inputs(model)) == [shape]
@@ -61,7 +61,7 @@ def test_timm_models(name: str, changes: dict[str, Any], shape: tuple[int, ...])
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_torchvision_models(
+def test_torchvision_models_get_inputs_of_their_size(
     builder: Callable[..., nn.Module], changes: dict[str, Any], expected: list[tuple[int, ...]]
 ) -> None:
     with torch.device("meta"):

@@ -119,7 +119,7 @@ def conv_site(**changes: Any) -> ConvSite:
         (conv_site(kernel_size=()), None, 25 * 2 * 6 * 8, 2 * 6 * 8),
     ],
 )
-def test_costs_by_hand(site: ConvSite, ranks: Ranks | None, flops: int, params: int) -> None:
+def test_costs_equal_those_computed_by_hand(site: ConvSite, ranks: Ranks | None, flops: int, params: int) -> None:
     assert site_cost(site, ranks) == (flops, params)
 
 

@@ -35,7 +35,7 @@ def test_every_reason_is_a_note_with_its_sites(found_sites: Sites) -> None:
     assert caption.count("\n* ") == len({*reasons} | {site.skip_reason for site in found_sites[5:7]} - {None})
 
 
-def test_the_sites_of_a_network_with_their_sizes(found_sites: Sites) -> None:
+def test_the_table_of_sites_shows_their_sizes(found_sites: Sites) -> None:
     table = sites_table(found_sites, "efficientnet_b0")
     rows = rows_of(table)
     assert rows[0] == {
@@ -55,6 +55,6 @@ def test_the_sites_of_a_network_with_their_sizes(found_sites: Sites) -> None:
         ({"kind": "Linear", "kernel_size": ()}, "Linear 32 > 64"),
     ],
 )
-def test_a_convolution_in_few_letters(change: dict[str, Any], text: str) -> None:
+def test_a_convolution_is_described_in_few_letters(change: dict[str, Any], text: str) -> None:
     site = batude_fx.ConvSite("a", "Conv2d", 32, 64, (3, 3), 1, False, 4, 4, 1, "fx")
     assert rows_of(sites_table([replace(site, **change)], "net"))[0]["convolution"] == text

@@ -138,7 +138,7 @@ def test_model_and_copy_share_no_memory_and_ties_stay_tied() -> None:
     assert not ours & theirs
 
 
-def test_what_is_replaced_is_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_modules_are_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
     copied: list[int] = []
     original: Callable[..., nn.Parameter] = nn.Parameter.__deepcopy__
@@ -166,7 +166,7 @@ def test_a_graph_module_stays_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "levit_conv_128s"])
-def test_what_timm_would_fuse_without_its_bias_is_refused(name: str) -> None:
+def test_layers_that_timm_would_fuse_without_their_bias_are_refused(name: str) -> None:
     small = batude_fx.compress(timm.create_model(name), 0.9, calibration=None)
     with pytest.raises(UnsupportedError, match=r"cannot be fused\. Compress timm\.utils\.reparameterize_model"):
         timm.utils.reparameterize_model(small)
@@ -228,7 +228,7 @@ def test_the_same_replacement_may_be_given_under_two_names() -> None:
     assert replace_modules(Net(), {"again": new, "body.0": new}).plain[0] is new
 
 
-def test_a_timm_model_stays_one() -> None:
+def test_a_timm_model_stays_a_timm_model() -> None:
     model = timm.create_model("resnet10t", num_classes=7).eval()
     model.get_submodule("layer1").train()
     before = snapshot(model)

@@ -24,7 +24,7 @@ ROUND: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_training_has_its_pictures(plan: batude_fx.Plan) -> None:
+def test_a_trained_network_has_pictures_of_its_rounds(plan: batude_fx.Plan) -> None:
     rounds = [{**ROUND, "ranks": {"0": None, "3": [2, 1]}}, {**ROUND, "round": 1, "ranks": {"0": [2, 2], "3": [1, 1]}}]
     trained = {"recipe": "seed: 3\n", "original_accuracy": 0.9, "accuracy": 0.85, "rounds": rounds}
     data = {**plan.record().model_dump(mode="json"), "training": trained}

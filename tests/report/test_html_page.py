@@ -18,7 +18,7 @@ from tests.report.html_tables import Tables
 from tests.toy_networks import small_net
 
 
-def test_the_page_tells_what_the_plan_says(plan: batude_fx.Plan, folder: Path) -> None:
+def test_the_page_shows_the_numbers_of_the_plan(plan: batude_fx.Plan, folder: Path) -> None:
     tables = Tables((folder / "report.html").read_text(encoding="utf-8")).cells
     totals = {row[0]: row[1:3] for row in tables["totals"]}
     assert totals["flops"] == [f"{plan.dense_flops:,}", f"{plan.flops:,}"]
@@ -44,12 +44,12 @@ def test_the_page_needs_nothing_from_elsewhere(folder: Path) -> None:
     assert "url(" not in text
 
 
-def test_names_of_strangers_are_text(plan: batude_fx.Plan) -> None:
+def test_html_in_the_name_of_a_model_is_escaped(plan: batude_fx.Plan) -> None:
     text = html_page.render(plan.record().model_copy(update={"model": "<script>alert(1)</script>"}))
     assert "<script" not in text
 
 
-def test_dollars_in_names_are_no_formulas(tmp_path: Path) -> None:
+def test_dollars_in_names_are_not_read_as_formulas(tmp_path: Path) -> None:
     odd = nn.Sequential(OrderedDict({"a$b": nn.Conv2d(3, 32, 3), "c$": nn.Conv2d(32, 32, 3)}))
     small = batude_fx.compress(odd, 0.6, example_inputs=torch.zeros(1, 3, 8, 8), calibration=None)
     with pytest.warns(UserWarning, match="cannot be rebuilt by name"):
@@ -66,7 +66,7 @@ def test_a_loaded_network_keeps_its_report(plan: batude_fx.Plan, folder: Path, t
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be rebuilt by name")
-def test_another_network_takes_the_old_report_away(
+def test_saving_another_network_removes_the_old_report(
     plan: batude_fx.Plan, folder: Path, points: list[sweep_points.Point]
 ) -> None:
     sweep_points.write(points, folder)
@@ -91,7 +91,7 @@ def test_broken_files_are_named(folder: Path, name: str, content: str, message: 
         html_page.write_pages(folder)
 
 
-def test_a_folder_without_a_report_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SavedModelError, match=r"holds no report\.json and no sweep\.json"):
         html_page.write_pages(tmp_path)
 

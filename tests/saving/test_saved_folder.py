@@ -96,7 +96,7 @@ class _Packed(nn.Identity):
         return {"dtype": torch.qint8}
 
 
-def test_what_load_could_not_read_is_not_saved(tmp_path: Path) -> None:
+def test_networks_that_load_could_not_read_are_not_saved(tmp_path: Path) -> None:
     pruned, quantized = compressed(timm_net()), compressed(timm_net())
     name, layer = next((name, one) for name, one in pruned.named_modules() if isinstance(one, TuckerModule))
     prune.l1_unstructured(layer.last, "weight", 0.5)  # type: ignore[no-untyped-call]
@@ -110,7 +110,7 @@ def test_what_load_could_not_read_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_whoever_may_read_new_files_may_read_the_network(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_saved_files_have_the_permissions_of_new_files(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
     (tmp_path / "new").touch()
     wanted = (tmp_path / "new").stat().st_mode
     assert {path.stat().st_mode for path in saved[1].iterdir()} == {wanted}
@@ -154,7 +154,7 @@ def test_the_folder_holds_nothing_executable(saved: tuple[nn.Module, Path]) -> N
     assert header[8:9] == b"{"
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+def test_networks_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SavedModelError, match="holds no Tucker module"):
         batude_fx.save(timm_net(), tmp_path / "out")
     with pytest.raises(SavedModelError, match="meta device"):

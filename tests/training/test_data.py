@@ -21,7 +21,7 @@ from batude_fx.training.recipe import shipped
 from tests.training.tiny_recipe import CLASSES, HELD_OUT, SETTINGS, tiny_recipe
 
 
-def test_a_class_without_images_to_evaluate_on_moves_no_other(photos: Path, tmp_path: Path) -> None:
+def test_a_class_without_validation_images_does_not_renumber_the_others(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, some := tmp_path / "photos")
     shutil.rmtree(some / "validation" / "class0")
     recipe = tiny_recipe(some)
@@ -62,7 +62,7 @@ def test_images_that_cannot_be_trained_on_are_refused(data: Data, words: str, ph
         batude_fx.run(tiny_recipe(photos, pretrain=None), data=data)
 
 
-def test_images_without_colours_meet_a_network_for_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grey_images_for_a_network_of_colour_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Grey(_Torchvision):
         def __getitem__(self, index: int) -> tuple[Any, int]:
             return self.transform(Image.new("L", (32, 32))), index % 10
@@ -74,7 +74,7 @@ def test_images_without_colours_meet_a_network_for_colours(monkeypatch: pytest.M
         batude_fx.run(Recipe.model_validate(settings))
 
 
-def test_a_split_of_another_name_is_not_all_images(photos: Path, tmp_path: Path) -> None:
+def test_a_validation_folder_of_another_name_must_be_named(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, folder := tmp_path / "photos")
     (folder / "validation").rename(folder / "test")
     with pytest.raises(TrainingError, match=r"has no folder 'validation'; .* by data\.val_split"):
@@ -104,7 +104,7 @@ class _Torchvision(torch.utils.data.Dataset[tuple[Image.Image, int]]):
 
 
 @pytest.mark.parametrize("name", [name for name, path in shipped().items() if "cifar" in path.stem])
-def test_recipes_of_torchvisions_images_find_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_with_datasets_of_torchvision_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dataset_factory._TORCH_BASIC_DS, "cifar10", _Torchvision)
     short = ["pretrain=null", "one_shot.epochs=1 steps", "finalize.epochs=1 steps", "data.workers=0"]
     recipe = Recipe.from_yaml(name, [*short, "model.precision=fp32", "model.name=resnet20_cifar", "budget=0.5"])
@@ -112,7 +112,7 @@ def test_recipes_of_torchvisions_images_find_them(name: str, monkeypatch: pytest
     assert result.flops <= 0.5 * result.dense_flops
 
 
-def test_cropped_from_padded_images(photos: Path) -> None:
+def test_images_can_be_padded_before_they_are_cropped(photos: Path) -> None:
     changes = {"data__pad": 2, "data__image_size": 40, "one_shot__epochs": 0, "pretrain": None, "finalize__epochs": 0}
     assert batude_fx.run(tiny_recipe(photos, **changes)).rounds[-1]["keep"] <= 0.5
     with pytest.raises(TrainingError, match="size, 32 x 32, the first one has 40 x 40 pixels"):

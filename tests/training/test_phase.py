@@ -15,7 +15,7 @@ from batude_fx.training.recipe import _schedulers
 from tests.training.tiny_recipe import CLASSES, tiny_recipe
 
 
-def test_bfloat16_channels_last_mixup_and_a_moving_average(photos: Path) -> None:
+def test_bfloat16_channels_last_and_mixup_train_within_the_budget(photos: Path) -> None:
     changes = {
         "model__precision": "bf16", "model__channels_last": True, "data__mixup": 0.2, "data__smoothing": 0.1,
         "data__auto_augment": "rand-m5", "data__erase": 0.2,
@@ -27,7 +27,7 @@ def test_bfloat16_channels_last_mixup_and_a_moving_average(photos: Path) -> None
     assert result.flops <= 0.5 * result.dense_flops
 
 
-def test_a_moving_average_of_few_steps_follows_them(photos: Path) -> None:
+def test_a_moving_average_of_few_steps_follows_the_weights(photos: Path) -> None:
     """Though a decay of 0.9999 would keep the first weights for thousands of steps."""
     short = {"pretrain": None, "one_shot__epochs": 0, "finalize__batch_norm_images": 0}
     ways = ({"epochs": 0}, {"epochs": 9}, {"epochs": 9, "ema": 0.9999})
@@ -38,7 +38,7 @@ def test_a_moving_average_of_few_steps_follows_them(photos: Path) -> None:
     assert (averaged - before).norm() > 0.3 * (after - before).norm()
 
 
-def test_a_slow_batch_norm_knows_its_images_before_it_teaches(photos: Path) -> None:
+def test_slow_batch_norms_are_measured_on_images_before_the_original_is_evaluated(photos: Path) -> None:
     """torchvision's MobileNets move their statistics by a hundredth a step."""
     changes: dict[str, Any] = {"one_shot__epochs": 0, "finalize__epochs": 0, "budget": 0.9}
     changes |= {"pretrain": {"epochs": 4, "optimizer": "adamw", "lr": 0.003}, "data__scale": [0.9, 1.0]}
@@ -54,7 +54,9 @@ def test_a_slow_batch_norm_knows_its_images_before_it_teaches(photos: Path) -> N
     ("pretrain", r"the loss is (nan|inf) after step 2 of pretrain"),
     ("one_shot", r"no longer finite\. Lower one_shot\.lr, now 1e"),
 ])  # fmt: skip
-def test_a_run_that_diverges_says_so_and_writes_no_more(phase: str, words: str, photos: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_is_stopped_and_writes_no_more(
+    phase: str, words: str, photos: Path, tmp_path: Path
+) -> None:
     """Evaluations are far apart; a checkpoint is due after every step, a round after every other one."""
     sections: dict[str, dict[str, Any]] = {"pretrain": {"epochs": 1}, "one_shot": {"epochs": 2, "interval": "2 steps"}}
     sections[phase]["lr"] = 1e30

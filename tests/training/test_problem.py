@@ -13,7 +13,7 @@ from batude_fx import RecipeError
 from tests.training.tiny_recipe import CLASSES, SETTINGS, tiny_recipe
 
 
-def test_a_network_without_colours_knows_how_its_images_are_normalized(photos: Path, tmp_path: Path) -> None:
+def test_a_network_of_grey_images_is_saved_with_how_they_are_normalized(photos: Path, tmp_path: Path) -> None:
     section = {"name": "test_resnet", "args": {"num_classes": CLASSES, "in_chans": 1}}
     short = {"pretrain": None, "one_shot__epochs": "1 steps", "finalize__epochs": "1 steps"}
     result = batude_fx.run(tiny_recipe(photos, model=section, data__image_size=None, **short), tmp_path / "run")

@@ -57,7 +57,7 @@ def test_a_phase_can_be_left_out_of_every_shipped_recipe(name: str) -> None:
     assert recipe.finalize.epochs.amount == 0
 
 
-def test_a_date_is_a_name(tmp_path: Path) -> None:
+def test_a_date_as_a_path_is_read_as_text(tmp_path: Path) -> None:
     for name in ("2024-01-15", "2024-02-30"):
         assert Recipe.from_yaml(recipe_file(tmp_path, GOOD), [f"data.root={name}"]).data.root == Path(name)
 

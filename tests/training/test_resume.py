@@ -38,7 +38,7 @@ run(Recipe.from_yaml(sys.argv[1]), sys.argv[2], resume=sys.argv[4] == "resume")
 """
 
 
-def test_killed_three_times_it_ends_at_the_same_weights(
+def test_a_run_killed_three_times_ends_at_the_same_weights(
     photos: Path, tmp_path: Path, finished: tuple[Path, Any]
 ) -> None:
     recipe, folder = tmp_path / "my.yaml", tmp_path / "run"
@@ -60,7 +60,7 @@ def test_killed_three_times_it_ends_at_the_same_weights(
 
 
 @pytest.mark.parametrize("left", [".config.json.1.tmp", "model.safetensors"])
-def test_killed_while_the_network_is_saved_it_goes_on(left: str, photos: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_its_network_is_saved_can_be_resumed(left: str, photos: Path, tmp_path: Path) -> None:
     recipe, folder = (
         tiny_recipe(photos, pretrain=None, one_shot__epochs="2 steps", finalize__epochs="1 steps"),
         tmp_path,

@@ -63,7 +63,7 @@ def test_a_linear_layer_of_this_rank_is_reproduced_exactly(
 
 
 @pytest.mark.parametrize("layer_type", [Conv3DSimple, Conv3DNoTemporal])
-def test_torchvisions_video_convolutions(layer_type: type[nn.Conv3d]) -> None:
+def test_torchvisions_video_convolutions_are_reproduced_exactly(layer_type: type[nn.Conv3d]) -> None:
     layer = layer_type(4, 6, stride=2).double()  # type: ignore[call-arg]
     ranks = Ranks(2, 3)
     set_low_rank_weight(layer, ranks, seed=0)

@@ -60,12 +60,12 @@ def test_a_saved_folder_takes_no_arguments(timm_folder: tuple[nn.Module, Path]) 
     assert batude_fx.create(f"local-dir:{timm_folder[1]}", num_classes=3).num_classes == 3
 
 
-def test_a_folder_is_a_name(timm_folder: tuple[nn.Module, Path]) -> None:
+def test_a_saved_folder_is_created_by_its_path(timm_folder: tuple[nn.Module, Path]) -> None:
     network = batude_fx.create(str(timm_folder[1]))
     assert any(isinstance(module, TuckerModule) for module in network.modules())
 
 
-def test_a_dense_network_of_the_user_has_a_name_and_what_becomes_of_it_is_saved(tmp_path: Path) -> None:
+def test_a_dense_network_in_a_local_folder_can_be_compressed_and_saved(tmp_path: Path) -> None:
     own = timm.create_model("resnet10t", num_classes=3).eval()
     save_for_hf(own, str(tmp_path / "own"), safe_serialization=True)
     network = batude_fx.create(f"local-dir:{tmp_path / 'own'}", pretrained=True).eval()

@@ -19,7 +19,7 @@ from tests.zoo.saved_networks import IMAGES, save_compressed
 
 
 @pytest.mark.parametrize("library", ["timm_folder", "torchvision_folder"])
-def test_a_saved_network_through_all_four_doors(library: str, request: pytest.FixtureRequest) -> None:
+def test_a_saved_network_is_the_same_by_every_way_to_load_it(library: str, request: pytest.FixtureRequest) -> None:
     small, folder = request.getfixturevalue(library)
     wanted = small(IMAGES)
     for network in (
@@ -51,7 +51,7 @@ def test_a_saved_network_comes_back_from_a_hub(
     assert torch.equal(network.eval()(IMAGES), small(IMAGES))
 
 
-def test_what_a_hub_pickled_is_not_executed(
+def test_a_pickle_from_a_hub_is_not_executed(
     timm_folder: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, folder = timm_folder
@@ -104,7 +104,9 @@ def test_arguments_that_the_weights_cannot_follow_are_refused(
 @pytest.mark.parametrize(
     "args", [{"pretrained_model_args": {"pretrained_strict": False}}, {"checkpoint_path": "x.pth"}]
 )
-def test_model_args_of_others_are_not_followed(args: dict[str, Any], timm_folder: tuple[nn.Module, Path]) -> None:
+def test_model_args_that_batude_fx_does_not_write_are_refused(
+    args: dict[str, Any], timm_folder: tuple[nn.Module, Path]
+) -> None:
     with pytest.raises(SavedModelError, match="which batude_fx does not write"):
         timm_plugin.batude_fx(ranks={}, **args)
 
@@ -122,7 +124,7 @@ def test_features_of_models_that_have_none_are_refused(torchvision_folder: tuple
         timm.create_model(f"local-dir:{torchvision_folder[1]}", pretrained=True, features_only=True)
 
 
-def test_dtype_is_respected(timm_folder: tuple[nn.Module, Path]) -> None:
+def test_a_requested_dtype_is_used(timm_folder: tuple[nn.Module, Path]) -> None:
     network = timm.create_model(f"local-dir:{timm_folder[1]}", pretrained=True, dtype=torch.bfloat16)
     assert next(network.parameters()).dtype == torch.bfloat16
 
