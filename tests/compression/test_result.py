@@ -89,6 +89,8 @@ def test_a_weight_of_zeros_stays_finite(calibration: object) -> None:
 
 
 class ByKeyword(nn.Sequential):
+    """Calls its layers with a keyword argument."""
+
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
             x = layer(input=x)

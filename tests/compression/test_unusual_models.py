@@ -18,7 +18,7 @@ IMAGES = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 class NoSelf(TwoConvolutions):
-    """As mmcv's networks: `train`, and so `eval`, return nothing."""
+    """Returns nothing from `train`, and so from `eval`, as networks of mmcv do."""
 
     def train(self, mode: bool = True) -> None:  # type: ignore[override]
         super().train(mode)
@@ -26,6 +26,8 @@ class NoSelf(TwoConvolutions):
 
 
 class HalfInside(TwoConvolutions):
+    """Computes in half precision inside its forward, by autocast."""
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return super().forward(x).float()
@@ -39,18 +41,22 @@ class OneByOne(TwoConvolutions):
 
 
 class AtATime(TwoConvolutions):
-    """As an ordinary differential equation's right side."""
+    """Takes a time before its images, as the right side of a differential equation does."""
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x + t)
 
 
-class Masked(TwoConvolutions):
+class TakesMask(TwoConvolutions):
+    """Multiplies its images by a mask, which may be None."""
+
     def forward(self, mask: Tensor | None, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x if mask is None else x * mask)
 
 
 class Tokens(nn.Module):
+    """One-dimensional convolutions of embedded words, whose input is integers."""
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -64,7 +70,7 @@ class Tokens(nn.Module):
 
 
 class SometimesEmpty(TwoConvolutions):
-    """As a detector that finds nothing in dark images."""
+    """Runs its layers on bright images only, as a detector finds nothing in dark ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.a(x[x.mean((1, 2, 3)) > 0.1])
@@ -131,7 +137,7 @@ def test_autocast_inside_the_forward_is_allowed(calibration: str | Tensor) -> No
 
 
 @pytest.mark.parametrize(("model", "inputs"), [
-    (OneByOne(), (IMAGES[:1],)), (AtATime(), (torch.tensor(0.3), IMAGES[:1])), (Masked(), (None, IMAGES[:1])),
+    (OneByOne(), (IMAGES[:1],)), (AtATime(), (torch.tensor(0.3), IMAGES[:1])), (TakesMask(), (None, IMAGES[:1])),
     (Tokens(), (torch.arange(20)[None],)),
 ])  # fmt: skip
 def test_models_with_unusual_arguments_are_compressed(model: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -254,7 +254,7 @@ def test_convolutions_in_the_head_of_a_vgg_are_found_inside_their_leaf() -> None
     ],
 )
 def test_a_run_shows_whether_sizes_depend_on_values(choose: Callable[[Tensor], Tensor], sizes_vary: bool) -> None:
-    class Net(nn.Module):
+    class ChoosesSizes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
@@ -262,7 +262,7 @@ def test_a_run_shows_whether_sizes_depend_on_values(choose: Callable[[Tensor], T
         def forward(self, x: Tensor) -> Tensor:
             return choose(self.conv(x))
 
-    assert discover(Net(), (torch.ones(1, 3, 8, 8),)).sizes_vary is sizes_vary
+    assert discover(ChoosesSizes(), (torch.ones(1, 3, 8, 8),)).sizes_vary is sizes_vary
 
 
 def test_sites_print_as_a_table_and_take_a_tensor() -> None:

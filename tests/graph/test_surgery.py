@@ -32,7 +32,7 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-class Net(nn.Module):
+class ManyNames(nn.Module):
     """Two names for one convolution, a plain reference to it, a tied weight and a hook that is a bound method."""
 
     def __init__(self) -> None:
@@ -114,11 +114,11 @@ def test_the_copy_equals_one_edited_by_hand(tree: tuple[nn.Module, dict[str, nn.
 
 
 def test_every_reference_leads_to_the_replacement_and_the_rest_is_kept() -> None:
-    model = Net()
+    model = ManyNames()
     before = snapshot(model)
     new = nn.Conv2d(4, 4, 3)
     small = replace_modules(model, {"again": new})
-    assert type(small) is Net
+    assert type(small) is ManyNames
     assert small.again is small.body[0] is small.plain[0] is new
     assert torch.equal(small.tied.weight, model.tied.weight)  # tied to a weight that is gone: it keeps its own copy
     assert [(name, m.training) for name, m in small.named_modules()] == [
@@ -131,7 +131,7 @@ def test_every_reference_leads_to_the_replacement_and_the_rest_is_kept() -> None
 
 
 def test_model_and_copy_share_no_memory_and_ties_stay_tied() -> None:
-    model = Net()
+    model = ManyNames()
     small = replace_modules(model, {"first": nn.Conv2d(3, 4, 3)})
     assert small.tied.weight is small.body[0].weight
     ours, theirs = ({tensor.data_ptr() for tensor in net.state_dict().values()} for net in (small, model))
@@ -198,7 +198,7 @@ class Locked(nn.Conv2d):
 
 
 def with_non_leaf() -> nn.Module:
-    model = Net()
+    model = ManyNames()
     model.computed = model.first.weight * 2
     return model
 
@@ -206,11 +206,11 @@ def with_non_leaf() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "modules", "error", "message"),
     [
-        (Net(), {"body.7": nn.Identity()}, SelectionError, r"Net has no submodule 'body\.7'"),
-        (Net(), {"again": nn.Identity(), "body.0": nn.ReLU()}, SelectionError, r"'body\.0' is another name"),
-        (Net(), {"body": nn.Identity(), "body.1": nn.ReLU()}, BatudeError, r"replacement at 'body\.1'"),
+        (ManyNames(), {"body.7": nn.Identity()}, SelectionError, r"ManyNames has no submodule 'body\.7'"),
+        (ManyNames(), {"again": nn.Identity(), "body.0": nn.ReLU()}, SelectionError, r"'body\.0' is another name"),
+        (ManyNames(), {"body": nn.Identity(), "body.1": nn.ReLU()}, BatudeError, r"replacement at 'body\.1'"),
         (nn.Sequential(Stubborn()), {"0.conv": nn.Identity()}, BatudeError, r"'0\.conv'.*__deepcopy__"),
-        (with_non_leaf(), {"first": nn.Identity()}, BatudeError, r"Net cannot be copied: .*detach"),
+        (with_non_leaf(), {"first": nn.Identity()}, BatudeError, r"ManyNames cannot be copied: .*detach"),
         (nn.Sequential(nn.ReLU(), Locked(3, 4, 3)), {"0": nn.Identity()}, BatudeError, r"cannot be copied: .*lock"),
     ],
 )
@@ -225,7 +225,7 @@ def test_errors_say_what_to_do_and_leave_the_model_alone(
 
 def test_the_same_replacement_may_be_given_under_two_names() -> None:
     new = nn.Conv2d(4, 4, 3)
-    assert replace_modules(Net(), {"again": new, "body.0": new}).plain[0] is new
+    assert replace_modules(ManyNames(), {"again": new, "body.0": new}).plain[0] is new
 
 
 def test_a_timm_model_stays_a_timm_model() -> None:
@@ -259,12 +259,12 @@ def test_hooks_of_a_timm_feature_network_work_in_the_copy() -> None:
 
 
 def test_a_skeleton_takes_the_state_dict_of_the_compressed_model() -> None:
-    model = Net()
+    model = ManyNames()
     ranks = {"first": Ranks(2, 3), "body.0": Ranks(2, 2)}
     small = replace_modules(model, {name: build(model.get_submodule(name), r) for name, r in ranks.items()})
     for parameter in small.parameters():
         nn.init.normal_(parameter)
-    skeleton = build_skeleton(Net(), ranks)
+    skeleton = build_skeleton(ManyNames(), ranks)
     skeleton.load_state_dict(small.state_dict())
     x = torch.randn(1, 3, 16, 16)
     assert torch.equal(skeleton(x), small(x))
@@ -281,4 +281,4 @@ def test_a_skeleton_can_have_more_biases_than_the_dense_model() -> None:
 )
 def test_a_skeleton_refuses_what_is_not_there(ranks: dict[str, Ranks], error: type[BatudeError]) -> None:
     with pytest.raises(error):
-        build_skeleton(Net(), ranks)
+        build_skeleton(ManyNames(), ranks)

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from batude_fx.support.hooks import observe_calls, on_gradient
 
 
-class Scale(nn.Module):
+class ScaledBy(nn.Module):
     """Multiplies by a factor, which is a keyword argument."""
 
     def forward(self, x: Tensor, *, factor: float = 1.0) -> Tensor:
         return factor * x
 
 
-class Net(nn.Module):
+class CallsTwice(nn.Module):
     """Calls one module twice and another once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.twice, self.once = Scale(), Scale()
+        self.twice, self.once = ScaledBy(), ScaledBy()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.once(self.twice(self.twice(x, factor=2.0), factor=2.0))
@@ -33,7 +33,7 @@ def _hook_count(model: nn.Module) -> int:
 
 
 def test_every_call_is_seen_with_its_key_arguments_and_output() -> None:
-    net, before, after = Net(), [], []
+    net, before, after = CallsTwice(), [], []
     x = torch.tensor(3.0)
 
     def note_input(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -49,21 +49,21 @@ def test_every_call_is_seen_with_its_key_arguments_and_output() -> None:
 
 
 def test_hooks_are_there_during_the_block_only() -> None:
-    net = Net()
+    net = CallsTwice()
     with observe_calls({0: net.twice}, before=lambda *_: None, after=lambda *_: None):
         assert _hook_count(net) == 2
     assert _hook_count(net) == 0
 
 
 def test_a_returned_value_replaces_the_output() -> None:
-    net = Net()
+    net = CallsTwice()
     with observe_calls({0: net.twice}, after=lambda _key, _args, _kwargs, output: output + 1):
         assert net(torch.tensor(1.0)) == 7  # (1 * 2 + 1) * 2 + 1
     assert net(torch.tensor(1.0)) == 4
 
 
 def test_hooks_are_removed_when_the_block_fails() -> None:
-    net = Net()
+    net = CallsTwice()
     with pytest.raises(TypeError), observe_calls({0: net.twice}, before=lambda *_: None, after=lambda *_: None):
         net(torch.tensor(1.0), factor=0)  # the net itself takes no factor
     assert _hook_count(net) == 0
