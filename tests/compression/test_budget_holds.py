@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import batude_fx
 from batude_fx.budget.budget import Budget
 from batude_fx.errors import BudgetError
-from tests.compression.checks import EXAMPLE, fvcore_flops, parameter_count, photos, smallest_reachable
+from tests.compression.common import EXAMPLE, fvcore_flops, parameter_count, photos, smallest_reachable
 from tests.toy_networks import choosy_net, networks, varied_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is not supported:FutureWarning")

@@ -7,7 +7,7 @@ from torch import nn
 import batude_fx
 from batude_fx.budget.budget import Budget
 from batude_fx.errors import BatudeError, BudgetError
-from tests.compression.checks import EXAMPLE, smallest_reachable
+from tests.compression.common import EXAMPLE, smallest_reachable
 from tests.toy_networks import varied_net
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import batude_fx
 from batude_fx.errors import CalibrationError
 from batude_fx.tucker.modules import TuckerModule
-from tests.compression.checks import EXAMPLE, photos, same_bits
+from tests.compression.common import EXAMPLE, photos, same_bits
 from tests.toy_networks import varied_net
 
 

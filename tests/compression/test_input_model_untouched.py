@@ -9,7 +9,7 @@ from torch import Tensor
 import batude_fx
 from batude_fx.errors import BatudeError, BudgetError, CalibrationError, SelectionError
 from batude_fx.tucker.ranks import Ranks
-from tests.compression.checks import EXAMPLE, fingerprint, hooked_net, photos, same_bits
+from tests.compression.common import EXAMPLE, fingerprint, hooked_net, photos, same_bits
 from tests.toy_networks import InPlace, Noisy, VariedNet, varied_net
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import batude_fx
 from batude_fx.errors import SelectionError, UnsupportedError
-from tests.compression.checks import (
+from tests.compression.common import (
     EXAMPLE,
     same_bits,
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import batude_fx
 from batude_fx.tucker.modules import TuckerModule
-from tests.compression.checks import (
+from tests.compression.common import (
     EXAMPLE,
     hooked_net,
     photos,

@@ -9,7 +9,7 @@ from torch import nn
 import batude_fx
 from batude_fx.errors import SelectionError
 from batude_fx.tucker.ranks import Ranks
-from tests.compression.checks import EXAMPLE
+from tests.compression.common import EXAMPLE
 from tests.toy_networks import varied_net
 
 

@@ -151,7 +151,7 @@ def test_integers_are_calibrated_with_integers() -> None:
     plan = batude_fx.plan(Tokens(), 0.6, example_inputs=tokens[:1], calibration=tokens)
     assert plan.calibration == "images"
     assert batude_fx.plan(Tokens(), 0.6, example_inputs=tokens[:1]).calibration == "synthetic noise"
-    with pytest.raises(CalibrationError, match=r"is torch\.float32, the model takes torch\.int64; give them as"):
+    with pytest.raises(CalibrationError, match=r"is torch\.float32, the model takes torch\.int64; do not convert them"):
         batude_fx.plan(Tokens(), 0.6, example_inputs=tokens[:1], calibration=tokens.float())
     with pytest.raises(CalibrationError, match="index out of range"):
         batude_fx.plan(Tokens(), 0.6, example_inputs=tokens[:1], calibration=tokens + 1000)
