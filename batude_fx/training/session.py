@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,6 @@ from batude_fx.saving.config import TRAINED_NETWORK
 from batude_fx.saving.saved_folder import save
 from batude_fx.saving.weights import load_weights_, read_weights
 from batude_fx.support.atomic_files import atomic_file, visible_entries
-from batude_fx.support.versions import library_versions
 from batude_fx.training import checkpoint
 from batude_fx.training.data import Data
 from batude_fx.training.duration import Duration
@@ -31,6 +31,7 @@ CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE = (
     "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png",
 )  # fmt: skip
 PHASES = ("pretrain", "one_shot", "finalize")
+_LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")  # whose versions result.json names
 
 
 class Session:
@@ -197,7 +198,7 @@ class Session:
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
-        versions = library_versions("accelerate")
+        versions = {name: version(name) for name in _LIBRARIES}
         facts = {**facts, "seed": self.recipe.seed, "machine": machine, "versions": versions, "log": self.log}
         with atomic_file(folder / RESULT) as text:
             text.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

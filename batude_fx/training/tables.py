@@ -1,15 +1,18 @@
 """The tables of training: the shipped recipes, the schedule that a dry run shows, and the result of a run."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 
 from batude_fx.support.numbers import human, percent
 from batude_fx.support.tables import add_row, new_table
-from batude_fx.training.loop import Result
 from batude_fx.training.preview import Preview
 from batude_fx.training.recipe import Recipe
+
+if TYPE_CHECKING:  # the loop needs accelerate, a dry run does not
+    from batude_fx.training.loop import Result
 
 
 def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
@@ -49,7 +52,7 @@ def schedule_table(recipe: Recipe, ahead: Preview) -> Group:
     return Group(phases, rounds)
 
 
-def result_table(folder: str, result: Result) -> Table:
+def result_table(folder: str, result: "Result") -> Table:
     """What a run gave, before and after."""
     table = new_table("", "original", "compressed", "", title=folder)
     add_row(table, "accuracy", f"{result.original_accuracy:.2%}", f"{result.accuracy:.2%}", "")
