@@ -178,7 +178,7 @@ def weights_only(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
 def uniform(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
     """Decompose all sites at the largest common share of their ranks that meets the budget."""
     problem = Problem.of(model, recipe)
-    limit = recipe.budget.limits(*problem.dense).flops or 0
+    limit = recipe.budget.limits(*problem.dense_costs).flops or 0
 
     def at(share: float) -> nn.Module:
         ranks = {
@@ -193,7 +193,7 @@ def uniform(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
 def pruned(model: nn.Module, recipe: Recipe, _: Data) -> nn.Module:
     """Prune with Torch-Pruning; the widths of the stages stay, since shortcuts without parameters connect them."""
     problem = Problem.of(model, recipe)
-    limit = recipe.budget.limits(*problem.dense).flops or 0
+    limit = recipe.budget.limits(*problem.dense_costs).flops or 0
 
     def at(share: float) -> nn.Module:
         small = copy_model(model)

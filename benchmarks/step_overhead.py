@@ -44,15 +44,15 @@ def main() -> int:
     model = torchvision.models.resnet50()
     recipe = Recipe.from_yaml("resnet50-imagenet-2.04x", ["budget=0.5"])
     problem = Problem.of(model, recipe)
-    split = Lagrangian(problem.constraints(model), rho=0.1)
+    lagrangian = Lagrangian(problem.constraints(model), rho=0.1)
 
-    plain, penalized = steps(model, split)
+    plain, penalized = steps(model, lagrangian)
     images = torch.randn(IMAGES, 3, 224, 224)
     started = time.perf_counter()
     metrics = statistics(model, list(problem.sites.values()), ((batch,) for batch in torch.split(images, 8)))
     measuring = time.perf_counter() - started
     rounds = {
-        name: [seconds(partial(project, split, problem, round_metrics)) for _ in range(3)]
+        name: [seconds(partial(project, lagrangian, problem, round_metrics)) for _ in range(3)]
         for name, round_metrics in (("by the weights", None), ("by metrics", metrics))
     }
 
@@ -71,13 +71,13 @@ def main() -> int:
     return 0 if ratio <= STEP_LIMIT and max(map(max, rounds.values())) <= ROUND_LIMIT else 1
 
 
-def project(split: Lagrangian, problem: Problem, metrics: Mapping[str, Metric] | None) -> None:
+def project(lagrangian: Lagrangian, problem: Problem, metrics: Mapping[str, Metric] | None) -> None:
     """Run one projection round."""
-    split.project_(problem.most, metrics)
-    split.update_duals_()
+    lagrangian.project_(problem.capacity, metrics)
+    lagrangian.update_duals_()
 
 
-def steps(model: nn.Module, split: Lagrangian) -> tuple[list[float], list[float]]:
+def steps(model: nn.Module, lagrangian: Lagrangian) -> tuple[list[float], list[float]]:
     """Return the wall seconds of steps without and with the penalty, run alternately."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
@@ -86,7 +86,7 @@ def steps(model: nn.Module, split: Lagrangian) -> tuple[list[float], list[float]
     def step(*, penalty: bool) -> None:
         F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         if penalty:
-            split.penalty_()
+            lagrangian.penalty_()
         optimizer.step()
         optimizer.zero_grad()
 

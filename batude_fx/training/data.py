@@ -1,12 +1,13 @@
-"""Batches for training and evaluation, the same ones whatever the number of processes and whenever a run was killed.
+"""Batches for training and evaluation.
 
-timm makes the datasets, their transforms and loaders; accelerate deals their batches out to the processes. What is
-random about an image depends on the seed, the epoch and its place in the dataset alone.
+timm builds the datasets, transforms and loaders; accelerate distributes the batches over the processes. The
+augmentation of an image depends only on the seed, the epoch and the index of the image, so that batches are the same
+for any number of processes and after a run was resumed.
 """
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +24,21 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
 
 from batude_fx.errors import TrainingError, first_line, last_line
-from batude_fx.training.recipe import Recipe
+from batude_fx.training.recipe import DataSection, Recipe
 
 Batch = tuple[Tensor, Tensor]
-"""Images (n, C, H, W) and classes (n,), the share of one process."""
+"""Images (n, C, H, W) and their classes (n,); of a batch of all processes, the part of this process."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run; whoever has them elsewhere than timm finds them makes one of these.
+    """The images of a run. Make one of these for images that timm's datasets cannot read.
 
     Attributes:
-        train: Epoch and number of batches to skip, to the batches of that epoch: the same ones each time it is asked.
-        evaluation: To the batches that accuracy is measured on.
-        batches: In an epoch of training.
+        train: Function of the epoch and the number of batches to skip; returns the remaining batches of that epoch,
+            the same ones whenever it is called.
+        evaluation: Function that returns the batches on which accuracy is measured.
+        batches: Number of batches in an epoch of training.
     """
 
     train: Callable[[int, int], Iterator[Batch]]
@@ -45,14 +47,14 @@ class Data:
 
 
 def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes: int, accelerator: Accelerator) -> Data:
-    """What the recipe's `data` section asks for.
+    """Return the images that the recipe's `data` section names.
 
     Args:
         recipe: The recipe.
-        model: Says how images are normalized.
-        size: Of an image, (C, H, W).
-        classes: That the model tells apart.
-        accelerator: Deals the batches out.
+        model: The network, whose config says how images are normalized.
+        size: (C, H, W) of an image.
+        classes: Number of outputs of the network.
+        accelerator: Distributes the batches over the processes.
 
     Raises:
         TrainingError: When there is no such dataset, it has too few images for a batch or other classes than the model,
@@ -60,27 +62,51 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     """
     section = recipe.data
     config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)  # type: ignore[no-untyped-call]
-    train = _Seeded(_dataset(recipe, section.train_split, config), recipe.seed)
-    share, parts = section.batch_size // section.accumulate, section.accumulate * accelerator.num_processes
+    train = _SeededDataset(_dataset(recipe, section.train_split, config), recipe.seed)
     held_out = _dataset(recipe, section.val_split, config)
-    _check(recipe, train, held_out, parts, classes)
+    _check_batches(recipe, train, accelerator.num_processes)
+    _check_classes(recipe, train.dataset, held_out, classes)
     if section.pad:
         _check_size(train, size)
-    if not section.name:  # timm numbers the subfolders of each split by themselves
-        held_out = _dataset(recipe, section.val_split, config, _classes(train.dataset))
-    augmentation: dict[str, Any] = {
-        "scale": (1.0, 1.0) if section.pad else section.scale, "ratio": (1.0, 1.0) if section.pad else section.ratio,
-        "hflip": section.hflip, "color_jitter": section.color_jitter, "auto_augment": section.auto_augment,
-        "re_prob": section.erase, "re_mode": "pixel",
-    }  # fmt: skip
+    if not section.name:  # timm would number the class folders of each split separately
+        held_out = _dataset(recipe, section.val_split, config, _class_numbers(train.dataset))
     common: dict[str, Any] = {
         **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
         "num_workers": section.workers, "use_prefetcher": False, "persistent_workers": False,
         "pin_memory": accelerator.device.type == "cuda",
     }  # fmt: skip
-    source = train.dataset if isinstance(train.dataset, IterableDataset) else train
+    loader = _training_loader(section, train, common)
+    if section.pad:
+        train.transform = Compose([RandomCrop(size[1:], padding=section.pad), train.transform])
+    evaluation = create_loader(cast("Any", held_out), batch_size=recipe.eval.batch_size, is_training=False, **common)
+    train_batches: Any = accelerator.prepare_data_loader(loader)
+    evaluation_batches: Any = accelerator.prepare_data_loader(evaluation)
+
+    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+        train_batches.set_epoch(epoch)
+        train.epoch = epoch
+        for batch in skip_first_batches(train_batches, skip) if skip else train_batches:
+            yield batch
+            train.epoch = epoch  # the consumer of the batch may have begun another epoch meanwhile
+
+    return Data(train=batches, evaluation=lambda: iter(evaluation_batches), batches=len(train_batches))
+
+
+def _training_loader(section: DataSection, train: "_SeededDataset", common: Mapping[str, Any]) -> Any:  # noqa: ANN401 - timm's loaders have several types
+    """Return timm's loader with the augmentation of the recipe; it sets the transform of the dataset.
+
+    Raises:
+        TrainingError: When timm does not understand `auto_augment`.
+    """
+    augmentation: dict[str, Any] = {
+        "scale": (1.0, 1.0) if section.pad else section.scale, "ratio": (1.0, 1.0) if section.pad else section.ratio,
+        "hflip": section.hflip, "color_jitter": section.color_jitter, "auto_augment": section.auto_augment,
+        "re_prob": section.erase, "re_mode": "pixel",
+    }  # fmt: skip
+    part = section.batch_size // section.accumulate
+    source: Any = train.dataset if isinstance(train.dataset, IterableDataset) else train
     try:
-        loader = create_loader(cast("Any", source), batch_size=share, is_training=True, **augmentation, **common)
+        return create_loader(source, batch_size=part, is_training=True, **augmentation, **common)
     except (AssertionError, ValueError, KeyError) as error:
         if section.auto_augment is None:
             raise
@@ -88,33 +114,19 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
             f"timm does not understand the augmentation, data.auto_augment={section.auto_augment!r}: "
             f'{type(error).__name__} {error}. Write it as timm does, such as "rand-m9-mstd0.5".'
         ) from error
-    if section.pad:
-        train.transform = Compose([RandomCrop(size[1:], padding=section.pad), train.transform])
-    evaluation = create_loader(cast("Any", held_out), batch_size=recipe.eval.batch_size, is_training=False, **common)
-    prepared: Any = accelerator.prepare_data_loader(loader)
-    shown: Any = accelerator.prepare_data_loader(evaluation)
-
-    def batches(epoch: int, skip: int) -> Iterator[Batch]:
-        prepared.set_epoch(epoch)
-        train.epoch = epoch
-        for batch in skip_first_batches(prepared, skip) if skip else prepared:
-            yield batch
-            train.epoch = epoch  # whoever got the batch may have begun another epoch meanwhile
-
-    return Data(train=batches, evaluation=lambda: iter(shown), batches=len(prepared))
 
 
 def check_first(data: Data, size: tuple[int, ...], classes: int, accumulate: int) -> None:
-    """Look at the first batch before anything is trained.
+    """Check the first batch before anything is trained.
 
     Args:
-        data: What will be trained on.
-        size: Of an image that the network takes, (C, H, W).
-        classes: That it tells apart.
-        accumulate: Batches in a step.
+        data: The images.
+        size: (C, H, W) of an image that the network takes.
+        classes: Number of outputs of the network.
+        accumulate: Batches per optimizer step.
 
     Raises:
-        TrainingError: When it cannot be read or is for another network, or an epoch has too few.
+        TrainingError: When the batch cannot be read or does not fit the network, or an epoch has too few batches.
     """
     if data.batches < accumulate:
         raise TrainingError(f"an epoch has {data.batches} batches, a step takes {accumulate}; lower data.accumulate.")
@@ -125,8 +137,8 @@ def check_first(data: Data, size: tuple[int, ...], classes: int, accumulate: int
     except Exception as error:  # whatever the dataset and its transforms raise
         raise TrainingError(f"the first training images cannot be read: {last_line(error)}.") from error
     if not len(images) or tuple(images.shape[1:]) != tuple(size):
-        wanted = ", ".join(map(str, ("n", *size)))
-        raise TrainingError(f"training images are {tuple(images.shape)}, the network takes ({wanted}).")
+        expected = ", ".join(map(str, ("n", *size)))
+        raise TrainingError(f"training images are {tuple(images.shape)}, the network takes ({expected}).")
     if labels.ndim != 1 or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise TrainingError(f"labels must be one class per image, 0 to {classes - 1}; the first ones are {labels[:8]}.")
 
@@ -134,12 +146,23 @@ def check_first(data: Data, size: tuple[int, ...], classes: int, accumulate: int
 def _dataset(
     recipe: Recipe, split: str, config: dict[str, Any], class_map: dict[str, int] | None = None
 ) -> Dataset[Batch]:
+    """Return the dataset of a split, without a transform.
+
+    Args:
+        recipe: The recipe.
+        split: Name of the split.
+        config: timm's data config of the model.
+        class_map: Class folder to class number; by default timm numbers the folders in alphabetical order.
+
+    Raises:
+        TrainingError: When there is no such dataset or split.
+    """
     section = recipe.data
     training = split == section.train_split
     if not section.name and not (section.root and section.root.exists()):
-        found = "is not given" if section.root is None else f"{str(section.root)!r} does not exist"
+        problem = "is not given" if section.root is None else f"{str(section.root)!r} does not exist"
         raise TrainingError(
-            f"data.root {found}; give a folder with {section.train_split!r} and "
+            f"data.root {problem}; give a folder with {section.train_split!r} and "
             f"{section.val_split!r} in it, each with a subfolder per class."
         )
     try:
@@ -153,21 +176,25 @@ def _dataset(
         raise TrainingError(
             f"data.name {section.name!r} at data.root {str(section.root)!r} has no split {split!r} that can be read: "
             f"{reason}. Give a folder with {section.train_split!r} and {section.val_split!r} in it, each with a "
-            "subfolder per class, or a dataset name of timm's."
+            "subfolder per class, or the name of a dataset in timm."
         ) from error
     if not section.name and Path(getattr(getattr(dataset, "reader", None), "root", "")) == section.root:
-        # timm takes the folder itself where it finds no split: all images would be in this one.
+        # Without a folder of this name timm reads the whole of data.root, so that all images would be in this split.
         raise TrainingError(
-            f"{section.root} has no folder {split!r}; give one, with a subfolder per class, or say which it is by "
+            f"{section.root} has no folder {split!r}; give one, with a subfolder per class, or name another by "
             f"data.{'train' if training else 'val'}_split."
         )
     return cast("Dataset[Batch]", dataset)
 
 
-def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: int, classes: int) -> None:
-    """Say what can be said before anything is trained, of batches that are computed in so many parts."""
-    section, processes = recipe.data, parts // recipe.data.accumulate
-    if processes > 1 and isinstance(train.dataset, IterableDataset):  # timm deals it out, and accelerate once more
+def _check_batches(recipe: Recipe, train: "_SeededDataset", processes: int) -> None:
+    """Refuse batch sizes that cannot be split for the processes and for gradient accumulation.
+
+    Raises:
+        TrainingError: Also when there are fewer images than a batch needs.
+    """
+    section, parts = recipe.data, recipe.data.accumulate * processes
+    if processes > 1 and isinstance(train.dataset, IterableDataset):  # timm and accelerate would both split it
         raise TrainingError(f"{section.name} is a stream, which only one process can read; this run has {processes}.")
     if recipe.eval.batch_size % processes:
         raise TrainingError(
@@ -188,24 +215,33 @@ def _check(recipe: Recipe, train: "_Seeded", held_out: Dataset[Batch], parts: in
             f"mixup and cutmix mix pairs, and data.batch_size {section.batch_size} in {parts} parts leaves "
             f"{section.batch_size // parts} images in each; use a multiple of {2 * parts}."
         )
-    named, others = _classes(train.dataset), _classes(held_out)
-    found = len(set(named.values()))  # ImageNet has several names for a class
-    if named and found != classes:
+
+
+def _check_classes(recipe: Recipe, train: Dataset[Batch], held_out: Dataset[Batch], classes: int) -> None:
+    """Refuse a dataset whose classes differ from those of the network, or between its splits.
+
+    Raises:
+        TrainingError: When they do.
+    """
+    section = recipe.data
+    train_classes, held_out_classes = _class_numbers(train), _class_numbers(held_out)
+    count = len(set(train_classes.values()))  # ImageNet has several names for a class
+    if train_classes and count != classes:
         raise TrainingError(
-            f"{section.root or section.name} has {found} classes, {recipe.model.name} tells {classes} apart; "
-            f"use --set model.args.num_classes={found}, and --set pretrain.epochs=10 as a fresh head is untrained."
+            f"{section.root or section.name} has {count} classes, {recipe.model.name} has {classes} outputs; use "
+            f"--set model.args.num_classes={count}, and --set pretrain.epochs=10 because a new head is untrained."
         )
-    if unknown := sorted(others.keys() - named.keys()):
+    if unknown := sorted(held_out_classes.keys() - train_classes.keys()):
         raise TrainingError(
             f"{section.root or section.name} has classes in {section.val_split!r} that {section.train_split!r} lacks: "
-            f"{', '.join(map(repr, unknown))}. Images belong into subfolders of the same names in both."
+            f"{', '.join(map(repr, unknown))}. Images belong in subfolders of the same names in both."
         )
 
 
-def _check_size(train: "_Seeded", size: tuple[int, ...]) -> None:
-    """Where images are cropped as they are, look at the first one."""
+def _check_size(train: "_SeededDataset", size: tuple[int, ...]) -> None:
+    """Refuse images whose size is not the one that the network takes; only the first image is checked."""
     if not isinstance(train.dataset, IterableDataset):
-        width, height = cast("Any", train.dataset[0][0]).size  # no transform turns it into a tensor yet
+        width, height = cast("Any", train.dataset[0][0]).size  # no transform yet, so it is a PIL image
         if (height, width) != size[1:]:
             raise TrainingError(
                 f"data.pad is for images of the network's size, {size[1]} x {size[2]}, the first one has {height} x "
@@ -213,21 +249,21 @@ def _check_size(train: "_Seeded", size: tuple[int, ...]) -> None:
             )
 
 
-def _classes(dataset: Dataset[Batch]) -> dict[str, int]:
-    """Those that a dataset of timm or torchvision names, and their numbers; empty where it does not."""
+def _class_numbers(dataset: Dataset[Batch]) -> dict[str, int]:
+    """Return class name to class number of a dataset of timm or torchvision; empty if the dataset has no names."""
     reader = getattr(dataset, "reader", dataset)
     return getattr(reader, "class_to_idx", None) or {}
 
 
-class _Seeded(Dataset[Batch]):
-    """A dataset whose random transforms depend on seed, epoch and index: not on the process that computes them."""
+class _SeededDataset(Dataset[Batch]):
+    """A dataset whose random transforms depend on seed, epoch and index only, not on the process that computes them."""
 
     def __init__(self, dataset: Dataset[Batch], seed: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, 0
 
     @property
     def transform(self) -> Callable[..., Any]:
-        """timm sets it."""
+        """The transform of the dataset; timm's loader sets it."""
         return self.dataset.transform  # type: ignore[attr-defined, no-any-return]
 
     @transform.setter
@@ -244,7 +280,7 @@ class _Seeded(Dataset[Batch]):
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """All global random generators of the CPU start from these numbers, and are afterwards where they were."""
+    """Seed all global random generators of the CPU with some numbers; restore their states afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - transforms draw from it
     seed_all(*numbers)
     try:
@@ -256,7 +292,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 def seed_all(*numbers: int) -> None:
-    """Start all global random generators, the device's too, from some numbers."""
+    """Seed all global random generators, that of the device included, with some numbers."""
     seed = zlib.crc32(repr(numbers).encode())
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - mixup draws from it
@@ -264,14 +300,14 @@ def seed_all(*numbers: int) -> None:
 
 
 def first_images(data: Data, count: int, accelerator: Accelerator) -> Tensor:
-    """Training images of epoch 0, the same ones in every process: what statistics are measured on.
+    """Return the first training images of epoch 0, on which statistics are measured; the same in every process.
 
     Returns:
         (count, C, H, W), or fewer where an epoch has no more.
     """
-    taken: list[Tensor] = []
+    batches: list[Tensor] = []
     for images, _ in data.train(0, 0):
-        taken.append(accelerator.gather(images.to(accelerator.device)))
-        if sum(map(len, taken)) >= count:
+        batches.append(accelerator.gather(images.to(accelerator.device)))
+        if sum(map(len, batches)) >= count:
             break
-    return torch.cat(taken)[:count]
+    return torch.cat(batches)[:count]

@@ -1,9 +1,4 @@
-"""Recipes: what to train, on what, under which budget and for how long, as YAML checked by frozen pydantic models.
-
-A recipe holds names and numbers only: models, datasets, optimizers and schedules are looked up in the registries of
-timm and torchvision; YAML tags and aliases are refused, so that reading one executes nothing. Everything that is wrong
-with a recipe is said in one line with file, line and key, before anything is trained.
-"""
+"""Lengths of training as recipes write them: 3, "3 epochs", "500 steps" or "40%" of a phase."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-_DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
+Unit = Literal["epochs", "steps", "%"]
+_FORM = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
+_UNITS: dict[str | None, Unit] = {
+    None: "epochs", "epoch": "epochs", "epochs": "epochs", "step": "steps", "steps": "steps", "%": "%",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,44 +19,57 @@ class Duration:
     """A length of training.
 
     Attributes:
-        amount: How many.
-        unit: Of what; "%" is a share of the phase.
+        amount: The number of units.
+        unit: What is counted; "%" is a share of the phase.
     """
 
     amount: float
-    unit: Literal["epochs", "steps", "%"]
+    unit: Unit
 
-    def steps(self, per_epoch: int, phase: int = 0) -> int:
-        """In optimizer steps, rounded, of which an epoch has `per_epoch` and the whole phase `phase`."""
-        scale = {"epochs": per_epoch, "steps": 1, "%": phase / 100}[self.unit]
+    def steps(self, steps_per_epoch: int, phase_steps: int = 0) -> int:
+        """Return the length in optimizer steps, rounded.
+
+        Args:
+            steps_per_epoch: Optimizer steps of an epoch.
+            phase_steps: Optimizer steps of the phase, of which "%" is a share.
+        """
+        scale = {"epochs": steps_per_epoch, "steps": 1, "%": phase_steps / 100}[self.unit]
         return round(self.amount * scale)
 
     def __str__(self) -> str:
-        """As it is written in a recipe."""
+        """Return the length as a recipe writes it."""
         return f"{self.amount:.15g}%" if self.unit == "%" else f"{self.amount:.15g} {self.unit}"
 
 
-def _duration(value: object, *, shares: bool) -> Duration:
+def _parse(value: object, *, allow_share: bool) -> Duration:
+    """Read a length from a number of epochs or from text.
+
+    Raises:
+        ValueError: When it has none of the forms, or is a share where `allow_share` is False.
+    """
     if isinstance(value, Duration):
         return value
-    match = None if isinstance(value, bool) else _DURATION.fullmatch(str(value).strip())
-    unit = {"e": "epochs", "s": "steps", "%": "%"}[(match[2] or "epochs")[0]] if match else ""
-    if not match or (unit == "%" and not shares):
-        forms = '3, "3 epochs" or "500 steps"' + (', or "40%" of the phase' if shares else "")
-        raise ValueError(f"{value!r} is no length of training; write {forms}")
-    return Duration(float(match[1]), unit)  # type: ignore[arg-type]
+    match = None if isinstance(value, bool) else _FORM.fullmatch(str(value).strip())
+    if match and (allow_share or match[2] != "%"):
+        return Duration(float(match[1]), _UNITS[match[2]])
+    forms = '3, "3 epochs" or "500 steps"' + (', or "40%" of the phase' if allow_share else "")
+    raise ValueError(f"{value!r} is not a length of training; write {forms}")
 
 
-def _above_zero(interval: Duration) -> Duration:
+def _check_above_zero(interval: Duration) -> Duration:
+    """Refuse an interval of no length.
+
+    Raises:
+        ValueError: When it is zero.
+    """
     if not interval.amount:
-        raise ValueError(f"{interval} is no interval; write more than 0")
+        raise ValueError(f"{interval} is not an interval; write more than 0")
     return interval
 
 
-_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": _DURATION.pattern}]
-}
-Length = Annotated[Any, BeforeValidator(partial(_duration, shares=False)), Field(json_schema_extra=_SCHEMA)]
-LengthOrShare = Annotated[Any, BeforeValidator(partial(_duration, shares=True)), Field(json_schema_extra=_SCHEMA)]
-Interval = Annotated[Length, AfterValidator(_above_zero)]
-IntervalOrShare = Annotated[LengthOrShare, AfterValidator(_above_zero)]
+_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": _FORM.pattern}]}
+# The types of fields in recipes. `Any`, as the schema describes what is written in YAML, and not `Duration`.
+Length = Annotated[Any, BeforeValidator(partial(_parse, allow_share=False)), Field(json_schema_extra=_SCHEMA)]
+LengthOrShare = Annotated[Any, BeforeValidator(partial(_parse, allow_share=True)), Field(json_schema_extra=_SCHEMA)]
+Interval = Annotated[Length, AfterValidator(_check_above_zero)]
+IntervalOrShare = Annotated[LengthOrShare, AfterValidator(_check_above_zero)]

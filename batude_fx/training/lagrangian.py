@@ -1,17 +1,27 @@
-"""BC-ADL, the budget-constrained alternating direction Lagrangian: weights that learn to be of low rank.
+"""BC-ADL, the budget-constrained alternating direction Lagrangian: dense weights that learn to be of low rank.
 
-Minimise the task's loss of the weights W subject to a budget on what their ranks cost. Every weight has a twin z that
-always meets the budget, and a scaled dual u that remembers how far they have been apart:
+The problem is to minimize loss(W) subject to W = z, where the ranks of z cost no more than the budget. Its augmented
+Lagrangian, with a dual variable y for the constraint r = W - z = 0, is
 
-1. W-step: ordinary training steps on `loss(W) + rho / 2 * ||W - z + u||^2`; `penalty_` adds the gradient.
-2. z-step: `project_` finds the ranks that lose least of `W + u` within the budget, all sites at once, and makes z the
-   thresholded `W + u`.
-3. u-step: `update_duals_` adds `W - z` to u, and tells how far the two are from each other.
+    loss(W) + <y, r> + rho / 2 ||r||^2 = loss(W) + rho / 2 ||r + u||^2 - rho / 2 ||u||^2    with u = y / rho,
+
+where the right side completes the square, which gives the scaled form of ADMM. It is minimized over W, then over z;
+then y takes a step of gradient ascent:
+
+1. W-step: minimize loss(W) + rho / 2 ||W - z + u||^2. This is a round of ordinary training steps, in which `penalty_`
+   adds the gradient of the second term, rho (W - z + u).
+2. z-step: minimize ||W + u - z||^2 over all z within the budget. `project_` comes close: a knapsack over all sites
+   chooses the ranks, where the loss of a site is relative to the norm of its weight, and W + u is truncated to these
+   ranks. The truncation is the nearest tensor of these ranks at pointwise sites, and quasi-optimal at others.
+3. u-step: y grows by rho times the gradient r, so u grows by W - z (`update_duals_`).
+
+The set of tensors of low rank is not convex, so ADMM is a heuristic here. If it converges, W = z meets the budget.
 
 Source: M. Yin, H. Phan, X. Zang, S. Liao, B. Yuan, "BATUDE", AAAI 2022, https://doi.org/10.1609/aaai.v36i8.20869;
-scaled form and residuals from S. Boyd et al., "Distributed Optimization and Statistical Learning via the Alternating
-Direction Method of Multipliers", 2011, sections 3.1.1, 3.3 and 9.1. Unlike the paper, which picks ranks greedily site
-by site, each round solves one knapsack over all sites (`allocation`).
+scaled form, residuals and nonconvex constraints from S. Boyd et al., "Distributed Optimization and Statistical Learning
+via the Alternating Direction Method of Multipliers", 2011, sections 3.1.1, 3.3 and 9.1. Unlike the paper, which picks
+ranks greedily site by site, each round solves one knapsack over all sites; its losses can be measured on images
+(`metrics`); and from round to round the budget shrinks and rho grows (`training.rounds`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,12 +45,12 @@ from batude_fx.tucker.spectra import Metric, Spectrum, metric_spectrum, weight_s
 
 @dataclass(frozen=True)
 class Constraint:
-    """One site whose weight is to become of low rank.
+    """A site whose weight is to become of low rank.
 
     Attributes:
         site: The site.
         layer: Its dense layer; `layer.weight` is trained.
-        options: The ranks it may get, and what they cost.
+        options: The ranks that the site may get, and their costs.
     """
 
     site: ConvSite
@@ -55,157 +65,164 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Residuals:
-    """How far W and z are from agreeing, and z from standing still; both relative to the norm of W."""
+    """How far the iteration is from convergence; both residuals are 0 there.
+
+    Attributes:
+        primal: ||W - z|| / ||W||.
+        dual: ||z - previous z|| / ||W||; Boyd et al. have a factor rho in it.
+    """
 
     primal: float
     dual: float
 
 
 class Lagrangian:
-    """The split weights of a network, their duals, and the penalty that pulls W and z together.
+    """The low-rank copies z of the weights W, the scaled dual variables u, and the penalty that pulls W towards z.
 
     Args:
         constraints: Site name to constraint.
-        rho: Weight of the penalty; may be changed between rounds with `rescale_`.
+        rho: Weight of the penalty; `rescale_` changes it between rounds.
 
     Attributes:
-        z: Site name to the twin of its weight; until the first projection the weight itself.
-        u: Site name to the scaled dual.
+        z: Site name to the low-rank copy, in the layout of the weight; until the first projection a copy of the weight.
+        u: Site name to the scaled dual variable, in the same layout.
         ranks: Site name to the ranks of z; None where it is dense.
-        flops: What the constrained sites need at these ranks.
+        flops: Flops of all constrained sites at these ranks.
     """
 
     def __init__(self, constraints: Mapping[str, Constraint], *, rho: float) -> None:
         self.constraints = dict(constraints)
         self.rho = rho
-        self.z = {name: one.weight.detach().clone() for name, one in self.constraints.items()}
+        self.z = {name: constraint.weight.detach().clone() for name, constraint in self.constraints.items()}
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self.ranks: dict[str, Ranks | None] = dict.fromkeys(self.constraints)
-        self.flops = int(sum(one.options.dense[0] for one in self.constraints.values()))
-        self._last_z = dict(self.z)
-        self._weights = [one.weight for one in self.constraints.values()]
-        self._targets = list(self.z.values())  # z - u, which is all that the penalty needs
+        self.flops = int(sum(constraint.options.dense[0] for constraint in self.constraints.values()))
+        self._previous_z = dict(self.z)
+        self._weights = [constraint.weight for constraint in self.constraints.values()]
+        self._targets = list(self.z.values())  # z - u, as the penalty is rho / 2 ||W - (z - u)||^2
 
     def penalty_(self) -> None:
-        """Add the gradient of `rho / 2 * ||W - z + u||^2` to the weights' gradients; call it after `backward`."""
+        """Add rho (W - z + u), the gradient of the penalty, to the gradients of the weights after `backward`."""
         pairs = zip(self._weights, self._targets, strict=True)
-        reached = [(w.grad, w.detach(), target) for w, target in pairs if w.grad is not None]
-        if not reached:  # all of them are frozen
+        trained = [(weight.grad, weight.detach(), target) for weight, target in pairs if weight.grad is not None]
+        if not trained:  # all weights are frozen
             return
-        gradients, weights, targets = ([parts[i] for parts in reached] for i in range(3))
+        gradients, weights, targets = ([triple[i] for triple in trained] for i in range(3))
         torch._foreach_add_(gradients, weights, alpha=self.rho)
         torch._foreach_sub_(gradients, targets, alpha=self.rho)
 
     def project_(self, capacity: Integers, metrics: Mapping[str, Metric] | None = None) -> None:
-        """z-step: the ranks within the capacity that lose least of `W + u`, and z of exactly these ranks.
+        """Do the z-step: choose the ranks that lose least of W + u within the capacity, and truncate z to them.
 
-        Several processes share the spectral work; all of them get the same ranks and the same z.
+        Processes share the decompositions; all of them get the same ranks and the same z.
 
         Args:
             capacity: (2,) most flops and most parameters of all constrained sites together.
-            metrics: Site name to the metric that says which errors matter, and so how the budget is shared out; the
-                plain norm of the weight elsewhere. z is the nearest to `W + u` in this norm in either case, as the
-                penalty is: directions of a metric are oblique, and W would be pulled away from it.
+            metrics: Site name to the metric in which losses are compared; at other sites it is the plain norm. The
+                metric affects the ranks alone. z is truncated in the plain norm, which is that of the penalty; in the
+                oblique directions of a metric it would be further from W than necessary.
 
         Raises:
             BudgetError: When no choice of ranks fits.
         """
-        ours = [name for index, name in enumerate(self.constraints) if _is_ours(index)]
-        spectra = {name: self._spectrum(name) for name in ours}
+        owned = [name for index, name in enumerate(self.constraints) if _is_owner(index)]
+        spectra = {name: self._spectrum(name) for name in owned}
         losses = {name: spectrum.loss() for name, spectrum in spectra.items()}
-        losses |= {name: metric_spectrum(metrics[name]).loss() for name in ours if metrics and name in metrics}
-        judged = [self._judged(index, name, losses.get(name)) for index, name in enumerate(self.constraints)]
-        rows = allocate(judged, capacity)
-        self.flops = int(sum(options.costs[row, 0] for options, row in zip(judged, rows, strict=True)))
-        self._last_z, self.z = self.z, {}
+        losses |= {name: metric_spectrum(metrics[name]).loss() for name in owned if metrics and name in metrics}
+        options = [
+            self._options_with_losses(index, name, losses.get(name)) for index, name in enumerate(self.constraints)
+        ]
+        rows = allocate(options, capacity)
+        self.flops = int(sum(site.costs[row, 0] for site, row in zip(options, rows, strict=True)))
+        self._previous_z, self.z = self.z, {}
         for index, (name, row) in enumerate(zip(self.constraints, rows, strict=True)):
-            self.ranks[name] = self._ranks(name, row)
-            self.z[name] = self._thresholded(index, name, spectra.get(name))
-        self._retarget()
+            self.ranks[name] = self._ranks_of_row(name, row)
+            self.z[name] = self._truncated(index, name, spectra.get(name))
+        self._update_targets()
 
     def update_duals_(self) -> Residuals:
-        """u-step: add `W - z` to u."""
-        gaps = {name: one.weight.detach() - self.z[name] for name, one in self.constraints.items()}
+        """Do the u-step: add W - z to u."""
+        gaps = {name: constraint.weight.detach() - self.z[name] for name, constraint in self.constraints.items()}
         self.u = {name: self.u[name] + gap for name, gap in gaps.items()}
-        self._retarget()
+        self._update_targets()
         return self.residuals()
 
-    def forget_duals_(self) -> None:
-        """Set u to zero: the next projection is of the weights themselves."""
+    def reset_duals_(self) -> None:
+        """Set u to zero, so that the next projection truncates the weights themselves."""
         self.u = {name: torch.zeros_like(u) for name, u in self.u.items()}
-        self._retarget()
+        self._update_targets()
 
     def residuals(self) -> Residuals:
-        """How far W and z are from each other, and z from where it was before the last projection."""
-        size = _norm(one.weight.detach() for one in self.constraints.values())
-        gap = _norm(one.weight.detach() - self.z[name] for name, one in self.constraints.items())
-        moved = _norm(self.z[name] - self._last_z[name] for name in self.z)
-        return Residuals(primal=gap / size, dual=moved / size)
+        """Return the distance of W from z, and of z from its value before the last projection."""
+        size = _norm(constraint.weight.detach() for constraint in self.constraints.values())
+        gap = _norm(constraint.weight.detach() - self.z[name] for name, constraint in self.constraints.items())
+        change = _norm(self.z[name] - self._previous_z[name] for name in self.z)
+        return Residuals(primal=gap / size, dual=change / size)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on besides the weights; for checkpoints."""
-        ranks = {name: one and [one.rank_out, one.rank_in] for name, one in self.ranks.items()}
+        """Return everything besides the weights that the next steps depend on, for checkpoints."""
+        ranks = {name: pair and [pair.rank_out, pair.rank_in] for name, pair in self.ranks.items()}
         return {
-            "rho": self.rho, "flops": self.flops, "ranks": ranks, "z": self.z, "u": self.u, "last_z": self._last_z
+            "rho": self.rho, "flops": self.flops, "ranks": ranks, "z": self.z, "u": self.u, "last_z": self._previous_z
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.rho, self.flops = state["rho"], state["flops"]
-        self.ranks = {name: one and Ranks(*one) for name, one in state["ranks"].items()}
-        self.z, self.u, self._last_z = (
-            {name: state[part][name].to(one.weight) for name, one in self.constraints.items()}
-            for part in ("z", "u", "last_z")
+        self.ranks = {name: pair and Ranks(*pair) for name, pair in state["ranks"].items()}
+        self.z, self.u, self._previous_z = (
+            {name: state[key][name].to(constraint.weight) for name, constraint in self.constraints.items()}
+            for key in ("z", "u", "last_z")
         )
-        self._retarget()
+        self._update_targets()
 
     def rescale_(self, rho: float) -> None:
-        """Change rho; the scaled duals are divided by what it grows by, so that the unscaled ones stay."""
+        """Change rho. The dual variable y = rho u stays the same, so u is divided by the factor by which rho grows."""
         self.u = {name: u * (self.rho / rho) for name, u in self.u.items()}
         self.rho = rho
-        self._retarget()
+        self._update_targets()
 
-    def _sum(self, name: str) -> Tensor:
-        """`W + u` as (groups, C_out, C_in, k...)."""
-        one = self.constraints[name]
-        return to_canonical(one.weight.detach() + self.u[name], one.layer)
+    def _weight_plus_dual(self, name: str) -> Tensor:
+        """Return W + u of a site as (groups, C_out, C_in, k...)."""
+        constraint = self.constraints[name]
+        return to_canonical(constraint.weight.detach() + self.u[name], constraint.layer)
 
     def _spectrum(self, name: str) -> Spectrum:
-        return weight_spectrum(self._sum(name), pointwise=self.constraints[name].site.is_pointwise)
+        return weight_spectrum(self._weight_plus_dual(name), pointwise=self.constraints[name].site.is_pointwise)
 
-    def _judged(self, index: int, name: str, loss: SiteLoss | None) -> RankOptions:
-        """The options of a site with their losses, which its process computes and all others receive."""
-        one = self.constraints[name]
-        full = one.site.group_out_channels, one.site.group_in_channels
-        lengths = [1 + (min(full) if one.site.is_pointwise else channels) for channels in full]
-        losses = torch.zeros(sum(lengths), device=one.weight.device)  # float32: Apple's GPUs have no doubles
+    def _options_with_losses(self, index: int, name: str, loss: SiteLoss | None) -> RankOptions:
+        """Return the options of a site with their losses, which one process computes and the others receive."""
+        constraint = self.constraints[name]
+        channels = constraint.site.group_out_channels, constraint.site.group_in_channels
+        lengths = [1 + (min(channels) if constraint.site.is_pointwise else count) for count in channels]
+        losses = torch.zeros(sum(lengths), device=constraint.weight.device)  # float32: Apple's GPUs have no doubles
         if loss is not None:
             losses.copy_(torch.from_numpy(np.concatenate([loss.out, loss.in_])))
         out, in_ = torch.split(_from_owner(losses, index).cpu().double(), lengths)
-        return one.options.with_losses(SiteLoss(out.numpy(), in_.numpy()))
+        return constraint.options.with_losses(SiteLoss(out.numpy(), in_.numpy()))
 
-    def _ranks(self, name: str, row: int) -> Ranks | None:
+    def _ranks_of_row(self, name: str, row: int) -> Ranks | None:
         options = self.constraints[name].options
         return None if options.is_dense[row] else Ranks(*options.ranks[row].tolist())
 
-    def _thresholded(self, index: int, name: str, spectrum: Spectrum | None) -> Tensor:
+    def _truncated(self, index: int, name: str, spectrum: Spectrum | None) -> Tensor:
         layer = self.constraints[name].layer
-        z = self._sum(name)
+        z = self._weight_plus_dual(name)
         if spectrum is not None:
             z = truncate(z, spectrum, self.ranks[name])
         return _from_owner(from_canonical(z, layer).contiguous(), index)
 
-    def _retarget(self) -> None:
+    def _update_targets(self) -> None:
         self._targets = [self.z[name] - self.u[name] for name in self.constraints]
 
 
 def truncate(weight: Tensor, spectrum: Spectrum, ranks: Ranks | None) -> Tensor:
-    """A weight with both modes cut to their ranks.
+    """Return a weight truncated to the given ranks: each mode is projected onto its leading directions.
 
     Args:
         weight: (groups, C_out, C_in, k...).
-        spectrum: Of this weight, by `weight_spectrum`.
-        ranks: Per group; None leaves the weight as it is.
+        spectrum: The spectrum of this weight, from `weight_spectrum`.
+        ranks: The ranks per group; None returns the weight unchanged.
 
     Returns:
         (groups, C_out, C_in, k...), of these ranks.
@@ -219,17 +236,18 @@ def truncate(weight: Tensor, spectrum: Spectrum, ranks: Ranks | None) -> Tensor:
     return weight
 
 
-def _is_ours(index: int) -> bool:
-    """Whether this process does the spectral work of a site."""
+def _is_owner(index: int) -> bool:
+    """Return whether this process computes the decomposition of the site with this index."""
     return not dist.is_initialized() or index % dist.get_world_size() == dist.get_rank()
 
 
 def _from_owner(tensor: Tensor, index: int) -> Tensor:
-    """The tensor of the process whose work the site is."""
+    """Return the tensor that the process has which owns the site; all processes must call this."""
     if dist.is_initialized():
         dist.broadcast(tensor, index % dist.get_world_size())
     return tensor
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
+    """Return the Euclidean norm of all elements of all tensors."""
     return float(torch.stack([tensor.norm() for tensor in tensors]).norm())

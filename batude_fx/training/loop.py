@@ -1,7 +1,7 @@
-"""One training run, in time order: the dense network, ranks learned under the budget, Tucker modules trained on.
+"""One training run in time order: the dense network, training that learns ranks, decomposition, further training.
 
-The method is behind four calls to `adl.Lagrangian`: `penalty_` in every step (`phase`), and `project_`, `update_duals_`
-and `rescale_` between rounds (`rounds`).
+The method consists of four calls to `lagrangian.Lagrangian`: `penalty_` in every step (`phase`), and `project_`,
+`update_duals_` and `rescale_` at the start of every round (`rounds`).
 """
 
 import math
@@ -32,18 +32,18 @@ from batude_fx.tucker.ranks import Ranks
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
         model: The compressed network, in eval mode.
-        accuracy: Its share of the evaluation images.
-        original_accuracy: That of the dense network before one-shot training.
-        flops: Multiply-adds of one image, by fvcore.
-        dense_flops: Those of the dense network.
-        params: Parameters.
-        dense_params: Those of the dense network.
-        ranks: Site name to ranks, for the sites in Tucker form.
-        rounds: One record per round of BC-ADL: residuals, rho, flops and ranks as they stood.
+        accuracy: Share of the evaluation images that it classifies correctly.
+        original_accuracy: The same share for the dense network before one-shot training.
+        flops: Multiply-adds per image, as fvcore counts them.
+        dense_flops: Multiply-adds per image of the dense network.
+        params: Number of parameters.
+        dense_params: Number of parameters of the dense network.
+        ranks: Site name to ranks, of the sites in Tucker form.
+        rounds: One record per round of BC-ADL: its residuals, rho, flops and ranks.
     """
 
     model: nn.Module = field(repr=False)
@@ -57,18 +57,18 @@ class Result:
     rounds: list[dict[str, Any]] = field(repr=False)
 
     def facts(self) -> dict[str, Any]:
-        """All but the network, for JSON."""
-        plain = {name: one for name, one in vars(self).items() if name != "model"}
-        return plain | {"ranks": {name: asdict(ranks) for name, ranks in self.ranks.items()}}
+        """Return everything but the network, as values for JSON."""
+        values = {name: value for name, value in vars(self).items() if name != "model"}
+        return values | {"ranks": {name: asdict(ranks) for name, ranks in self.ranks.items()}}
 
 
 def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool, data: Data | None) -> Result:
-    """See `batude_fx.run`."""
+    """Train a network as a recipe says; see `batude_fx.run`."""
     session = Session(recipe, None if folder is None else Path(folder), resume=resume)
-    seed_all(recipe.seed)  # for weights that start at random
-    with session.accelerator.main_process_first():  # one process fetches what the others find in the cache
+    seed_all(recipe.seed)  # for randomly initialized weights
+    with session.accelerator.main_process_first():  # downloads once; the other processes use the cache
         model = dense_network(recipe)
-    problem = Problem.of(model, recipe)  # a budget out of reach is said before anything is trained
+    problem = Problem.of(model, recipe)  # raises before any training if the budget is out of reach
     session.classes = problem.classes
     model.to(session.accelerator.device)
     size = problem.inputs[0].shape[1:]
@@ -77,33 +77,33 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     check_first(data, size, problem.classes, recipe.data.accumulate)
     session.start(data)
 
-    if recipe.pretrain and session.begins("pretrain"):
+    if recipe.pretrain and session.is_pending("pretrain"):
         run_phase(session, "pretrain", recipe.pretrain, model)
-        model.load_state_dict(_normalized(session, model).state_dict())
-    session.keep_original(model)
-    original_accuracy = session.once("original_accuracy", lambda: accuracy(session, model))
+        model.load_state_dict(_with_fresh_statistics(session, model).state_dict())
+    session.save_or_restore_original_(model)
+    original_accuracy = session.compute_once("original_accuracy", lambda: accuracy(session, model))
     teacher = None
     if recipe.one_shot.distillation or recipe.finalize.distillation:
-        teacher = fold(model, session.placed(*problem.inputs)).requires_grad_(requires_grad=False)
+        teacher = fold(model, session.to_device(*problem.inputs)).requires_grad_(requires_grad=False)
 
-    if session.begins("one_shot"):
+    if session.is_pending("one_shot"):
         rounds = Rounds(session, recipe.one_shot, problem, model)
         run_phase(session, "one_shot", recipe.one_shot, model, teacher, rounds)
-        session.kept["ranks"] = rounds.split.state_dict()["ranks"]
-    ranks = {name: Ranks(*pair) for name, pair in session.kept["ranks"].items() if pair}
+        session.results["ranks"] = rounds.lagrangian.state_dict()["ranks"]
+    ranks = {name: Ranks(*pair) for name, pair in session.results["ranks"].items() if pair}
 
-    if session.is_inside("finalize"):
+    if session.resumes_inside("finalize"):
         small = build_skeleton(model, ranks)
     else:
         small = factorize(model, ranks, hooi_sweeps=recipe.finalize.hooi_sweeps)
     run_phase(session, "finalize", recipe.finalize, small, teacher)
-    small = _normalized(session, small)
+    small = _with_fresh_statistics(session, small)
 
     small.eval()
     result = Result(
         model=small, accuracy=accuracy(session, small), original_accuracy=original_accuracy,
-        flops=count_flops(small.cpu(), problem.inputs), dense_flops=problem.dense[0],
-        params=count_params(small), dense_params=problem.dense[1],
+        flops=count_flops(small.cpu(), problem.inputs), dense_flops=problem.dense_costs[0],
+        params=count_params(small), dense_params=problem.dense_costs[1],
         ranks=ranks, rounds=session.rounds,
     )  # fmt: skip
     attach_(small, _record(recipe, problem, result))
@@ -111,8 +111,8 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     return result
 
 
-def _normalized(session: Session, model: nn.Module) -> nn.Module:
-    """The network with batch-norm statistics of as many training images as the recipe asks for."""
+def _with_fresh_statistics(session: Session, model: nn.Module) -> nn.Module:
+    """Return the network with batch-norm statistics of training images, if the recipe asks for that."""
     count, size = session.recipe.finalize.batch_norm_images, session.recipe.data.batch_size
     if not count:
         return model
@@ -121,12 +121,12 @@ def _normalized(session: Session, model: nn.Module) -> nn.Module:
 
 
 def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:
-    """What is saved with the network, and shown in its report."""
+    """Return the record that is saved with the network and shown in its report."""
     return Record(
         model=type(result.model).__name__, budget=str(recipe.budget), calibration="one-shot training",
         round_to=recipe.one_shot.round_to, seed=recipe.seed, dense_flops=result.dense_flops, flops=result.flops,
         dense_params=result.dense_params, params=result.params, versions=library_versions("fvcore", "safetensors"),
-        sites=site_records(problem.found, problem.options, result.ranks),
+        sites=site_records(problem.all_sites, problem.options, result.ranks),
         training=TrainingRecord.model_validate({
             "recipe": recipe.to_yaml(), "original_accuracy": result.original_accuracy, "accuracy": result.accuracy,
             "rounds": result.rounds,

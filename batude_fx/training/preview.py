@@ -1,4 +1,4 @@
-"""What a recipe would do, without data, weights or training: its network, whether the budget holds, its schedule."""
+"""A preview of a training run, without images or training: whether the budget can be met, and the schedule."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,20 +9,21 @@ from batude_fx.compression.plan import Plan
 from batude_fx.compression.planning import plan
 from batude_fx.graph.flops import count_flops
 from batude_fx.training.problem import Problem, dense_network
-from batude_fx.training.recipe import Recipe
+from batude_fx.training.recipe import OneShot, Recipe
 
-_STEPS = 1000  # of an epoch, whose true length needs the data; only its parts are shown
+_STEPS = 1000  # steps per epoch; the true number depends on the images, but is not needed for shares of an epoch
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What lies ahead.
+    """The plan and the schedule of a run.
 
     Attributes:
-        plan: Ranks for weights as they are initialized: they show that the budget can be met, training finds others.
-        flops: Of the network at these ranks, counted by fvcore.
-        rounds: Where it begins, in the unit of the phase's length, share of the flops that remains, and rho, of every
-            round of BC-ADL; empty where the interval has another unit, as the images say how many steps an epoch has.
+        plan: Ranks for randomly initialized weights. They show that the budget can be met; training will find others.
+        flops: Flops of the network at these ranks, as fvcore counts them.
+        rounds: Of every round of BC-ADL, its start in the unit of the phase's length, the share of the flops that
+            remains, and rho. Empty if the rounds have another unit than the phase, as the number of steps in an epoch
+            is not known without the images.
     """
 
     plan: Plan = field(repr=False)
@@ -30,7 +31,7 @@ class Preview:
     rounds: list[tuple[float, float, float]]
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures as values for JSON."""
         return {
             "model": self.plan.model_name, "dense_flops": self.plan.dense_flops, "flops": self.flops,
             "factor": self.plan.dense_flops / self.flops, "sites": len(self.plan.sites), "rounds": self.rounds,
@@ -38,23 +39,29 @@ class Preview:
 
 
 def preview(recipe: Recipe) -> Preview:
-    """Build a recipe's network with fresh weights, plan its budget and count the result.
+    """Build the network of a recipe with random weights, plan it for the budget, and count its flops.
 
     Raises:
-        RecipeError: There is no such network, or its budget is out of reach.
+        RecipeError: When there is no such network, or its budget is out of reach.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = dense_network(recipe, weights=False)
-    problem, wanted = Problem.of(model, recipe), recipe.one_shot
-    decided = plan(
-        model, recipe.budget, example_inputs=problem.inputs, calibration=None, layers=wanted.layers,
-        include=wanted.include, exclude=wanted.exclude, round_to=wanted.round_to,
+    problem, settings = Problem.of(model, recipe), recipe.one_shot
+    random_plan = plan(
+        model, recipe.budget, example_inputs=problem.inputs, calibration=None, layers=settings.layers,
+        include=settings.include, exclude=settings.exclude, round_to=settings.round_to,
     )  # fmt: skip
-    flops = count_flops(decided.apply(model), problem.inputs)
-    keep = flops / problem.dense[0]
-    unit = wanted.epochs.unit
-    ahead = wanted.rounds(_STEPS) if wanted.interval.unit in {unit, "%"} else []
+    flops = count_flops(random_plan.apply(model), problem.inputs)
+    return Preview(random_plan, flops, _rounds(settings, keep=flops / problem.dense_costs[0]))
+
+
+def _rounds(settings: OneShot, keep: float) -> list[tuple[float, float, float]]:
+    """Return the start of each round, the share of the flops that remains, and rho; see `Preview.rounds`."""
+    unit = settings.epochs.unit
+    if settings.interval.unit not in {unit, "%"}:
+        return []
     scale = _STEPS if unit == "epochs" else 1
-    rounds = [(first / scale, 1 - share * (1 - keep), rho) for first, share, rho in ahead]
-    return Preview(decided, flops, rounds)
+    return [
+        (round_.first_step / scale, 1 - round_.reduction * (1 - keep), round_.rho) for round_ in settings.rounds(_STEPS)
+    ]

@@ -1,4 +1,4 @@
-"""What a recipe asks to be compressed, and how far: the network, its sites, what they can be and may cost together."""
+"""The compression problem of a recipe: the network, its sites, their possible ranks, and the costs they may have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ from batude_fx.zoo.create import create
 
 
 def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
-    """The network that a recipe starts from.
+    """Build the dense network of a recipe.
 
     Args:
-        recipe: Its `model` section says which.
-        weights: Whether to fetch or read its weights.
+        recipe: The recipe; its `model` section names the network.
+        weights: Whether to load the weights that the recipe names; otherwise they are random.
 
     Raises:
-        RecipeError: There is no such network, or its weights do not fit.
+        RecipeError: When there is no such network, or its weights do not fit.
     """
     section = recipe.model
     try:
@@ -58,7 +58,7 @@ def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
     if section.checkpoint and weights:
         try:
             load_weights_(model, read_weights(section.checkpoint))
-            model.float()  # whatever they were kept in
+            model.float()  # the file may hold another precision
         except SavedModelError as error:
             way_out = "A file of torch.save becomes one of safetensors by safetensors.torch.save_model"
             raise recipe.problem("model.checkpoint", f"{error} {way_out}") from None
@@ -67,101 +67,113 @@ def dense_network(recipe: Recipe, *, weights: bool = True) -> nn.Module:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be compressed, and how far.
+    """The sites of a network, their possible ranks, and the costs that they may have together.
 
     Attributes:
-        inputs: Example input that flops are counted on.
-        found: Every convolution, those that stay dense too.
-        sites: Site name to site, all of them replaceable.
-        options: Site name to what the site can be.
-        dense: Flops and parameters of the dense network.
-        classes: Number of its outputs.
-        most: (2,) flops and parameters that all sites together may need.
+        inputs: Example input on which flops are counted.
+        all_sites: All convolutions, including those that stay dense.
+        sites: Site name to site, of the sites that can be replaced.
+        options: Site name to the possible ranks of the site.
+        dense_costs: Flops and parameters of the dense network.
+        classes: Number of outputs of the network.
+        capacity: (2,) most flops and most parameters of all replaceable sites together.
     """
 
     inputs: tuple[Tensor]
-    found: Sites
+    all_sites: Sites
     sites: Mapping[str, ConvSite]
     options: Mapping[str, RankOptions]
-    dense: tuple[int, int]
+    dense_costs: tuple[int, int]
     classes: int
-    most: Integers
+    capacity: Integers
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe) -> "Problem":
-        """The problem of a recipe.
+        """Return the problem that a recipe poses for its network.
 
         Raises:
-            RecipeError: The network is no image classifier, a pattern matches no site, or the budget is out of reach or
-                met by the dense network.
+            RecipeError: When the network is not an image classifier, a pattern matches no site, or the budget is out of
+                reach or met by the dense network.
         """
-        wanted = recipe.one_shot
+        settings = recipe.one_shot
         if recipe.budget.latency is not None:
-            raise recipe.problem("budget.latency", "training keeps to flops and params; measure afterwards")
+            raise recipe.problem(
+                "budget.latency", "training can limit flops and params only; measure latency afterwards"
+            )
         try:
             inputs = _inputs_(model, recipe.data)
             classes = _classes(model, inputs)
-            found = discover(model, inputs, layers=wanted.layers, include=wanted.include, exclude=wanted.exclude)
+            all_sites = discover(
+                model, inputs, layers=settings.layers, include=settings.include, exclude=settings.exclude
+            )
         except SelectionError as error:
             raise recipe.problem("one_shot", str(error)) from None
         except (DiscoveryError, TrainingError) as error:
             raise recipe.problem("model.name", str(error)) from None
         _check_head(model, recipe, classes)
-        sites = found.replaceable()
-        dense = count_costs(model, inputs)
+        sites = all_sites.replaceable()
+        dense_costs = count_costs(model, inputs)
         try:
-            options, account = options_within_budget(sites, wanted.round_to, recipe.budget, dense, {}, adds_bias=False)
+            options, limits = options_within_budget(
+                sites, settings.round_to, recipe.budget, dense_costs, {}, adds_bias=False
+            )
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
-        problem = cls(inputs, found, sites, options, dense, classes, account.capacity(options.values()))
-        if (problem.most >= problem.sites_dense()).all():
-            raise recipe.problem("budget", f"the dense network meets it, with {dense[0]:,} flops; give a smaller one")
+        problem = cls(inputs, all_sites, sites, options, dense_costs, classes, limits.capacity(options.values()))
+        if (problem.capacity >= problem.dense_site_costs()).all():
+            raise recipe.problem(
+                "budget", f"the dense network meets it, with {dense_costs[0]:,} flops; give a smaller one"
+            )
         return problem
 
     def constraints(self, model: nn.Module) -> dict[str, Constraint]:
-        """Every site with its layer in a model."""
+        """Return the constraint of every replaceable site, with its layer in a model."""
         return {
-            name: Constraint(one, model.get_submodule(name), self.options[name]) for name, one in self.sites.items()
+            name: Constraint(site, model.get_submodule(name), self.options[name]) for name, site in self.sites.items()
         }
 
-    def limit(self, share: float) -> Integers:
-        """(2,) what all sites may need when a share of the way from dense to the budget is gone."""
-        dense = self.sites_dense()
-        return np.where(self.most < dense, (dense + share * (self.most - dense)).astype(np.int64), self.most)
+    def capacity_at(self, reduction: float) -> Integers:
+        """Return (2,) the costs that all sites may have after a share of the reduction from dense to the budget."""
+        dense = self.dense_site_costs()
+        reduced = (dense + reduction * (self.capacity - dense)).astype(np.int64)
+        return np.where(self.capacity < dense, reduced, self.capacity)  # a cost without a limit stays without
 
-    def total_flops(self, sites: int) -> int:
-        """Of the whole network, when its sites need so many."""
-        return self.dense[0] - int(self.sites_dense()[0]) + sites
+    def total_flops(self, site_flops: int) -> int:
+        """Return the flops of the whole network whose replaceable sites have `site_flops` in all."""
+        return self.dense_costs[0] - int(self.dense_site_costs()[0]) + site_flops
 
-    def sites_dense(self) -> Integers:
-        """(2,) flops and parameters of all sites in the dense network."""
-        total: Integers = np.sum([one.dense for one in self.options.values()], axis=0)
+    def dense_site_costs(self) -> Integers:
+        """Return (2,) the flops and parameters of all replaceable sites in the dense network."""
+        total: Integers = np.sum([options.dense for options in self.options.values()], axis=0)
         return total
 
 
 def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
-    """One image (1, C, H, W); the network is told what its images are like, for whoever loads, shows or exports it."""
-    image, *more = example_inputs(model)
-    if more or not isinstance(image, Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
+    """Return one image (1, C, H, W), and write its size and normalization into the config that timm keeps in a model.
+
+    Whoever loads, evaluates or exports the network later finds them there.
+    """
+    image, *further_inputs = example_inputs(model)
+    if further_inputs or not isinstance(image, Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
         raise TrainingError(f"{type(model).__name__} takes no batch of images; recipes train image classifiers.")
     side = data.image_size
     image = F.interpolate(image, (side, side)) if side else image
     channels = image.shape[1]
-    known = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
-    told: dict[str, Any] = {"crop_pct": 1.0} if data.pad else {}
-    if len(known["mean"]) != channels:  # a network for other channels than those it was published for
-        told |= {key: (sum(known[key]) / len(known[key]),) * channels for key in ("mean", "std")}
-    if side or told:
-        config = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(image.shape[1:]), **told}
+    published = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
+    changes: dict[str, Any] = {"crop_pct": 1.0} if data.pad else {}
+    if len(published["mean"]) != channels:  # the network was built for another number of channels
+        changes |= {key: (sum(published[key]) / len(published[key]),) * channels for key in ("mean", "std")}
+    if side or changes:
+        config = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(image.shape[1:]), **changes}
         vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
     return (image,)
 
 
 def _check_head(model: nn.Module, recipe: Recipe, classes: int) -> None:
-    """A head for other classes than the published ones starts untrained, and must not teach."""
+    """Refuse to distill from a pretrained network whose head is random, as its number of classes was changed."""
     published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", 1000)
-    fresh = recipe.model.pretrained and "num_classes" in recipe.model.args and classes != published
-    if fresh and not recipe.pretrain and (recipe.one_shot.distillation or recipe.finalize.distillation):
+    is_untrained = recipe.model.pretrained and "num_classes" in recipe.model.args and classes != published
+    if is_untrained and not recipe.pretrain and (recipe.one_shot.distillation or recipe.finalize.distillation):
         raise recipe.problem(
             "pretrain",
             f"the head for {classes} classes starts untrained, as the published one has {published}, and would be the "
@@ -172,6 +184,7 @@ def _check_head(model: nn.Module, recipe: Recipe, classes: int) -> None:
 
 @torch.no_grad()
 def _classes(model: nn.Module, inputs: tuple[Tensor]) -> int:
+    """Return the number of outputs of a classifier; refuse other networks."""
     try:
         with eval_and_restore(model):
             outputs = model(*inputs)
@@ -182,6 +195,6 @@ def _classes(model: nn.Module, inputs: tuple[Tensor]) -> int:
         ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:  # noqa: PLR2004 - (n, classes)
         raise TrainingError(
-            f"{type(model).__name__} is no classifier; recipes train networks with logits (n, classes)."
+            f"{type(model).__name__} is not a classifier; recipes train networks with logits (n, classes)."
         )
     return outputs.shape[1]

@@ -1,12 +1,12 @@
-"""Recipes: what to train, on what, under which budget and for how long, as YAML checked by frozen pydantic models.
+"""Recipes of training runs: frozen pydantic models of the network, the images, the budget and the phases.
 
-A recipe holds names and numbers only: models, datasets, optimizers and schedules are looked up in the registries of
-timm and torchvision; YAML tags and aliases are refused, so that reading one executes nothing. Everything that is wrong
-with a recipe is said in one line with file, line and key, before anything is trained.
+A recipe holds names and numbers only; models, datasets, optimizers and schedules are looked up in the registries of
+timm and torchvision. Each mistake in a recipe is reported in one line with file, line and key, before any training.
 """
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,29 +34,32 @@ from batude_fx.errors import RecipeError
 from batude_fx.training.duration import Duration, Interval, IntervalOrShare, Length, LengthOrShare
 from batude_fx.training.recipe_file import RecipeFile
 
-_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "weights", "weights_backbone"}
-_NOT_PLAIN = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
-"""Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers."""
-_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
-_HALVES = {"cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"}  # of torchvision: train and test
-_WORDS = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")  # for these
+# Arguments of factories that would load weights from elsewhere.
+_WEIGHT_ARGUMENTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "weights", "weights_backbone"}
+# Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers.
+_UNSUPPORTED_OPTIMIZERS = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
+_DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
+# Datasets of torchvision that have a training half and a test half, and timm's words for these halves.
+_HALVED_DATASETS = {"cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"}
+_HALVES = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 _PACKAGED = Path(__file__).parents[1] / "recipes"
 SHIPPED = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "recipes"
-"""Where the shipped recipes are: in the wheel inside the package, in a clone beside it."""
+"""Folder of the shipped recipes: inside the package when installed from a wheel, beside it in a clone."""
 
 
-def _budget(value: Any) -> Any:  # noqa: ANN401 - a Budget, its fields, or what it can be read from
+def _parse_budget(value: Any) -> Any:  # noqa: ANN401 - a Budget, its fields, or anything that Budget.parse takes
     return value if isinstance(value, dict) else Budget.parse(value)
 
 
-def _known(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
-    """A name that a registry must have."""
+def _registered(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """Return a validator that refuses names which a registry does not have, and suggests close ones."""
 
     def check(name: str) -> str:
-        known = list(names())
-        if name not in known:
-            close = difflib.get_close_matches(name.lower(), known, n=3)
-            raise ValueError(f"{name!r} is no {kind}. Close names: {', '.join(close or known[:3])}")
+        registered_names = list(names())
+        if name not in registered_names:
+            close_names = difflib.get_close_matches(name.lower(), registered_names, n=3)
+            suggestions = ", ".join(close_names or registered_names[:3])
+            raise ValueError(f"{name!r} is not the name of any {kind}. Close names: {suggestions}")
         return name
 
     return AfterValidator(check)
@@ -65,157 +68,160 @@ def _known(kind: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
 def _optimizers() -> Iterable[str]:
     from timm.optim._optim_factory import list_optimizers
 
-    return (name for name in map(str, list_optimizers()) if not name.startswith(_NOT_PLAIN))
+    return (name for name in map(str, list_optimizers()) if not name.startswith(_UNSUPPORTED_OPTIMIZERS))
 
 
 def _schedulers() -> Iterable[str]:
-    return ("cosine", "tanh", "poly", "constant")  # functions of the step alone, so that nothing is kept
+    # Their learning rate is a function of the step alone, so that checkpoints need no state of the scheduler.
+    return ("cosine", "tanh", "poly", "constant")
 
 
 class _Section(BaseModel):
+    """The base of all sections; the docstrings of their fields are the descriptions in the JSON Schema."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
 
 
 class ModelSection(_Section):
-    """Which network."""
+    """The network."""
 
     name: str
     """A name of timm ("resnet18.tv_in1k") or torchvision ("torchvision:resnet18")."""
     args: dict[str, bool | int | float | str | None] = {}
-    """Arguments of its factory, such as num_classes."""
+    """Arguments of the function that builds the network, such as num_classes."""
     pretrained: bool = False
-    """Start from the weights that the library fetches."""
+    """Start from the pretrained weights of the library, which are downloaded if necessary."""
     checkpoint: Path | None = None
-    """Start from a safetensors file of the dense network instead; relative to the working directory."""
+    """Start from this safetensors file of the dense network instead; relative to the working directory."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of the training steps; weights stay in float32."""
+    """Precision of forward passes under autocast; weights stay in float32."""
     channels_last: bool = False
-    """Memory format of images and weights; faster for most convolutions, on CPUs too."""
+    """Keep images and weights in torch's channels_last memory format, which makes most convolutions faster."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _check_weights(self) -> Self:
         if self.pretrained and self.checkpoint:
             raise ValueError("pretrained and checkpoint are two sources of the same weights; give one")
         if self.checkpoint and not self.checkpoint.is_file():
             raise ValueError(f"checkpoint {str(self.checkpoint)!r} does not exist")
-        if weights := sorted(self.args.keys() & _WEIGHTS):
+        if weights := sorted(self.args.keys() & _WEIGHT_ARGUMENTS):
             raise ValueError(f"args name weights by {weights[0]!r}; use model.pretrained or model.checkpoint")
         return self
 
 
 class DataSection(_Section):
-    """Which images, as timm's `create_dataset` and `create_loader` take them."""
+    """The images and their augmentation, in the terms of timm's `create_dataset` and `create_loader`."""
 
     name: str = ""
-    """Empty for a folder with a subfolder per class, or a dataset as timm names it: "torch/cifar10" is torchvision's,
-    "hfds/...", "hfids/...", "tfds/..." and "wds/..." are others'."""
+    """Empty for a folder with a subfolder per class; otherwise timm's name of a dataset, such as "torch/cifar10" for
+    torchvision's, or one that begins with "hfds/", "hfids/", "tfds/" or "wds/"."""
     root: Path | None = None
-    """Where they are, or are kept."""
+    """Folder of the images, or the folder in which the dataset is stored."""
     train_split: str = "train"
-    """Name of the training split; of a folder, its subfolder."""
+    """Name of the training split; in a folder, the name of its subfolder."""
     val_split: str = "validation"
-    """Name of the split that accuracy is measured on."""
+    """Name of the split on which accuracy is measured."""
     download: bool = False
-    """Fetch the dataset where it is missing."""
+    """Download the dataset if it is missing."""
     image_size: PositiveInt | None = None
-    """Side of the images in pixels, on which flops are counted too; by default what the network was published for."""
+    """Side of the square images in pixels, also for counting flops; by default that of the published network."""
     batch_size: PositiveInt = 128
-    """Images per optimizer step, over all processes together."""
+    """Images per optimizer step, of all processes together."""
     accumulate: PositiveInt = 1
-    """Parts that a batch is computed in, one after the other."""
+    """Number of parts in which a batch is computed one after the other, to save memory."""
     workers: NonNegativeInt = 2
-    """Processes that load images."""
+    """Number of processes that load images."""
     pad: PositiveInt | None = None
-    """Pixels of black around images that have the network's size already, which are then cropped at random as they
-    are, without the next two."""
+    """Width in pixels of a black border, out of which images are cropped at random, unscaled; for images that already
+    have the size that the network takes. Replaces `scale` and `ratio`."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     """Area of a random crop, as a share of the image; it is resized to `image_size`."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
-    """Aspect of a random crop."""
+    """Aspect ratio of a random crop."""
     hflip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a mirrored image."""
+    """Probability of a horizontal flip."""
     color_jitter: NonNegativeFloat = 0.0
-    """Strength of timm's colour jitter; a policy of `auto_augment` takes its place."""
+    """Strength of timm's color jitter; an `auto_augment` policy replaces it."""
     auto_augment: str | None = None
-    """timm's policy, such as "rand-m9-mstd0.5"."""
+    """Augmentation policy as timm writes it, such as "rand-m9-mstd0.5"."""
     erase: float = Field(default=0.0, ge=0, le=1)
     """Probability of random erasing."""
     mixup: NonNegativeFloat = 0.0
-    """Alpha of mixup; 0 is off."""
+    """Alpha of mixup; 0 turns it off."""
     cutmix: NonNegativeFloat = 0.0
-    """Alpha of cutmix; 0 is off."""
+    """Alpha of cutmix; 0 turns it off."""
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing."""
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _grows(cls, ends: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+    def _check_range(cls, ends: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         most = 1.0 if info.field_name == "scale" else inf
         if not ends[0] <= ends[1] <= most:
-            raise ValueError(f"{list(ends)} is no range; write the smaller end first" + ", up to 1" * (most == 1))
+            raise ValueError(f"{list(ends)} is not a range; write the smaller end first" + ", up to 1" * (most == 1))
         return ends
 
     @field_validator("name")
     @classmethod
-    def _of_a_kind(cls, name: str) -> str:
-        # timm takes any other name for a folder's, without a word; and torchvision's folders number classes anew.
+    def _check_name(cls, name: str) -> str:
+        # timm silently takes any other name for a folder. torchvision's folders number the classes of each split anew.
         kind, _, rest = name.partition("/")
-        if name and (kind not in _DATASETS or not rest or rest in {"folder", "image_folder"}):
+        if name and (kind not in _DATASET_KINDS or not rest or rest in {"folder", "image_folder"}):
             raise ValueError(
-                f"{name!r} is no dataset; leave it empty for a folder, or begin with {'/, '.join(_DATASETS)}/"
+                f"{name!r} is not a dataset; leave it empty for a folder, or begin with {'/, '.join(_DATASET_KINDS)}/"
             )
         return name
 
     @field_validator("train_split", "val_split")
     @classmethod
-    def _exists(cls, split: str, info: ValidationInfo) -> str:
-        # timm takes folders and torchvision's datasets whole, whatever part is asked for in brackets, and the test
-        # half of those that have two for any word that it does not know.
-        if "name" not in info.data:  # which has a mistake of its own
+    def _check_split(cls, split: str, info: ValidationInfo) -> str:
+        # timm ignores a part in brackets for folders and torchvision's datasets, and reads the test half of a dataset
+        # for any word that it does not know.
+        if "name" not in info.data:  # the name has a mistake of its own, which is reported
             return split
         kind, _, dataset = info.data["name"].partition("/")
         if kind in {"", "torch"} and "[" in split:
-            raise ValueError(f"{split!r} is no split of a folder or of torchvision; parts are known to tfds/ and hfds/")
-        if kind == "torch" and dataset.lower() in _HALVES and split not in _WORDS:
-            raise ValueError(f"{split!r} is no split of {dataset}; use one of {', '.join(_WORDS)}")
+            raise ValueError(f"{split!r} is no split of a folder or of torchvision; only tfds/ and hfds/ have parts")
+        if kind == "torch" and dataset.lower() in _HALVED_DATASETS and split not in _HALVES:
+            raise ValueError(f"{split!r} is no split of {dataset}; use one of {', '.join(_HALVES)}")
         return split
 
 
 class Distillation(_Section):
-    """Learning from the original network beside the labels; G. Hinton et al., https://arxiv.org/abs/1503.02531."""
+    """Training on the outputs of the original network as well as on labels; Hinton et al., arXiv:1503.02531."""
 
     weight: float = Field(default=0.5, gt=0, le=1)
-    """Share of the loss; the labels have the rest."""
+    """Weight of the distillation loss; the cross-entropy with the labels has one minus this weight."""
     temperature: PositiveFloat = 2.0
-    """By which both networks' logits are divided."""
+    """Divisor of the logits of both networks before the softmax."""
 
 
 class Training(_Section):
-    """How long and with what."""
+    """The settings that all phases of training have."""
 
     epochs: Length
-    """Length of the phase: 3, "3 epochs" or "500 steps"; 0 leaves it out."""
-    optimizer: Annotated[str, _known("optimizer of timm", _optimizers)] = "sgd"
-    """Name in timm's registry."""
+    """Length of the phase: 3, "3 epochs" or "500 steps"; 0 skips the training."""
+    optimizer: Annotated[str, _registered("optimizer of timm", _optimizers)] = "sgd"
+    """Name of an optimizer in timm's registry."""
     lr: PositiveFloat = 0.05
-    """Learning rate that the schedule starts from, and towards which a warm-up climbs from 0."""
+    """Learning rate from which the schedule starts, and to which a warm-up rises from 0."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of the optimizers that have it."""
+    """Momentum, for optimizers that have one."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Not applied to biases and normalization."""
-    scheduler: Annotated[str, _known("scheduler", _schedulers)] = "cosine"
-    """Shape of the learning rate over the phase, a timm scheduler that depends on the step alone."""
+    """Weight decay; not applied to biases and normalization layers."""
+    scheduler: Annotated[str, _registered("scheduler", _schedulers)] = "cosine"
+    """Shape of the learning rate over the phase: "cosine", "tanh", "poly" or "constant"."""
     warmup: LengthOrShare = Duration(0, "%")
-    """Length of a linear warm-up, after which the schedule goes on where it would be without one."""
+    """Length of a linear warm-up, after which the schedule continues as if there had been none."""
     min_lr: NonNegativeFloat = 0.0
-    """Where the learning rate ends, unless the scheduler is "constant"."""
+    """Learning rate at the end of the phase, unless the scheduler is "constant"."""
     clip_grad: PositiveFloat | None = None
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; a larger one is scaled down to it."""
 
     @model_validator(mode="after")
-    def _falls(self) -> Self:
+    def _check_rate_and_warmup(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; the learning rate must not rise")
         phase = Duration(100, "%") if self.warmup.unit == "%" else self.epochs
@@ -225,118 +231,130 @@ class Training(_Section):
 
 
 class Pretrain(Training):
-    """Training of the dense network, where there are no weights to start from."""
+    """Training of the dense network, when it starts without trained weights."""
 
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this as steps go
-    by, 0.954 after a hundred and 0.99 after a thousand."""
+    """Decay of an exponential moving average of the weights, which replaces the weights at the end of the phase. At
+    first the decay is smaller: at most 0.954 after 100 steps and 0.99 after 1000."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of BC-ADL.
+
+    Attributes:
+        first_step: Optimizer step at which it begins, counted from the start of the phase.
+        reduction: Share of the way from the costs of the dense network to the budget, in (0, 1].
+        rho: Weight of the penalty.
+    """
+
+    first_step: int
+    reduction: float
+    rho: float
 
 
 class OneShot(Training):
-    """BC-ADL: dense training that pulls the weights to ranks within the budget."""
+    """BC-ADL: training of the dense network that pulls its weights towards ranks within the budget."""
 
     layers: Literal["conv", "conv+linear"] = "conv"
-    """Which layers get ranks."""
+    """Types of layers that get ranks."""
     include: tuple[str, ...] = ()
-    """Globs over site names; only these get ranks."""
+    """Glob patterns of site names; only these sites get ranks."""
     exclude: tuple[str, ...] = ()
-    """Globs over site names that stay dense."""
+    """Glob patterns of site names that stay dense."""
     round_to: PositiveInt = 8
-    """Multiple of the ranks."""
+    """Ranks are multiples of this number."""
     interval: IntervalOrShare = Duration(1, "epochs")
-    """Length of a round, between two projections."""
+    """Length of a round, from one choice of ranks to the next."""
     rho: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.9)
-    """Weight of the penalty in the first and in the last round, growing geometrically between them."""
+    """Weight of the penalty in the first and in the last round; it grows geometrically between them."""
     anneal: float = Field(default=0.6, ge=0, le=1)
-    """Share of the rounds over which the budget shrinks from the dense network to its target."""
+    """Share of the rounds in which the budget shrinks from the costs of the dense network to its target."""
     calibration_images: NonNegativeInt = 256
-    """Training images that show, each round, which errors matter; 0 judges weights alone."""
+    """Number of training images on which each round measures how errors of each channel change the output; with 0,
+    ranks depend on the weights alone."""
     distillation: Distillation | None = None
-    """Learn from the original network too."""
+    """Distillation from the original network; without it, labels alone are used."""
 
     @model_validator(mode="after")
-    def _rho_grows(self) -> Self:
+    def _check_rho(self) -> Self:
         if self.rho[0] > self.rho[1]:
             raise ValueError(f"rho falls from {self.rho[0]:g} to {self.rho[1]:g}; it must not, or W and z drift apart")
         return self
 
-    def rounds(self, per_epoch: int) -> list[tuple[int, float, float]]:
-        """Of every round: its first step, the share of the way from the dense network to the budget, and rho.
+    def rounds(self, steps_per_epoch: int) -> list[Round]:
+        """Return the rounds of the phase, at least one.
 
-        Args:
-            per_epoch: Steps of an epoch.
+        Of n rounds, round i asks for (i + 1) / (anneal n) of the reduction, at most all of it. Its rho is
+        low (high / low)^(i / (n - 1)), which grows by the same factor from each round to the next.
         """
-        steps = self.epochs.steps(per_epoch)
-        interval = max(1, self.interval.steps(per_epoch, steps))
+        steps = self.epochs.steps(steps_per_epoch)
+        interval = max(1, self.interval.steps(steps_per_epoch, steps))
         count = max(1, ceil(steps / interval))
         annealed = max(1.0, self.anneal * count)
         low, high = self.rho
         return [
-            (index * interval, min(1.0, (index + 1) / annealed), low * (high / low) ** (index / max(1, count - 1)))
+            Round(index * interval, min(1.0, (index + 1) / annealed), low * (high / low) ** (index / max(1, count - 1)))
             for index in range(count)
         ]
 
 
 class Finalize(Training):
-    """From weights near low rank to Tucker modules: decomposition, then training in factored form."""
+    """Decomposition of the trained weights into Tucker modules, then training of these modules."""
 
     hooi_sweeps: NonNegativeInt = 10
-    """Sweeps of HOOI after the HOSVD."""
+    """Sweeps of the higher-order orthogonal iteration (HOOI) that follows the HOSVD."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights, which is what the phase results in; it grows up to this as steps go
-    by, 0.954 after a hundred and 0.99 after a thousand."""
+    """Decay of an exponential moving average of the weights, which replaces the weights at the end of the phase. At
+    first the decay is smaller: at most 0.954 after 100 steps and 0.99 after 1000."""
     batch_norm_images: NonNegativeInt = 0
-    """Training images that the batch-norm statistics are estimated on again, of the dense network after `pretrain` and
-    of the compressed one at the end; 0 leaves them. Short training needs it where their momentum is small, as in
+    """Number of training images on which the batch-norm statistics are estimated anew, after `pretrain` and at the end
+    of the run; 0 keeps the running statistics. Short training needs it where their momentum is small, as in
     torchvision's MobileNets."""
     distillation: Distillation | None = None
-    """Learn from the original network too."""
+    """Distillation from the original network; without it, labels alone are used."""
 
 
 class Eval(_Section):
-    """How often to look, and to write down."""
+    """How often accuracy is measured and a checkpoint is written."""
 
     interval: Interval = Duration(1, "epochs")
-    """Between two evaluations."""
+    """Length of training between two evaluations."""
     checkpoint: Interval = Duration(1, "epochs")
-    """Between two checkpoints, from which a killed run goes on."""
+    """Length of training between two checkpoints, from which an interrupted run is resumed."""
     batch_size: PositiveInt = 256
-    """Images per batch of an evaluation."""
+    """Images per batch in evaluations."""
 
 
 class Recipe(_Section):
-    """One training run, from the dense network to the saved compressed one.
-
-    Raises:
-        RecipeError: When `from_yaml` cannot read one.
-    """
+    """One training run, from the dense network to the saved compressed network."""
 
     model: ModelSection
     """The network to compress."""
     data: DataSection
-    """Which images."""
-    budget: Annotated[Budget, BeforeValidator(_budget, json_schema_input_type=Budget | float | str)]
-    """What remains of the flops, as for `compress`: 0.5, "2.5x", or flops and params."""
+    """The images to train and evaluate on."""
+    budget: Annotated[Budget, BeforeValidator(_parse_budget, json_schema_input_type=Budget | float | str)]
+    """Budget as for `compress`: 0.5 of the flops, "2.5x" fewer flops, or limits on flops and params."""
     pretrain: Pretrain | None = None
-    """Train the dense network first."""
+    """Training of the dense network before its compression."""
     one_shot: OneShot
-    """Learn the ranks."""
+    """Training that learns the ranks."""
     finalize: Finalize
-    """Decompose and train on."""
+    """Decomposition, and training of the decomposed network."""
     eval: Eval = Eval()
-    """How often to look."""
+    """Evaluations and checkpoints."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of everything that is random."""
+    """Seed of all random numbers."""
 
     @field_validator("pretrain")
     @classmethod
-    def _left_out(cls, phase: Pretrain | None) -> Pretrain | None:
+    def _omit_empty_phase(cls, phase: Pretrain | None) -> Pretrain | None:
         return phase if phase and phase.epochs.amount else None
 
     _document: "RecipeFile | None" = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:
-        """Whether all settings are the same, wherever they were read."""
+        """Return whether all settings are equal, whichever files they come from."""
         return isinstance(other, Recipe) and all(value == getattr(other, name) for name, value in self)
 
     __hash__ = None  # type: ignore[assignment]
@@ -347,27 +365,27 @@ class Recipe(_Section):
 
         Args:
             source: A file, or the name of a shipped recipe.
-            overrides: What takes precedence over it, as "one_shot.epochs=2".
+            overrides: Settings that take precedence over it, such as "one_shot.epochs=2".
 
         Raises:
-            RecipeError: When there is none, or something is wrong with it; with file, line and key.
+            RecipeError: When there is no such recipe, or it has mistakes; with file, line and key of each.
         """
         path = find(source)
         document = RecipeFile.read(path, cls)
         for override in overrides:
             document.override(override)
         try:
-            recipe = cls.model_validate(document.value)
+            recipe = cls.model_validate(document.values)
         except ValidationError as error:
-            raise document.error(error) from None
-        recipe._document = document  # noqa: SLF001 - its own
+            raise document.validation_error(error) from None
+        recipe._document = document  # noqa: SLF001 - an instance of this class
         return recipe
 
     def problem(self, key: str, text: str) -> RecipeError:
-        """What turns out to be wrong with a setting when it is used, with the line that it stands on.
+        """Return the error of a setting whose mistake shows only when it is used, with the line of the setting.
 
         Args:
-            key: Such as "model.name".
+            key: The setting, such as "model.name".
             text: What is wrong, and what was expected.
         """
         if self._document is None:
@@ -375,32 +393,32 @@ class Recipe(_Section):
         return self._document.problem(tuple(key.split(".")), text)
 
     def to_yaml(self) -> str:
-        """The resolved recipe, defaults included."""
+        """Return all settings as YAML, defaults included."""
         return yaml.safe_dump(_plain(self), sort_keys=False, width=120)
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """Return the files of the recipes that come with the package, by name."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def find(source: str | Path) -> Path:
-    """The file of a recipe.
+    """Return the file of a recipe, which is given as a path or as the name of a shipped recipe.
 
     Raises:
         RecipeError: When there is no such file and no shipped recipe of that name.
     """
     path = shipped().get(str(source), Path(source))
     if not path.is_file():
-        close = difflib.get_close_matches(str(source), shipped(), n=3, cutoff=0.3)
+        close_names = difflib.get_close_matches(str(source), shipped(), n=3, cutoff=0.3)
         raise RecipeError(
             f"{source}: no such file, and no shipped recipe has this name. "
-            f"Expected one of {', '.join(close or shipped())}, or a path."
+            f"Expected one of {', '.join(close_names or shipped())}, or a path."
         )
     return path
 
 
-def _plain(value: object) -> Any:  # noqa: ANN401 - whatever YAML can say
+def _plain(value: object) -> Any:  # noqa: ANN401 - any value that YAML can hold
     if isinstance(value, BaseModel):
         return {name: _plain(item) for name, item in value}
     if isinstance(value, Duration | Path):

@@ -1,4 +1,7 @@
-"""The outer iteration of BC-ADL: when to project, under which budget, in which metric, with which rho."""
+"""The rounds of BC-ADL: each chooses ranks under the budget of the round, then trains with the rho of the round.
+
+The z- and u-step stand at the start of a round; the training steps that follow are the W-step.
+"""
 
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from batude_fx.training.recipe import OneShot
 from batude_fx.training.session import Session
 from batude_fx.tucker.spectra import Metric
 
-_BATCH = 32  # images that are measured together; bounds the memory
+_BATCH = 32  # images per forward and backward pass, which bounds the memory
 
 
 class Rounds:
@@ -20,64 +23,64 @@ class Rounds:
 
     Args:
         session: The run.
-        settings: The recipe's `one_shot`.
-        problem: The sites, and the budget.
-        model: Whose weights are split.
+        settings: The recipe's `one_shot` section.
+        problem: The sites and the budget.
+        model: The dense network.
 
     Attributes:
-        split: The weights' twins and duals.
-        schedule: First step, share of the way to the budget, and rho, of every round.
+        lagrangian: The low-rank copies of the weights, and the dual variables.
+        schedule: All rounds, in order.
     """
 
     def __init__(self, session: Session, settings: OneShot, problem: Problem, model: nn.Module) -> None:
         self.session, self.settings, self.problem, self.model = session, settings, problem, model
-        self.schedule = settings.rounds(session.per_epoch)
-        self.split = Lagrangian(problem.constraints(model), rho=settings.rho[0])
+        self.schedule = settings.rounds(session.steps_per_epoch)
+        self.lagrangian = Lagrangian(problem.constraints(model), rho=settings.rho[0])
 
     def begin_if_due(self, step: int) -> bool:
-        """At the first step of a round: find its ranks, move z and u, set rho. Whether it was one."""
-        index = next((index for index, (first, _, _) in enumerate(self.schedule) if first == step), None)
+        """Choose ranks, update z and u and set rho if a round begins at this step; return whether one does."""
+        index = next((index for index, round_ in enumerate(self.schedule) if round_.first_step == step), None)
         if index is None:
             return False
-        _, share, rho = self.schedule[index]
-        self._project(share)
-        residuals = self.split.update_duals_() if index else self.split.residuals()
-        self.split.rescale_(rho)
-        self._note(step, index, residuals)
+        self._project(self.schedule[index].reduction)
+        # Before the first round there was no W-step whose distance from z the duals could accumulate.
+        residuals = self.lagrangian.update_duals_() if index else self.lagrangian.residuals()
+        self.lagrangian.rescale_(self.schedule[index].rho)
+        self._log(step, index, residuals)
         return True
 
     @torch.no_grad()
     def end(self, step: int) -> None:
-        """After the last step: decide the ranks for good, and give the weights exactly these ranks."""
-        self.split.forget_duals_()
+        """Choose the final ranks after the last step, and truncate the weights to exactly these ranks."""
+        self.lagrangian.reset_duals_()
         self._project(1.0)
-        self._note(step, len(self.schedule), self.split.residuals())
-        for name, one in self.split.constraints.items():
-            one.weight.copy_(self.split.z[name])
+        self._log(step, len(self.schedule), self.lagrangian.residuals())
+        for name, constraint in self.lagrangian.constraints.items():
+            constraint.weight.copy_(self.lagrangian.z[name])
 
-    def _project(self, share: float) -> None:
+    def _project(self, reduction: float) -> None:
         try:
-            self.split.project_(self.problem.limit(share), self._metrics())
+            self.lagrangian.project_(self.problem.capacity_at(reduction), self._metrics())
         except (torch.linalg.LinAlgError, CalibrationError) as error:  # type: ignore[attr-defined]
             raise TrainingError(
-                "the weights have no spectra, most likely as they are no longer finite. Lower one_shot.lr, now "
+                "the weights cannot be decomposed, most likely as they are no longer finite. Lower one_shot.lr, now "
                 f"{self.settings.lr:g}."
             ) from error
 
     def _metrics(self) -> dict[str, Metric]:
-        """Which errors matter now, on training images; empty where the weights alone are judged."""
+        """Return the metric of each site, measured on training images; none where the recipe has no such images."""
         count = self.settings.calibration_images
         if not count:
             return {}
         images = first_images(self.session.data, count, self.session.accelerator)
-        batches = ((self.session.placed(batch),) for batch in torch.split(images, _BATCH))
+        batches = ((self.session.to_device(batch),) for batch in torch.split(images, _BATCH))
         return statistics(self.model, list(self.problem.sites.values()), batches)
 
-    def _note(self, step: int, index: int, residuals: Residuals) -> None:
-        flops = self.problem.total_flops(self.split.flops)
+    def _log(self, step: int, index: int, residuals: Residuals) -> None:
+        flops = self.problem.total_flops(self.lagrangian.flops)
         record = {
             "phase": "one_shot", "step": step, "round": index, "primal": residuals.primal, "dual": residuals.dual,
-            "rho": self.split.rho, "flops": flops, "keep": flops / self.problem.dense[0],
+            "rho": self.lagrangian.rho, "flops": flops, "keep": flops / self.problem.dense_costs[0],
         }  # fmt: skip
-        self.session.note(record)
-        self.session.rounds.append({**record, "ranks": self.split.state_dict()["ranks"]})
+        self.session.add_to_log(record)
+        self.session.rounds.append({**record, "ranks": self.lagrangian.state_dict()["ranks"]})

@@ -1,4 +1,4 @@
-"""One-shot training: ranks learned in one run, then Tucker modules trained on. `run` is the only public verb."""
+"""The public function for one-shot training, `run`. It imports the training loop only when it is called."""
 
 import os
 from importlib.util import find_spec
@@ -15,20 +15,22 @@ if TYPE_CHECKING:
 def run(
     recipe: Recipe, folder: str | os.PathLike[str] | None = None, *, resume: bool = False, data: "Data | None" = None
 ) -> "Result":
-    """Train a network as a recipe says: ranks under the budget, decomposition, training in Tucker form.
+    """Train a network as a recipe says: learn ranks under the budget, decompose, train in Tucker form.
 
     Args:
-        recipe: What to do, as `Recipe.from_yaml` reads it.
-        folder: Where the resolved recipe, checkpoints, log, pictures and the saved network go; None writes nothing.
-        resume: Go on from the folder's checkpoint, to the same numbers as if the run had never been killed.
-        data: The images, where the recipe's `data` section cannot name them: a `batude_fx.training.data.Data`.
+        recipe: The recipe, as `Recipe.from_yaml` reads it.
+        folder: The folder for the resolved recipe, checkpoints, log, pictures and the saved network; None writes
+            nothing.
+        resume: Continue from the folder's checkpoint, with the same numbers as if the run had not been interrupted.
+        data: The images, if the recipe's `data` section cannot name them: a `batude_fx.training.data.Data`.
 
     Returns:
-        The compressed network, its accuracy and flops, and how its ranks came about.
+        The compressed network, its accuracy, flops and ranks, and a record of every round.
 
     Raises:
-        RecipeError: The recipe asks for a model that does not exist, or its budget is out of reach.
-        TrainingError: There are no images, nothing to go on from, the loss is not finite, or accelerate is missing.
+        RecipeError: When the recipe names a model that does not exist, or its budget is out of reach.
+        TrainingError: When there are no images, there is nothing to resume, the loss is not finite, or accelerate is
+            not installed.
 
     Source: M. Yin et al., "BATUDE: Budget-Aware Neural Network Compression Based on Tucker Decomposition", AAAI 2022,
         https://doi.org/10.1609/aaai.v36i8.20869.

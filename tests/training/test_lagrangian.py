@@ -8,32 +8,29 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from batude_fx.budget.rank_options import site_options
-from batude_fx.graph.sites import ConvSite
 from batude_fx.training.lagrangian import Constraint, Lagrangian, truncate
 from batude_fx.tucker.decomposition import unfold
 from batude_fx.tucker.dense_layers import to_canonical
 from batude_fx.tucker.ranks import Ranks
 from batude_fx.tucker.spectra import weight_spectrum
+from tests.toy_networks import site_of
 
 UNLIMITED = np.array([2**60, 2**60])
 
 
-def constraint(layer: nn.Conv2d, *, round_to: int = 1) -> Constraint:
-    site = ConvSite(
-        "", "Conv2d", layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups,
-        transposed=False, positions_in=49, positions_out=49, calls=1, found_by="fx",
-    )  # fmt: skip
+def make_constraint(layer: nn.Conv2d, *, round_to: int = 1) -> Constraint:
+    site = site_of("", layer)
     return Constraint(site, layer, site_options(site, round_to))
 
 
-def pointwise(matrix: Tensor) -> nn.Conv2d:
+def make_pointwise(matrix: Tensor) -> nn.Conv2d:
     layer = nn.Conv2d(matrix.shape[1], matrix.shape[0], 1, bias=False, dtype=torch.float64)
     with torch.no_grad():
         layer.weight.copy_(matrix[:, :, None, None])
     return layer
 
 
-def layers(seed: int = 0) -> dict[str, nn.Conv2d]:
+def make_layers(seed: int = 0) -> dict[str, nn.Conv2d]:
     torch.manual_seed(seed)
     return {
         "full": nn.Conv2d(6, 9, 3, dtype=torch.float64),
@@ -42,16 +39,16 @@ def layers(seed: int = 0) -> dict[str, nn.Conv2d]:
     }
 
 
-def lagrangian(seed: int = 0, *, rho: float = 0.5) -> Lagrangian:
-    return Lagrangian({name: constraint(layer) for name, layer in layers(seed).items()}, rho=rho)
+def make_lagrangian(seed: int = 0, *, rho: float = 0.5) -> Lagrangian:
+    return Lagrangian({name: make_constraint(layer) for name, layer in make_layers(seed).items()}, rho=rho)
 
 
 def capacity(lagrangian: Lagrangian, keep: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    dense = sum(one.options.dense[0] for one in lagrangian.constraints.values())
+    dense = sum(constraint.options.dense[0] for constraint in lagrangian.constraints.values())
     return np.array([int(keep * dense), 2**60])
 
 
-def test_truncation_by_hand() -> None:
+def test_truncation_keeps_the_largest_singular_values() -> None:
     weight = torch.diag(torch.tensor([4.0, 3, 2, 1], dtype=torch.float64))[None, ..., None, None]
     spectrum = weight_spectrum(weight, pointwise=True)
     cut = truncate(weight, spectrum, Ranks(2, 2))
@@ -71,82 +68,92 @@ def test_both_modes_are_cut() -> None:
 @given(st.integers(0, 50), st.floats(0.3, 0.95))
 @settings(max_examples=25, deadline=None)
 def test_a_projection_meets_the_budget_with_exactly_the_planned_ranks(seed: int, keep: float) -> None:
-    split = lagrangian(seed)
-    limit = capacity(split, keep)
-    split.project_(limit)
+    lagrangian = make_lagrangian(seed)
+    limit = capacity(lagrangian, keep)
+    lagrangian.project_(limit)
     spent = 0
-    for name, one in split.constraints.items():
-        z, ranks = to_canonical(split.z[name], one.layer), split.ranks[name]
-        full = Ranks(one.site.group_out_channels, one.site.group_in_channels)
+    for name, constraint in lagrangian.constraints.items():
+        z, ranks = to_canonical(lagrangian.z[name], constraint.layer), lagrangian.ranks[name]
+        full = Ranks(constraint.site.group_out_channels, constraint.site.group_in_channels)
         row = (
             0
             if ranks is None
-            else int(np.flatnonzero((one.options.ranks == (ranks.rank_out, ranks.rank_in)).all(1))[0])
+            else int(np.flatnonzero((constraint.options.ranks == (ranks.rank_out, ranks.rank_in)).all(1))[0])
         )
-        spent += int(one.options.costs[row, 0])
-        wanted = ranks or full
+        spent += int(constraint.options.costs[row, 0])
+        expected = ranks or full
         # A mode cannot have a higher rank than the rest of the tensor allows.
-        for mode, rank in ((0, wanted.rank_out), (1, wanted.rank_in)):
-            found = torch.linalg.matrix_rank(unfold(z, mode))
-            assert (found <= rank).all()
-            if one.site.is_pointwise:
-                assert (found == min(rank, *z.shape[1:3])).all()
+        for mode, rank in ((0, expected.rank_out), (1, expected.rank_in)):
+            rank_found = torch.linalg.matrix_rank(unfold(z, mode))
+            assert (rank_found <= rank).all()
+            if constraint.site.is_pointwise:
+                assert (rank_found == min(rank, *z.shape[1:3])).all()
     assert spent <= limit[0]
 
 
 def test_the_penalty_is_the_gradient_of_its_formula() -> None:
-    split = lagrangian(rho=0.7)
-    split.project_(capacity(split, 0.5))
-    split.update_duals_()
-    for one in split.constraints.values():
-        one.weight.grad = torch.ones_like(one.weight)
-    weights = {name: one.weight.detach().clone().requires_grad_() for name, one in split.constraints.items()}
-    penalty = sum(((w - split.z[name] + split.u[name]).square().sum() for name, w in weights.items()), torch.zeros(()))
+    lagrangian = make_lagrangian(rho=0.7)
+    lagrangian.project_(capacity(lagrangian, 0.5))
+    lagrangian.update_duals_()
+    for constraint in lagrangian.constraints.values():
+        constraint.weight.grad = torch.ones_like(constraint.weight)
+    weights = {
+        name: constraint.weight.detach().clone().requires_grad_() for name, constraint in lagrangian.constraints.items()
+    }
+    penalty = sum(
+        ((w - lagrangian.z[name] + lagrangian.u[name]).square().sum() for name, w in weights.items()), torch.zeros(())
+    )
     torch.autograd.backward(0.7 / 2 * penalty)
-    split.penalty_()
-    for name, one in split.constraints.items():
-        torch.testing.assert_close(one.weight.grad, 1 + weights[name].grad)
+    lagrangian.penalty_()
+    for name, constraint in lagrangian.constraints.items():
+        torch.testing.assert_close(constraint.weight.grad, 1 + weights[name].grad)
 
 
 def test_a_frozen_weight_gets_no_penalty() -> None:
-    split = lagrangian()
-    split.penalty_()
-    assert all(one.weight.grad is None for one in split.constraints.values())
+    lagrangian = make_lagrangian()
+    lagrangian.penalty_()
+    assert all(constraint.weight.grad is None for constraint in lagrangian.constraints.values())
 
 
-def test_duals_and_residuals_by_hand() -> None:
-    split = Lagrangian({"a": constraint(pointwise(torch.diag(torch.tensor([4.0, 3.0, 1.0]))))}, rho=1.0)
-    options = split.constraints["a"].options
-    split.project_(options.costs.min(axis=0))  # rank 1
-    residuals = split.update_duals_()
-    assert split.ranks == {"a": Ranks(1, 1)}
-    torch.testing.assert_close(split.z["a"][..., 0, 0], torch.diag(torch.tensor([4.0, 0.0, 0.0], dtype=torch.float64)))
-    torch.testing.assert_close(split.u["a"][..., 0, 0], torch.diag(torch.tensor([0.0, 3.0, 1.0], dtype=torch.float64)))
+def test_duals_and_residuals_equal_those_computed_by_hand() -> None:
+    lagrangian = Lagrangian({"a": make_constraint(make_pointwise(torch.diag(torch.tensor([4.0, 3.0, 1.0]))))}, rho=1.0)
+    options = lagrangian.constraints["a"].options
+    lagrangian.project_(options.costs.min(axis=0))  # rank 1
+    residuals = lagrangian.update_duals_()
+    assert lagrangian.ranks == {"a": Ranks(1, 1)}
+    torch.testing.assert_close(
+        lagrangian.z["a"][..., 0, 0], torch.diag(torch.tensor([4.0, 0.0, 0.0], dtype=torch.float64))
+    )
+    torch.testing.assert_close(
+        lagrangian.u["a"][..., 0, 0], torch.diag(torch.tensor([0.0, 3.0, 1.0], dtype=torch.float64))
+    )
     assert residuals.primal == residuals.dual == pytest.approx((10 / 26) ** 0.5)
-    split.rescale_(2.0)
-    torch.testing.assert_close(split.u["a"][1, 1, 0, 0], torch.tensor(1.5, dtype=torch.float64))
+    lagrangian.rescale_(2.0)
+    torch.testing.assert_close(lagrangian.u["a"][1, 1, 0, 0], torch.tensor(1.5, dtype=torch.float64))
 
 
-def _minimise(target: Tensor, split: Lagrangian, limit: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[float]:
-    """Rounds on `|W - target|^2 / 2`, whose W-step has a closed form; returns the primal residuals."""
-    (one,) = split.constraints.values()
+def _minimise(target: Tensor, lagrangian: Lagrangian, limit: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[float]:
+    """Do 200 rounds on `|W - target|^2 / 2`, whose W-step has a closed form; return the primal residuals."""
+    (constraint,) = lagrangian.constraints.values()
     primal = []
     for _ in range(200):
-        split.project_(limit)
-        primal.append(split.update_duals_().primal)
+        lagrangian.project_(limit)
+        primal.append(lagrangian.update_duals_().primal)
         with torch.no_grad():
-            one.weight.copy_((target + split.rho * (split.z["a"] - split.u["a"])) / (1 + split.rho))
+            constraint.weight.copy_(
+                (target + lagrangian.rho * (lagrangian.z["a"] - lagrangian.u["a"])) / (1 + lagrangian.rho)
+            )
     return primal
 
 
 def test_a_quadratic_task_ends_at_its_best_low_rank_solution() -> None:
     torch.manual_seed(3)
     target = torch.randn(9, 7, dtype=torch.float64)[:, :, None, None]
-    split = Lagrangian({"a": constraint(pointwise(target[..., 0, 0]))}, rho=2.0)
-    options = split.constraints["a"].options
+    lagrangian = Lagrangian({"a": make_constraint(make_pointwise(target[..., 0, 0]))}, rho=2.0)
+    options = lagrangian.constraints["a"].options
     limit = options.costs[(options.ranks == (3, 3)).all(1)][0]
-    primal = _minimise(target, split, limit)
+    primal = _minimise(target, lagrangian, limit)
     left, values, right = torch.linalg.svd(target[..., 0, 0])
     best = left[:, :3] * values[:3] @ right[:3]  # Eckart, Young 1936
     assert primal[-1] < 1e-6 < primal[0]
-    torch.testing.assert_close(split.constraints["a"].weight.detach()[..., 0, 0], best, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lagrangian.constraints["a"].weight.detach()[..., 0, 0], best, atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 import batude_fx
 from batude_fx import TrainingError
-from batude_fx.training.data import _check, _Seeded
+from batude_fx.training.data import _check_batches, _SeededDataset
 from tests.training.tiny_recipe import CLASSES, TRAIN, composed_weights, tiny_recipe
 
 _PROCESS = "import sys; from batude_fx import Recipe, run; run(Recipe.from_yaml(sys.argv[1]), sys.argv[2])"
@@ -49,9 +49,9 @@ def test_a_stream_is_read_by_one_process(photos: Path) -> None:
             return TRAIN
 
     recipe, stream = tiny_recipe(photos), Stream()
-    _check(recipe, _Seeded(stream, 0), stream, 1, CLASSES)
+    _check_batches(recipe, _SeededDataset(stream, 0), 1)
     with pytest.raises(TrainingError, match="only one process can read; this run has 2"):
-        _check(recipe, _Seeded(stream, 0), stream, 2, CLASSES)
+        _check_batches(recipe, _SeededDataset(stream, 0), 2)
 
 
 def test_two_processes_end_like_one(photos: Path, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_two_processes_end_like_one(photos: Path, tmp_path: Path) -> None:
     assert one["accuracy"] == two["accuracy"]
 
 
-def test_accumulated_parts_are_one_batch(photos: Path) -> None:
+def test_accumulated_parts_train_like_the_whole_batch(photos: Path) -> None:
     """In float arithmetic, without batch-norm: the same ranks, and the same weights."""
     changes = {
         "model__args": {"num_classes": CLASSES, "norm_layer": "groupnorm1"}, "eval__interval": 9,
@@ -87,7 +87,7 @@ def test_accumulated_parts_are_one_batch(photos: Path) -> None:
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-4) for name in ours)
 
 
-def test_the_environment_does_not_divide_gradients(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_accelerate_does_not_divide_gradients(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"pretrain": None, "one_shot__epochs": "2 steps", "finalize__epochs": 0}
     expected = batude_fx.run(tiny_recipe(photos, **changes)).rounds
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")

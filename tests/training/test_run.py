@@ -31,7 +31,7 @@ def test_the_budget_holds_by_fvcore_and_is_used(finished: tuple[Path, Any]) -> N
     assert 0.98 * 0.5 * before.total() <= after.total() <= 0.5 * before.total()
 
 
-def test_the_folder_tells_the_story(finished: tuple[Path, Any]) -> None:
+def test_the_folder_holds_recipe_log_result_and_network(finished: tuple[Path, Any]) -> None:
     folder, result = finished
     assert {path.name for path in folder.iterdir()} >= {
         "recipe.yaml", "original.safetensors", "log.jsonl", "result.json", "ranks.png", "model"
@@ -52,7 +52,7 @@ def test_the_folder_tells_the_story(finished: tuple[Path, Any]) -> None:
     assert Image.open(folder / "ranks.png").size[0] > 500
 
 
-def test_what_was_trained_is_evaluated_on_the_same_images(finished: tuple[Path, Any], photos: Path) -> None:
+def test_a_trained_network_is_evaluated_on_the_same_images(finished: tuple[Path, Any], photos: Path) -> None:
     folder, result = finished
     config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
@@ -82,7 +82,7 @@ def test_before_factors_are_trained_the_decomposition_is_exact(photos: Path) -> 
     assert len(result.ranks) > 3
 
 
-def test_what_run_returns_knows_how_it_was_made(photos: Path, tmp_path: Path) -> None:
+def test_the_returned_network_is_saved_with_its_report_until_it_is_changed(photos: Path, tmp_path: Path) -> None:
     short = {"pretrain": None, "one_shot__epochs": "1 steps", "finalize__epochs": 0}
     small = batude_fx.run(tiny_recipe(photos, **short)).model
     batude_fx.save(small, tmp_path / "out")
@@ -92,7 +92,7 @@ def test_what_run_returns_knows_how_it_was_made(photos: Path, tmp_path: Path) ->
     assert not (tmp_path / "out" / "report.html").exists()  # its figures are no longer this network's
 
 
-def test_the_folder_of_a_run_is_told_from_its_networks(finished: tuple[Path, Any]) -> None:
+def test_the_folder_of_a_run_is_refused_with_the_place_of_its_network(finished: tuple[Path, Any]) -> None:
     with pytest.raises(BatudeError, match=r"is the folder of a training run; its network is '.*/model'"):
         batude_fx.create(str(finished[0]))
     with pytest.raises(SavedModelError, match=r"It is a training run; give .*/model"):
@@ -105,16 +105,16 @@ def test_a_run_below_a_file_is_refused(photos: Path, tmp_path: Path) -> None:
         batude_fx.run(tiny_recipe(photos), tmp_path / "mine.txt" / "run")
 
 
-def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tuple[Path, Any]) -> None:
+def test_runs_that_cannot_start_are_refused_with_the_reason(
+    photos: Path, tmp_path: Path, finished: tuple[Path, Any]
+) -> None:
     folder, _ = finished
     recipe = tiny_recipe(photos)
     with pytest.raises(TrainingError, match="holds a run already, which is finished"):
         batude_fx.run(recipe, folder)
     with pytest.raises(TrainingError, match="is finished"):
         batude_fx.run(recipe, folder, resume=True)
-    with pytest.raises(
-        TrainingError, match="another recipe than the one to go on with: there 'seed: 0', here 'seed: 1'"
-    ):
+    with pytest.raises(TrainingError, match="differs from the recipe of this run: there 'seed: 0', here 'seed: 1'"):
         batude_fx.run(tiny_recipe(photos, seed=1), folder, resume=True)
     with pytest.raises(TrainingError, match="holds no run"):
         batude_fx.run(recipe, tmp_path, resume=True)
@@ -141,7 +141,7 @@ def test_what_cannot_start_says_why(photos: Path, tmp_path: Path, finished: tupl
         batude_fx.run(tiny_recipe(photos, data__accumulate=3))
     with pytest.raises(TrainingError, match=r"leaves 1 images in each; use a multiple of 16"):
         batude_fx.run(tiny_recipe(photos, data__accumulate=8, data__mixup=0.2))
-    with pytest.raises(TrainingError, match=r"has 3 classes, test_resnet tells 2 apart; .*num_classes=3"):
+    with pytest.raises(TrainingError, match=r"has 3 classes, test_resnet has 2 outputs; .*num_classes=3"):
         batude_fx.run(tiny_recipe(photos, model__args={"num_classes": 2}))
     with pytest.raises(TrainingError, match=r"data\.root is not given"):
         batude_fx.run(tiny_recipe(photos, data__root=None))
