@@ -23,21 +23,23 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
     timer = timer_of(model)
     options = options_by_site(timer.sites, 8, {}, adds_bias=False)
     timed = timer.with_times(options, only_faster=False)
-    for name, one in timed.items():
+    for name, site_options in timed.items():
         layer, x = model.get_submodule(name), torch.zeros(next(iter(timer._calls[name])).shape)
-        assert one.dense[2] == pytest.approx(1e9 * layer_seconds(layer, x), rel=1e-6)
-        for ranks, costs in zip(one.ranks[1:].tolist(), one.costs[1:], strict=True):
+        assert site_options.dense[2] == pytest.approx(1e9 * layer_seconds(layer, x), rel=1e-6)
+        for ranks, costs in zip(site_options.ranks[1:].tolist(), site_options.costs[1:], strict=True):
             exact = 1e9 * layer_seconds(batude_fx.tucker.modules.build(layer, Ranks(*ranks)), x)
             assert costs[2] == pytest.approx(exact, rel=1e-6)
-    assert len(clock) < sum(len(one.ranks) for one in options.values()) / 2
+    assert len(clock) < sum(len(site_options.ranks) for site_options in options.values()) / 2
 
 
 def test_ranks_that_are_not_faster_than_the_dense_layer_are_left_out(clock: list[nn.Module]) -> None:
     del clock
     timer = timer_of(timed_net())
-    for name, one in timer.with_times(options_by_site(timer.sites, 8, {}, adds_bias=False), only_faster=True).items():
-        faster = one.costs[:, 2] < one.dense[2]
-        assert (faster | (one.costs == one.dense).all(axis=1)).all(), name
+    for name, site_options in timer.with_times(
+        options_by_site(timer.sites, 8, {}, adds_bias=False), only_faster=True
+    ).items():
+        faster = site_options.costs[:, 2] < site_options.dense[2]
+        assert (faster | (site_options.costs == site_options.dense).all(axis=1)).all(), name
     # The first layer has three input channels: two more layers cost more time than they save.
     assert "0" not in batude_fx.plan(timed_net(), 0.5, example_inputs=INPUT, calibration=None, round_to="auto").ranks
 
@@ -68,7 +70,7 @@ def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
         return float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
 
     monkeypatch.setattr(time_table, "_seconds", seconds)
-    assert list(timer_of(timed_net()).multiples()) == [one for one in (32, 16, 8, 4) if one <= staircase]
+    assert list(timer_of(timed_net()).multiples()) == [multiple for multiple in (32, 16, 8, 4) if multiple <= staircase]
 
 
 def test_the_layers_that_take_longest_decide_the_multiple(

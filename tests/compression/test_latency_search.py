@@ -75,7 +75,7 @@ def test_a_limit_that_the_whole_network_misses_is_refused(
     del clock
 
     def seconds(_: LayerTimer, *networks: nn.Module) -> list[float]:
-        tucker = [any(isinstance(one, TuckerModule) for one in network.modules()) for network in networks]
+        tucker = [any(isinstance(module, TuckerModule) for module in network.modules()) for network in networks]
         return [network_seconds(network) + 0.02 * slow for network, slow in zip(networks, tucker, strict=True)]
 
     monkeypatch.setattr(LayerTimer, "_seconds", seconds)
@@ -104,8 +104,8 @@ def test_the_search_accounts_for_time_that_layers_cost_in_the_network_only(
     timed: list[float] = []
 
     def seconds(_: LayerTimer, *networks: nn.Module) -> list[float]:
-        layers = [sum(isinstance(part, TuckerModule) for part in one.modules()) for one in networks]
-        found = [network_seconds(one) + 1e-3 * count for one, count in zip(networks, layers, strict=True)]
+        layers = [sum(isinstance(part, TuckerModule) for part in network.modules()) for network in networks]
+        found = [network_seconds(network) + 1e-3 * count for network, count in zip(networks, layers, strict=True)]
         timed.append(found[-1])
         return found
 
@@ -120,7 +120,7 @@ def test_one_disturbed_timing_does_not_refuse_a_budget(clock: list[nn.Module], m
     jumps = iter([4.0])
 
     def seconds(_: LayerTimer, dense: nn.Module, *small: nn.Module) -> list[float]:
-        return [network_seconds(dense), *(next(jumps, 1.0) * network_seconds(one) for one in small)]
+        return [network_seconds(dense), *(next(jumps, 1.0) * network_seconds(network) for network in small)]
 
     monkeypatch.setattr(LayerTimer, "_seconds", seconds)
     plan = batude_fx.plan(timed_net(), Budget(latency=0.6), example_inputs=INPUT, calibration=None)

@@ -37,7 +37,7 @@ class OneByOne(TwoConvolutions):
     """Convolutions of images without a batch axis; batch-norm would need one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.b(self.a(one).relu()).mean((1, 2)) for one in x])
+        return torch.stack([self.b(self.a(image).relu()).mean((1, 2)) for image in x])
 
 
 class AtATime(TwoConvolutions):

@@ -65,8 +65,8 @@ def test_the_batch_axis_has_a_name(tmp_path: Path) -> None:
     network = nn.Conv2d(3, 4, 3)
     batude_fx.export(network, tmp_path / "a.onnx", example_inputs=torch.zeros(1, 3, 8, 8))
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
-    assert [one.shape for one in session.get_inputs()] == [["batch", 3, 8, 8]]
-    assert [one.shape for one in session.get_outputs()] == [["batch", 4, 6, 6]]
+    assert [value.shape for value in session.get_inputs()] == [["batch", 3, 8, 8]]
+    assert [value.shape for value in session.get_outputs()] == [["batch", 4, 6, 6]]
 
 
 def test_no_batch_norm_is_left(small: nn.Module, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ class Tables(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         known = dict(attrs)
-        self.sources += [one for name, one in attrs if name in {"src", "href"} and one]
+        self.sources += [address for name, address in attrs if name in {"src", "href"} and address]
         if tag == "table":
             self._rows = self.cells[known.get("id") or ""] = []
         elif tag == "tr":

@@ -98,7 +98,7 @@ class _Packed(nn.Identity):
 
 def test_networks_that_load_could_not_read_are_not_saved(tmp_path: Path) -> None:
     pruned, quantized = compressed(timm_net()), compressed(timm_net())
-    name, layer = next((name, one) for name, one in pruned.named_modules() if isinstance(one, TuckerModule))
+    name, layer = next((name, module) for name, module in pruned.named_modules() if isinstance(module, TuckerModule))
     prune.l1_unstructured(layer.last, "weight", 0.5)  # type: ignore[no-untyped-call]
     with pytest.raises(SavedModelError, match=rf"{name}\.\w+\.weight_orig is no weight that load knows; make .* plain"):
         batude_fx.save(pruned, tmp_path / "out")
