@@ -1,8 +1,8 @@
 """Figures of the code itself: its files, functions and docstrings, its hooks, and which way its imports run.
 
 `python -m benchmarks.structure` measures this checkout, `python -m benchmarks.structure FOLDER` another one. Imports in
-functions and for types count as all others do. Those that run back up are counted where pyproject.toml has the layers of
-import-linter.
+functions and for types count as all others do. Those that run back up are counted where pyproject.toml has the layers
+of import-linter.
 """
 
 import ast

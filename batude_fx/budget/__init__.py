@@ -1,1 +1,1 @@
-"""What may be spent, what each site can be, and the knapsack that spends it."""
+"""Budgets, the rank options of sites with their costs and times, and the knapsack that chooses among them."""

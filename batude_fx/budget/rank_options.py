@@ -1,4 +1,4 @@
-"""What each site can be: dense, or one of the rank pairs that need fewer flops, each with its costs and its loss."""
+"""The options of a site: dense, or a pair of ranks that needs fewer flops; each with its costs and its loss."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What cannot be compressed, said before anything is computed."""
+"""Checks of a model and of the options of `plan`, before anything is computed."""
 
 from typing import Any, Literal
 

@@ -20,7 +20,7 @@ from batude_fx.graph.provenance import attach_
 from batude_fx.graph.site_table import add_site_row, describe_ranks, new_site_table, skip_notes
 from batude_fx.graph.sites import ConvSite
 from batude_fx.graph.surgery import copy_model, replace_modules
-from batude_fx.report.record import Record, site_records
+from batude_fx.report.record import LIBRARIES, Record, site_records
 from batude_fx.support.model_state import eval_and_restore
 from batude_fx.support.numbers import human, milliseconds, percent
 from batude_fx.support.progress import track
@@ -118,7 +118,7 @@ class Plan:
             model=self.model_name, budget=str(self.budget), calibration=self.calibration, round_to=self.round_to,
             seed=SEED, dense_flops=self.dense_flops, flops=self.flops, dense_params=self.dense_params,
             params=self.params, dense_seconds=self.dense_seconds, seconds=self.seconds, weights=self._checksum,
-            versions=library_versions("fvcore", "safetensors"),
+            versions=library_versions(*LIBRARIES),
             sites=site_records(
                 self.sites,
                 {name: candidate.options for name, candidate in self._candidates.items()},

@@ -21,6 +21,8 @@ from batude_fx.support.validation import first_problem
 from batude_fx.tucker.ranks import Ranks, SiteLoss
 
 FILE = "report.json"
+LIBRARIES = ("python", "batude_fx", "torch", "timm", "torchvision", "fvcore", "safetensors")
+"""Whose versions a record names."""
 _SPECTRUM_POINTS = 64  # intervals between the ranks at which a spectrum is recorded
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]

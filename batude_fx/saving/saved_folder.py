@@ -175,7 +175,7 @@ def _make_config(model: nn.Module, weights: Path) -> SavedConfig:
         channels_last=has_channels_last(model),
         params=count_params(model),
         format=1,
-        versions=library_versions("safetensors"),
+        versions=library_versions("torch", "timm", "torchvision", "safetensors", "batude_fx"),
     )
 
 

@@ -1,15 +1,12 @@
-"""Versions of Python, of this package and of the libraries that a result depends on."""
+"""Versions of Python and of the libraries that a result depends on."""
 
 import platform
 from importlib.metadata import version
 
-_ALWAYS = ("torch", "timm", "torchvision")
 
+def library_versions(*names: str) -> dict[str, str]:
+    """Return the version of each named library; "python" names the interpreter.
 
-def library_versions(*further: str) -> dict[str, str]:
-    """Return name to version of Python, batude_fx, torch, timm, torchvision and further libraries.
-
-    The versions come from the metadata of the installed packages, so that none of them has to be imported.
+    They are read from the metadata of the installed packages, so that no library is imported for it.
     """
-    own = {"python": platform.python_version(), "batude_fx": version("batude-fx")}
-    return own | {name: version(name) for name in (*_ALWAYS, *further)}
+    return {name: platform.python_version() if name == "python" else version(name) for name in names}

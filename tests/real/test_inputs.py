@@ -32,6 +32,10 @@ def test_efficientnet_lite0_recognises_the_labelled_photos() -> None:
     assert _right(inputs.efficientnet_lite0(), photos, labels) == (17, 19)
 
 
+def test_mobilenet_v2_recognises_the_labelled_photos() -> None:
+    assert _right(inputs.mobilenet_v2(), *inputs.labelled_photos()) == (18, 20)
+
+
 def test_shop_photos_are_all_different_and_the_same_at_every_count() -> None:
     many, few = inputs.shop_photos("test", 400), inputs.shop_photos("test", 40)
     assert torch.equal(many[:40], few)
