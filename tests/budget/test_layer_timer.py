@@ -35,9 +35,8 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
 def test_ranks_that_are_not_faster_than_the_dense_layer_are_left_out(clock: list[nn.Module]) -> None:
     del clock
     timer = timer_of(timed_net())
-    for name, site_options in timer.with_times(
-        options_by_site(timer.sites, 8, {}, adds_bias=False), only_faster=True
-    ).items():
+    timed = timer.with_times(options_by_site(timer.sites, 8, {}, adds_bias=False), only_faster=True)
+    for name, site_options in timed.items():
         faster = site_options.costs[:, 2] < site_options.dense[2]
         assert (faster | (site_options.costs == site_options.dense).all(axis=1)).all(), name
     # The first layer has three input channels: two more layers cost more time than they save.
