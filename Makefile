@@ -31,7 +31,7 @@ help:
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m examples.digits_demo
 
-# What pre-commit runs, too.
+# The same tools as in the hooks of pre-commit, which format what they can.
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,7 +83,7 @@ test-docs: $(VENV)/installed-dev
 	$(BIN)/pytest -s -m browser tests/browser
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build demo-out dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build demo-out dist site .coverage .hypothesis .grimp_cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

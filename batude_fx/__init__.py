@@ -8,8 +8,6 @@ small = batude_fx.compress(model, 0.5)  # the same class, half of the flops
 ```
 """
 
-from importlib.metadata import version
-
 from batude_fx.budget.budget import Budget
 from batude_fx.compression.plan import Plan
 from batude_fx.compression.planning import compress, plan
@@ -37,7 +35,7 @@ from batude_fx.tucker.ranks import Ranks
 from batude_fx.zoo import cifar, timm_plugin  # noqa: F401 - the imports register networks
 from batude_fx.zoo.create import create
 
-__version__ = version("batude-fx")
+__version__ = "0.1.0"
 
 __all__ = [
     "BatudeError",

@@ -4,7 +4,7 @@ Run `make bench`, or `python -m benchmarks.compress_time [--quick]`; about ten m
 Calls that are compared run alternately in one process, on torch's default number of threads; the table shows medians
 with the fastest and the slowest turn. The exit code is 1 if a limit is exceeded.
 
-The weights are random, since the work does not depend on training. The images are procedural. Torch-Pruning's one-shot
+The weights are random, since the work does not depend on training. The images are synthetic. Torch-Pruning's one-shot
 pruner is run as in its documentation, dependency graph and importance included. It changes its argument, so copying the
 model is part of its measured time; `compress` copies the model itself.
 """
@@ -168,7 +168,7 @@ def forward(model: nn.Module, images: Tensor) -> None:
 
 
 def calibration_images() -> Tensor:
-    """Return procedural images (256, 3, 224, 224), normalized approximately as photographs are."""
+    """Return synthetic images (256, 3, 224, 224), normalized approximately as photographs are."""
     return (dead_leaves(IMAGES, (224, 224), seed=1) - 0.45) / 0.225
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from batude_fx.errors import BudgetError
-from batude_fx.support.validation import first_problem
+from batude_fx.support.validation import first_mistake
 
 _FORMS = 'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%") or an absolute'
 _ABSOLUTE = {
@@ -45,11 +45,11 @@ class Budget(BaseModel):
         try:
             super().__init__(**limits)
         except ValidationError as error:
-            problem = first_problem(error)
-            name = problem.path[0] if problem.path else ""
+            mistake = first_mistake(error)
+            name = mistake.path[0] if mistake.path else ""
             limit = f" {name}={limits[name]!r}" if name else ""
             absolute = _ABSOLUTE.get(name, _ABSOLUTE["flops"])
-            raise BudgetError(f"budget{limit}: {problem.reason}. Write {_FORMS} {absolute}.") from None
+            raise BudgetError(f"budget{limit}: {mistake.reason}. Write {_FORMS} {absolute}.") from None
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":

@@ -56,7 +56,7 @@ class LatencyModel:
 
     @classmethod
     def near(cls, limit: int, dense: TimedNetwork, timed: Sequence[TimedNetwork]) -> Self:
-        """The line through the networks that were timed nearest above and below a limit.
+        """Return the line through the networks that were timed nearest above and below a limit.
 
         While there is none below, it is the line through the dense network and the one that was timed last.
 
@@ -77,11 +77,11 @@ class LatencyModel:
         return cls(slope, low.network_time - slope * low.site_time)
 
     def predict(self, site_time: int) -> int:
-        """Nanoseconds of the network whose sites add up to a time."""
+        """Return the nanoseconds of the network whose sites add up to a time."""
         return round(self.slope * site_time + self.offset)
 
     def invert(self, network_time: int) -> int:
-        """Nanoseconds that the sites may add up to, so that the network takes no more than a time."""
+        """Return the nanoseconds that the sites may add up to, so that the network takes no more than a time."""
         return math.floor((network_time - self.offset) / self.slope)
 
 
@@ -105,7 +105,7 @@ class CostLimits:
 
     @classmethod
     def of_sites(cls, options: Collection[RankOptions], budget: Budget, dense: tuple[int, ...], round_to: int) -> Self:
-        """The limits for a model whose sites have these options."""
+        """Return the limits for a model whose sites have these options."""
         sites = sum((option.dense for option in options), start=np.zeros(len(dense), np.int64))
         return cls(budget, dense, np.array(dense, np.int64) - sites, round_to)
 
@@ -116,19 +116,19 @@ class CostLimits:
 
     @property
     def latency_model(self) -> LatencyModel:
-        """From the times of sites to that of the network, as far as networks were timed. Needs times."""
+        """The line from the times of sites to that of the network; for limits that know times."""
         dense = TimedNetwork(self.dense[NANOSECONDS], self.dense[NANOSECONDS])
         return LatencyModel.near(self.latency or 0, dense, self.timed)
 
     def with_timed(self, network: TimedNetwork) -> Self:
-        """The limits that know one more timed network."""
+        """Return the limits that know one more timed network."""
         return replace(self, timed=(*self.timed, network))
 
     def capacity(self, options: Collection[RankOptions]) -> Integers:
-        """(k,) what all sites together may cost.
+        """Return (k,) what all sites together may cost.
 
         Raises:
-            BudgetError: Out of reach; the message names the smallest budget that is not.
+            BudgetError: The budget is out of reach; the message names the smallest one that is not.
         """
         if self.budget.latency is not None and len(self.dense) <= NANOSECONDS:
             raise BudgetError(f"{self.budget}: no times have been measured; call plan with a latency first.")
@@ -145,7 +145,7 @@ class CostLimits:
         return most - self.fixed
 
     def _out_of_reach(self, unit: str, least: int, most: int, dense: int, sites: int) -> BudgetError:
-        """The error for a cost whose least value is above its limit, with the way out."""
+        """Return the error for a cost whose least value is above its limit, with the way out."""
         budget = f"budget of {most / dense:.4f} of the {unit} is out of reach"
         if not sites:
             return BudgetError(f"{budget}: no site can be replaced; print(batude_fx.discover(model)) says why.")
@@ -157,7 +157,28 @@ class CostLimits:
         )
 
 
-def options_within_budget(
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a search for ranks may choose from.
+
+    Attributes:
+        options: Site name to what the site can be.
+        limits: What the whole model may cost.
+    """
+
+    options: Mapping[str, RankOptions]
+    limits: CostLimits
+
+    def capacity(self) -> Integers:
+        """Return (k,) what all sites together may cost.
+
+        Raises:
+            BudgetError: The budget is out of reach.
+        """
+        return self.limits.capacity(self.options.values())
+
+
+def make_search_space(
     sites: Mapping[str, ConvSite],
     round_to: int,
     budget: Budget,
@@ -165,8 +186,8 @@ def options_within_budget(
     ranks: Mapping[str, Ranks | None],
     *,
     adds_bias: bool,
-) -> tuple[dict[str, RankOptions], CostLimits]:
-    """What each site can be and what the whole model may cost, once it is known that the budget is in reach.
+) -> SearchSpace:
+    """List what each site can be and what the whole model may cost, and check that the budget is in reach.
 
     Args:
         sites: Name to site, all of them replaceable.
@@ -177,16 +198,16 @@ def options_within_budget(
         adds_bias: Whether replacements have a bias even where the dense layer has none.
 
     Raises:
-        BudgetError: Out of reach.
+        BudgetError: The budget is out of reach.
         SelectionError: A name in `ranks` is no site, or its ranks are not among what the site can be.
     """
     options = options_by_site(sites, round_to, ranks, adds_bias=adds_bias)
-    limits = CostLimits.of_sites(options.values(), budget, dense, round_to)
-    limits.capacity(options.values())
-    return options, limits
+    space = SearchSpace(options, CostLimits.of_sites(options.values(), budget, dense, round_to))
+    space.capacity()
+    return space
 
 
 def _smallest_keep(least: int, dense: int) -> float:
-    """The smallest fraction of four digits that, multiplied and rounded down as a budget is, allows a cost."""
+    """Return the smallest fraction of four digits that allows a cost, when it is rounded down as a budget is."""
     digits = math.ceil(least / dense * 1e4)
     return (digits if math.floor(digits / 1e4 * dense) >= least else digits + 1) / 1e4

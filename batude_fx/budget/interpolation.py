@@ -15,19 +15,19 @@ _POINTS = 6  # measured per mode
 
 
 def measured_ranks(ranks: Integers) -> list[int]:
-    """A few of the ranks of one mode, the smallest and the largest among them, denser where ranks are small."""
+    """Return a few of the ranks of one mode, the smallest and the largest among them, denser where ranks are small."""
     distinct = np.unique(ranks)
     rows = np.unique(np.geomspace(1, len(distinct), min(_POINTS, len(distinct))).round().astype(int)) - 1
     return cast("list[int]", distinct[rows].tolist())
 
 
 def interpolate(ranks: Integers, rows: Sequence[int], columns: Sequence[int], times: Floats) -> Floats:
-    """Times at rank pairs, bilinear between the measured ones.
+    """Interpolate times at rank pairs bilinearly between the measured ones.
 
     Args:
         ranks: (n, 2) output and input ranks, inside the measured ones.
         rows: Measured output ranks, ascending; a single one where the mode is not cut.
-        columns: Measured input ranks, likewise.
+        columns: Measured input ranks, ascending; a single one where the mode is not cut.
         times: (len(rows), len(columns)) what was measured.
 
     Returns:

@@ -30,7 +30,7 @@ from batude_fx.support.progress import track
 from batude_fx.support.timing import time_networks
 from batude_fx.tucker.ranks import Ranks
 
-_MODEL_SECONDS, _LEAST_TURNS = 3.0, 15  # per comparison of two networks
+_MODEL_SECONDS, _LEAST_TURNS = 3.0, 15  # two networks are compared at least so long and so often
 _MULTIPLES = (4, 8, 16, 32)
 _NEARLY_AS_FAST = 0.95  # of the speed of multiples of 32, from which on a finer multiple will do
 _PROBED = 6  # kinds of layers that the multiple is chosen on, those that take the longest
@@ -41,7 +41,7 @@ class LayerTimer:
     """Times the sites of one model.
 
     Args:
-        model: In whose layers and inputs the times are taken; it is bit-identical afterwards.
+        model: Its layers are timed, with the inputs that they get in it; it is bit-identical afterwards.
         sites: Name to site, all of them replaceable.
         inputs: Arguments of one run: the batch that is timed.
         adds_bias: Whether Tucker forms have a bias even where the dense layer has none.
@@ -64,7 +64,7 @@ class LayerTimer:
         return round(1e9 * self._seconds(self.model)[0])
 
     def with_times(self, options: Mapping[str, RankOptions], *, only_faster: bool) -> dict[str, RankOptions]:
-        """The options with nanoseconds as their third cost.
+        """Return the options with nanoseconds as their third cost.
 
         Args:
             options: Site name to what the site can be.
@@ -77,7 +77,7 @@ class LayerTimer:
         return timed
 
     def compare(self, ranks: Mapping[str, Ranks]) -> int:
-        """Nanoseconds of the network with some ranks.
+        """Return the nanoseconds of the network with some ranks.
 
         It and the dense one take turns; the ratio of their times is applied to `dense_nanoseconds`, so that all
         networks of one search are measured by the same clock, however busy the machine is at the moment.
@@ -89,7 +89,7 @@ class LayerTimer:
         return round(compressed / dense * self.dense_nanoseconds)
 
     def multiples(self) -> Sequence[int]:
-        """The smallest rank multiple that is nearly as fast, flop by flop, as multiples of 32; then the finer ones."""
+        """Return the smallest rank multiple that is nearly as fast per flop as multiples of 32, then the finer ones."""
         total: Counter[Hashable] = Counter()
         examples: dict[Hashable, str] = {}
         for name, calls in self._calls.items():
@@ -129,13 +129,13 @@ class LayerTimer:
         )  # fmt: skip
 
     def _interpolated(self, name: str, ranks: Integers, cuts: tuple[bool, bool], full: tuple[int, int]) -> Floats:
-        """Nanoseconds at ranks (n, 2), of which only the modes that are cut vary."""
+        """Return the nanoseconds at ranks (n, 2), of which only the modes that are cut vary."""
         rows, columns = (measured_ranks(ranks[:, mode]) if cut else [full[mode]] for mode, cut in enumerate(cuts))
         times = np.array([[self._nanoseconds(name, (out, in_)) for in_ in columns] for out in rows])
         return interpolate(ranks, rows, columns, times)
 
     def _speed(self, name: str, multiple: int) -> float:
-        """Speed at ranks that are multiples of this and of nothing larger, relative to multiples of 32 around them."""
+        """Return the speed at odd multiples of a number, relative to that at the multiples of 32 around them."""
         step = _MULTIPLES[-1]
         low = max(step, self._channels(name) // 3 // step * step)
         ranks = [low + odd * multiple for odd in range(1, step // multiple, 2)] or [low]
@@ -144,12 +144,12 @@ class LayerTimer:
         return float(np.mean(between / [self._nanoseconds(name, (rank, rank)) for rank in ranks]))
 
     def _channels(self, name: str) -> int:
-        """The smaller channel count of an ungrouped site; 0 for a grouped one, on which no multiple is probed."""
+        """Return the smaller channel count of an ungrouped site; 0 for a grouped one, which is not probed."""
         site = self.sites[name]
         return min(site.group_in_channels, site.group_out_channels) if site.groups == 1 else 0
 
     def _nanoseconds(self, name: str, ranks: tuple[int, int] | None) -> int:
-        """Time of all calls of a site in one run, dense or at some ranks."""
+        """Return the time of all calls of a site in one run, dense or at some ranks."""
         layer = self.model.get_submodule(name)
         calls = self._calls[name].items()
         return sum(count * self._table.look_up(layer, ranks, x, adds_bias=self.adds_bias) for x, count in calls)
@@ -158,7 +158,7 @@ class LayerTimer:
 def _rows_by_cut_modes(
     ranks: Integers, full: tuple[int, int], among: Booleans
 ) -> Iterator[tuple[Booleans, tuple[bool, bool]]]:
-    """Rows of the options that cut the same modes, and which modes these are: each is a module of its own form."""
+    """Yield the rows of the options that cut the same modes, and which modes: their modules have the same parts."""
     cut = ranks < full
     for cuts in ((True, True), (True, False), (False, True)):
         rows = (cut == cuts).all(axis=1) & among
@@ -169,7 +169,7 @@ def _rows_by_cut_modes(
 def _inputs_of_sites(
     model: nn.Module, sites: Mapping[str, ConvSite], inputs: tuple[object, ...]
 ) -> dict[str, Counter[LayerInput]]:
-    """Site name to the inputs that the site gets in one run, and how often."""
+    """Return site name to the inputs that the site gets in one run, and how often."""
     calls: dict[str, Counter[LayerInput]] = {name: Counter() for name in sites}
 
     def count_input(name: str, args: object, kwargs: object) -> None:

@@ -22,7 +22,7 @@ from batude_fx.support.timing import time_calls
 from batude_fx.tucker.modules import CHANNELS_LAST, build, is_channels_last
 from batude_fx.tucker.ranks import Ranks
 
-_SECONDS, _LEAST_RUNS = 0.03, 7  # of one layer
+_SECONDS, _LEAST_RUNS = 0.03, 7  # a layer is timed at least so long and so often
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LayerInput:
     """The tensor that a layer gets in one call.
 
     Attributes:
-        shape: Of the tensor.
+        shape: Its shape.
         channels_last: Whether it is channels-last in memory.
     """
 
@@ -39,11 +39,11 @@ class LayerInput:
 
     @classmethod
     def like(cls, x: Tensor) -> Self:
-        """The description of a tensor."""
+        """Describe a tensor."""
         return cls(tuple(x.shape), is_channels_last(x))
 
     def tensor(self, like: Tensor) -> Tensor:
-        """Noise of this shape, in the dtype and on the device of another tensor."""
+        """Return noise of this shape, in the dtype and on the device of another tensor."""
         x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
         return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if self.channels_last else x
 
@@ -63,7 +63,7 @@ class TimeTable:
 
     @classmethod
     def of_device(cls, device: torch.device) -> Self:
-        """The table of a device, with what earlier calls measured."""
+        """Return the table of a device, with what earlier calls measured."""
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
         machine = f"{device.type} {processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         if device.type == "cuda":
@@ -74,7 +74,7 @@ class TimeTable:
         return cls(path, _read(path))
 
     def look_up(self, layer: nn.Module, ranks: tuple[int, int] | None, x: LayerInput, *, adds_bias: bool) -> int:
-        """Nanoseconds of one call, measured now where the table does not have them.
+        """Return the nanoseconds of one call, and measure them where the table does not have them.
 
         Args:
             layer: The dense layer.
@@ -118,7 +118,7 @@ def _seconds(layer: nn.Module, x: Tensor) -> float:
 
 
 def _read(path: Path) -> dict[str, int]:
-    """What a file holds; nothing where it is missing or broken, so that all is measured again."""
+    """Read the times in a file; none where it is missing or broken, so that all is measured again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, int]:
 
 
 def _processor() -> str:
-    """The name of the processor, and which of its instructions torch uses."""
+    """Return the name of the processor, and which of its instructions torch uses."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))

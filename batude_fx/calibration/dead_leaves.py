@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.floating[Any]]
+Array = NDArray[np.floating[Any]]
 LEAVES = 160  # shapes per image
 _CHECKED = 0.3  # share of the gratings that are checkered, not striped
 _SMALLEST, _LARGEST = 0.02, 0.6  # radii, as fractions of the image's shorter side
-_REACH = 2.9  # no shape extends further than this many radii from its centre
+_REACH = 2.9  # no shape extends further than this many radii: the corner of a square, stretched by 2, is at 2 * 2**0.5
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class _Leaves:
         frequency: (leaves, 2) frequency of the grating along both coordinates, in radians per radius.
     """
 
-    middle: Floats
-    axes: Floats
+    middle: Array
+    axes: Array
     family: NDArray[np.int64]
-    colour: Floats
-    slope: Floats
-    texture: Floats
-    stripes: Floats
-    frequency: Floats
+    colour: Array
+    slope: Array
+    texture: Array
+    stripes: Array
+    frequency: Array
 
 
 def dead_leaves(count: int, size: tuple[int, int], *, seed: int = 0) -> Tensor:
@@ -64,7 +64,7 @@ def dead_leaves(count: int, size: tuple[int, int], *, seed: int = 0) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _image(size: tuple[int, int], rng: np.random.Generator) -> Floats:
+def _image(size: tuple[int, int], rng: np.random.Generator) -> Array:
     """Generate one image (3, height, width) with values inside [0, 1]."""
     leaves = _draw_leaves(size, rng)
     y, x = (np.arange(extent, dtype=np.float32) / min(size) for extent in size)
@@ -76,7 +76,7 @@ def _image(size: tuple[int, int], rng: np.random.Generator) -> Floats:
     light += leaves.stripes[top] * np.sin(leaves.frequency[top, 0] * u) * np.cos(leaves.frequency[top, 1] * v)
     image = _blurred(leaves.colour[top].transpose(2, 0, 1) + light)
     contrast = rng.uniform(0.7, 1.3)
-    return cast("Floats", np.clip((image - 0.5) * contrast + 0.5, 0, 1).astype(np.float32))
+    return cast("Array", np.clip((image - 0.5) * contrast + 0.5, 0, 1).astype(np.float32))
 
 
 def _draw_leaves(size: tuple[int, int], rng: np.random.Generator) -> _Leaves:
@@ -116,7 +116,7 @@ def _radii(rng: np.random.Generator) -> NDArray[np.float64]:
     return radius[np.argsort(-radius - 0.15 * rng.uniform(0, 1, LEAVES))]
 
 
-def _top_leaf(leaves: _Leaves, y: Floats, x: Floats) -> NDArray[np.int64]:
+def _top_leaf(leaves: _Leaves, y: Array, x: Array) -> NDArray[np.int64]:
     """Return (H, W), the index of the leaf that is visible at each pixel."""
     top = np.zeros((len(y), len(x)), np.int64)
     reach = _REACH / np.sqrt(np.abs(np.linalg.det(leaves.axes)))
@@ -132,7 +132,7 @@ def _top_leaf(leaves: _Leaves, y: Floats, x: Floats) -> NDArray[np.int64]:
     return top
 
 
-def _noise(size: tuple[int, int], rng: np.random.Generator) -> Floats:
+def _noise(size: tuple[int, int], rng: np.random.Generator) -> Array:
     """Generate noise (H, W) with an amplitude spectrum of 1 / f and unit variance."""
     spectrum = np.fft.rfft2(rng.normal(size=size))
     fy, fx = np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])
@@ -140,7 +140,7 @@ def _noise(size: tuple[int, int], rng: np.random.Generator) -> Floats:
     return _float(noise / noise.std())
 
 
-def _blurred(image: Floats) -> Floats:
+def _blurred(image: Array) -> Array:
     """Blur with a 3 x 3 binomial kernel, as the edges in photographs are never perfectly sharp."""
     for axis in (1, 2):
         padded = np.pad(image, [(int(a == axis), int(a == axis)) for a in range(3)], mode="edge")
@@ -151,5 +151,5 @@ def _blurred(image: Floats) -> Floats:
     return image
 
 
-def _float(values: NDArray[np.float64]) -> Floats:
+def _float(values: NDArray[np.float64]) -> Array:
     return values.astype(np.float32)

@@ -24,7 +24,7 @@ class Measurements:
     Attributes:
         metrics: Site name to the metric in which its error counts.
         batches: Arguments of runs, on which the moments of the compressed network are matched with the original's.
-        norm_statistics: Name of a batch-norm buffer to its value on the procedural images. Where these are all there
+        norm_statistics: Name of a batch-norm buffer to its value on the synthetic images. Where these are all there
             is, the original that is matched with normalizes by them.
     """
 
@@ -43,7 +43,7 @@ def calibration_label(calibration: Calibration, inputs: Inputs) -> str:
 
 
 def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibration, inputs: Inputs) -> Measurements:
-    """Measure the sites of a model on the user's images or on procedural ones.
+    """Measure the sites of a model on the user's images or on synthetic ones.
 
     Args:
         model: Any module; it is the same afterwards.
@@ -56,23 +56,23 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
     """
     if calibration is None or not sites:
         return Measurements()
-    procedural = BatchReservoir(synthetic_batches(model, inputs))
+    synthetic = BatchReservoir(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
-        metrics, norm_statistics = _measure_procedural(model, sites, procedural, draws=SYNTHETIC_DRAWS)
-        return Measurements(metrics, tuple(procedural.sample), norm_statistics)
+        metrics, norm_statistics = _measure_synthetic(model, sites, synthetic, draws=SYNTHETIC_DRAWS)
+        return Measurements(metrics, tuple(synthetic.sample), norm_statistics)
     images = BatchReservoir(track(image_batches(calibration, inputs), "calibrating"))
     metrics = statistics(model, sites, images)
-    # A few images are not all that the network will see, so procedural ones count as well; noise tells nothing of them.
+    # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.
     if not falls_back_to_noise(inputs):
-        metrics = average_metrics(metrics, _measure_procedural(model, sites, procedural, draws=1)[0])
+        metrics = average_metrics(metrics, _measure_synthetic(model, sites, synthetic, draws=1)[0])
     return Measurements(metrics, tuple(images.sample))
 
 
-def _measure_procedural(
-    model: nn.Module, sites: Sequence[ConvSite], procedural: BatchReservoir, *, draws: int
+def _measure_synthetic(
+    model: nn.Module, sites: Sequence[ConvSite], synthetic: BatchReservoir, *, draws: int
 ) -> tuple[dict[str, Metric], dict[str, Tensor]]:
-    """The metrics of a copy whose batch-norms hold the statistics of the procedural images, and these statistics."""
-    batches = list(procedural)
+    """Return the metrics of a copy whose batch-norms hold the statistics of the synthetic images, and these statistics."""
+    batches = list(synthetic)
     adapted = renormalize(model, batches)
     metrics = statistics(adapted, sites, track(batches, "calibrating, synthetic images"), draws=draws)
     return metrics, running_statistics(adapted)

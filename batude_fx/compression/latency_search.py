@@ -3,11 +3,10 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Literal, cast
 
 from batude_fx.budget.budget import Budget
-from batude_fx.budget.cost_limits import CostLimits, TimedNetwork
+from batude_fx.budget.cost_limits import CostLimits, SearchSpace, TimedNetwork
 from batude_fx.budget.layer_timer import LayerTimer
 from batude_fx.budget.rank_options import NANOSECONDS, RankOptions
 from batude_fx.compression.rank_search import RankPlan, SiteCandidate, choose_ranks
@@ -19,25 +18,20 @@ _MOST_TRIALS = 6
 _CLOSE = 0.02  # below the limit: near enough to stop
 _TOLERATED = 0.05  # above the limit: met within the accuracy of the clock
 
-Costed = tuple[dict[str, RankOptions], CostLimits]
-
 
 def add_latency(
-    options_at: Callable[[int], Costed], budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]
-) -> Costed:
-    """Give the options of all sites their times, once it is known that the budget is in reach.
+    space_at: Callable[[int], SearchSpace], budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]
+) -> SearchSpace:
+    """Give the options of all sites their times, and check that the budget is in reach.
 
     For "auto", ranks are multiples that suit the machine, and no site gets slower. Where the budget is out of reach so,
     finer multiples are tried, then slower sites.
 
     Args:
-        options_at: From a multiple of ranks to what each site can be and to the limits on flops and parameters.
+        space_at: From a multiple of ranks to the options of all sites and the limits on flops and parameters.
         budget: On the whole model, latency included.
         timer: Times the sites and the network.
         round_to: Multiple of the ranks.
-
-    Returns:
-        Site name to its options with their times, and the limits that know times.
 
     Raises:
         BudgetError: A limit is out of reach.
@@ -46,15 +40,15 @@ def add_latency(
     *attempts, last = _attempts(budget, timer, round_to)
     for multiple, only_faster in attempts:
         try:
-            return _with_times(options_at(multiple), budget, timer, only_faster=only_faster)
+            return _with_times(space_at(multiple), budget, timer, only_faster=only_faster)
         except (BudgetError, SelectionError):
             continue
     multiple, only_faster = last
-    return _with_times(options_at(multiple), budget, timer, only_faster=only_faster)
+    return _with_times(space_at(multiple), budget, timer, only_faster=only_faster)
 
 
 def _attempts(budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]) -> list[tuple[int, bool]]:
-    """Rank multiples, and whether only sites are replaced that get faster; the preferred ones first."""
+    """Return rank multiples, and whether only sites are replaced that get faster; the preferred ones first."""
     if round_to != "auto":
         return [(round_to, False)]
     multiples = timer.multiples()
@@ -64,11 +58,11 @@ def _attempts(budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]
     return attempts
 
 
-def _with_times(costed: Costed, budget: Budget, timer: LayerTimer, *, only_faster: bool) -> Costed:
-    options, limits = costed
-    options = timer.with_times(options, only_faster=only_faster)
-    dense = (*limits.dense, timer.dense_nanoseconds)
-    limits = CostLimits.of_sites(options.values(), limits.budget, dense, limits.round_to)
+def _with_times(space: SearchSpace, budget: Budget, timer: LayerTimer, *, only_faster: bool) -> SearchSpace:
+    """Return a search space whose options have times and whose limits include the latency."""
+    options = timer.with_times(space.options, only_faster=only_faster)
+    dense = (*space.limits.dense, timer.dense_nanoseconds)
+    limits = CostLimits.of_sites(options.values(), space.limits.budget, dense, space.limits.round_to)
     limits.capacity(options.values())  # where flops or parameters are out of reach, no network is timed
     limits = replace(limits, budget=budget)
     try:
@@ -76,7 +70,7 @@ def _with_times(costed: Costed, budget: Budget, timer: LayerTimer, *, only_faste
     except BudgetError:  # by the times of the sites; the network's own may be shorter
         limits = limits.with_timed(_time_fastest(options, limits, timer))
         limits.capacity(options.values())
-    return options, limits
+    return SearchSpace(options, limits)
 
 
 def _time_fastest(options: Mapping[str, RankOptions], limits: CostLimits, timer: LayerTimer) -> TimedNetwork:
@@ -105,14 +99,6 @@ class _Trial:
     excess: int
 
 
-class _End(Enum):
-    """Why no further network is timed."""
-
-    CLOSE = "the last network is near enough, or another limit binds"
-    FAR = "a network meets the limit, and no ranks lie between"
-    UNMET = "the fastest network was timed twice and does not meet the limit"
-
-
 def refine_by_timing(
     plan: RankPlan, timer: LayerTimer, candidates: Mapping[str, SiteCandidate], limits: CostLimits
 ) -> tuple[RankPlan, CostLimits]:
@@ -124,18 +110,23 @@ def refine_by_timing(
 
     Raises:
         BudgetError: No network comes close to the limit.
+
+    Warns:
+        UserWarning: When networks meet the limit, but none comes close to it.
     """
     trials: list[_Trial] = []
-    end: _End | None = None
+    settled, following = False, None
     for _ in track(range(_MOST_TRIALS), "timing the network"):
         trials.append(_time(plan, timer, limits))
         limits = trials[-1].limits
-        following = _next_plan(trials, candidates)
-        if isinstance(following, _End):
-            end = following
+        other = _choose_or_none(candidates, limits)
+        settled = _is_settled(trials[-1], other)
+        following = None if settled else _next_plan(trials, other)
+        if following is None:
             break
         plan = following
-    if end in {None, _End.FAR}:
+    meets_limit = any(trial.excess <= 0 for trial in trials)
+    if not settled and (meets_limit or following is not None):
         warnings.warn(
             f"in {len(trials)} timings the network did not come within {_CLOSE:.0%} of latency "
             f"{limits.budget.latency}: no ranks lie between, or the machine may be busy. The plan says what was "
@@ -148,32 +139,39 @@ def refine_by_timing(
 
 
 def _time(plan: RankPlan, timer: LayerTimer, limits: CostLimits) -> _Trial:
+    """Time the network of a plan."""
     network_time = timer.compare(plan.ranks) if plan.ranks else timer.dense_nanoseconds
     timed = TimedNetwork(cast("int", plan.site_time), network_time)
     excess = network_time - (limits.latency or network_time)
     return _Trial(replace(plan, seconds=network_time / 1e9), limits.with_timed(timed), excess)
 
 
-def _next_plan(trials: list[_Trial], candidates: Mapping[str, SiteCandidate]) -> RankPlan | _End:
-    """The plan to time next, with the latency model that the trials so far give; or why there is none."""
-    last = trials[-1]
-    limit = last.limits.latency
-    if limit is None or -_CLOSE * limit <= last.excess <= 0:
-        return _End.CLOSE
-    tried = [trial.plan.ranks for trial in trials]
+def _choose_or_none(candidates: Mapping[str, SiteCandidate], limits: CostLimits) -> RankPlan | None:
+    """Return the ranks that the limits allow by what was timed so far; None where there are none."""
     try:
-        plan = choose_ranks(candidates, last.limits)
+        return choose_ranks(candidates, limits)
     except BudgetError:
-        plan = None
-    if plan is not None and plan.ranks not in tried:
-        return plan
-    if plan is not None and plan.ranks == last.plan.ranks and last.excess <= 0:  # another limit binds
-        return _End.CLOSE
+        return None
+
+
+def _is_settled(trial: _Trial, other: RankPlan | None) -> bool:
+    """Return whether a network is close to the limit, or below it since another limit allows no more."""
+    limit = trial.limits.latency
+    if limit is None or -_CLOSE * limit <= trial.excess <= 0:
+        return True
+    return trial.excess <= 0 and other is not None and other.ranks == trial.plan.ranks
+
+
+def _next_plan(trials: list[_Trial], other: RankPlan | None) -> RankPlan | None:
+    """Return the plan to time next, given the one that the trials lead to; None where no trial would tell more."""
+    tried = [trial.plan.ranks for trial in trials]
+    if other is not None and other.ranks not in tried:
+        return other
     # The search goes in a circle, or this is the fastest network there is.
-    if any(trial.excess <= 0 for trial in trials):
-        return _End.FAR
-    # The machine may have been busy: time this network once more.
-    return _End.UNMET if tried.count(last.plan.ranks) > 1 else last.plan
+    last = trials[-1].plan
+    if any(trial.excess <= 0 for trial in trials) or tried.count(last.ranks) > 1:
+        return None
+    return last  # once more, as the machine may have been busy
 
 
 def _check_met(best: _Trial, trials: int, dense_nanoseconds: int) -> None:

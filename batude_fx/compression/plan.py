@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-SEED = 0  # of procedural images, sampled positions and random output combinations
+SEED = 0  # of synthetic images, sampled positions and random output combinations
 _STEPS = (0.8, 0.95)  # the least and the most that remains of a plan's flops where a detector chooses too many boxes
 
 
@@ -168,7 +168,10 @@ class Plan:
         chosen = choose_ranks(self._candidates, replace(self._limits, budget=budget))
         # The latency model is a line near the limit, so that without a limit it predicts nothing.
         seconds = None if budget.latency is None else chosen.seconds
-        return replace(self, budget=budget, **{**chosen.plan_fields(), "seconds": seconds})
+        return replace(
+            self, budget=budget, ranks=chosen.ranks, losses=chosen.losses, flops=chosen.flops, params=chosen.params,
+            seconds=seconds,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         """Return the plan as a table."""

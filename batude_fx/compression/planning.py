@@ -7,13 +7,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from batude_fx.budget.budget import Budget
-from batude_fx.budget.cost_limits import options_within_budget
+from batude_fx.budget.cost_limits import SearchSpace, make_search_space
 from batude_fx.budget.layer_timer import LayerTimer
 from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.calibration.images import Inputs
 from batude_fx.compression.calibrate import Calibration, calibration_label, measure
 from batude_fx.compression.checks import check_constant_sizes, check_model, check_options
-from batude_fx.compression.latency_search import Costed, add_latency, refine_by_timing
+from batude_fx.compression.latency_search import add_latency, refine_by_timing
 from batude_fx.compression.plan import ModelT, Plan
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
 from batude_fx.errors import BudgetError
@@ -46,7 +46,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         example_inputs: Arguments of one run, (1, C, H, W) for an image model, whose batch and memory format count
             for latency. By default what timm or torchvision knows of the model.
         calibration: Unlabelled images, normalized as for evaluation: a tensor (N, C, H, W), an iterable of batches or
-            a DataLoader. "synthetic" generates procedural images; None uses the weights alone.
+            a DataLoader. "synthetic" generates images; None uses the weights alone.
         layers: "conv", or "conv+linear" to replace linear layers too.
         include: Globs over qualified names; only sites that match one are replaced.
         exclude: Globs; sites that match one stay dense.
@@ -80,30 +80,34 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         check_constant_sizes(sites, model)
         timer = LayerTimer(model, replaceable, inputs, adds_bias=adds_bias)
     dense = count_costs(model, inputs)
-    options_at = partial(
-        options_within_budget, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias
+    space_at = partial(
+        make_search_space, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias
     )
     try:  # a budget out of reach is said before any image is looked at
-        options, limits = _find_options(partial(options_at, replaceable), budget, timer, round_to)
+        space = _find_space(partial(space_at, replaceable), budget, timer, round_to)
     except BudgetError as error:
         if timer or layers != "conv":
             raise
         wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude).replaceable()
-        raise _with_linear_hint(error, lambda: options_at(wider, int(round_to))) from None
+        raise _with_linear_hint(error, lambda: space_at(wider, int(round_to))) from None
 
     measurements = measure(model, list(replaceable.values()), calibration, inputs)
-    candidates = decompose_sites(model, replaceable, options, measurements.metrics)
-    chosen = choose_ranks(candidates, limits)
+    candidates = decompose_sites(model, replaceable, space.options, measurements.metrics)
+    chosen, limits = choose_ranks(candidates, space.limits), space.limits
     if timer:
         chosen, limits = refine_by_timing(chosen, timer, candidates, limits)
     return Plan(
         model_name=type(model).__name__,
         budget=budget,
         sites=sites,
-        **chosen.plan_fields(),
+        ranks=chosen.ranks,
+        losses=chosen.losses,
         dense_flops=dense[FLOPS],
+        flops=chosen.flops,
         dense_params=dense[PARAMS],
+        params=chosen.params,
         dense_seconds=timer.dense_nanoseconds / 1e9 if timer else None,
+        seconds=chosen.seconds,
         calibration=calibration_label(calibration, inputs),
         round_to=limits.round_to,
         _checksum=checksum(model),
@@ -133,19 +137,19 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
     return plan(model, budget, **options).apply(model)
 
 
-def _find_options(
-    options_at: Callable[[int], Costed], budget: Budget, timer: LayerTimer | None, round_to: int | Literal["auto"]
-) -> Costed:
-    """What each site can be and what the whole model may cost; with times where a timer is given."""
+def _find_space(
+    space_at: Callable[[int], SearchSpace], budget: Budget, timer: LayerTimer | None, round_to: int | Literal["auto"]
+) -> SearchSpace:
+    """Return what ranks are chosen from; with times where a timer is given."""
     if timer is None:
-        return options_at(int(round_to))
-    return add_latency(options_at, budget, timer, round_to)
+        return space_at(int(round_to))
+    return add_latency(space_at, budget, timer, round_to)
 
 
-def _with_linear_hint(error: BudgetError, options_with_linear: Callable[[], object]) -> BudgetError:
-    """The error, with the other way out where linear layers bring the budget into reach."""
+def _with_linear_hint(error: BudgetError, space_with_linear: Callable[[], object]) -> BudgetError:
+    """Return the error, with the other way out where linear layers bring the budget into reach."""
     try:
-        options_with_linear()
+        space_with_linear()
     except BudgetError:
         return error
     return BudgetError(f'{error} With linear layers, layers="conv+linear", it can be met.')

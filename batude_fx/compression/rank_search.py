@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -82,10 +81,6 @@ class RankPlan:
     params: int
     site_time: int | None
     seconds: float | None
-
-    def plan_fields(self) -> dict[str, Any]:
-        """Return the fields of a `Plan` that are decided here."""
-        return {name: value for name, value in vars(self).items() if name != "site_time"}
 
 
 def decompose_sites(

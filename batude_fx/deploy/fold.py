@@ -54,7 +54,7 @@ def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = Non
 
     Source: B. Jacob et al., CVPR 2018, section 3.2; torch's `fuse_conv_bn_eval` folds one given pair.
     """
-    foldable_pairs = OutputTracker(model).run(resolve_inputs(model, example_inputs))
+    foldable_pairs = _OutputTracker(model).run(resolve_inputs(model, example_inputs))
     names = {module: name for name, module in model.named_modules()}
     modules: dict[str, nn.Module] = {}
     for layer, norm in foldable_pairs:
@@ -66,7 +66,7 @@ def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = Non
 
 
 @dataclass
-class OutputTracker:
+class _OutputTracker:
     """Follows the outputs of layers through one run of a model: which batch-norm gets each, and what else uses it.
 
     A batch-norm can be folded into a layer if the layer is called once, its output goes to the batch-norm and nowhere
@@ -83,11 +83,11 @@ class OutputTracker:
     """
 
     model: nn.Module
-    layer_of: dict[Tensor, nn.Module] = field(default_factory=dict)
-    norm_of: dict[Tensor, nn.Module] = field(default_factory=dict)
-    uses: Counter[Tensor] = field(default_factory=Counter)
-    calls: Counter[nn.Module] = field(default_factory=Counter)
-    returned: set[Tensor] = field(default_factory=set)
+    layer_of: dict[Tensor, nn.Module] = field(default_factory=dict, init=False)
+    norm_of: dict[Tensor, nn.Module] = field(default_factory=dict, init=False)
+    uses: Counter[Tensor] = field(default_factory=Counter, init=False)
+    calls: Counter[nn.Module] = field(default_factory=Counter, init=False)
+    returned: set[Tensor] = field(default_factory=set, init=False)
 
     def run(self, inputs: tuple[object, ...]) -> list[tuple[nn.Module, nn.Module]]:
         """Run the model once in eval mode; return every layer that a batch-norm can be folded into, with the latter."""

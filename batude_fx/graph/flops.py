@@ -13,18 +13,17 @@ from contextlib import contextmanager
 from math import prod
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from batude_fx.errors import DiscoveryError, first_line
 from batude_fx.graph.sites import ConvSite
+from batude_fx.support.arrays import Integers
 from batude_fx.support.model_state import eval_and_restore
 from batude_fx.tucker.ranks import Ranks
 
 # The formulas hold for integers and, element by element, for arrays of them.
-Count = TypeVar("Count", int, NDArray[np.int64])
+Count = TypeVar("Count", int, Integers)
 
 
 def dense_cost(site: ConvSite) -> tuple[int, int]:

@@ -5,7 +5,7 @@ network is read from it here, so that a protocol is enough as its type.
 """
 
 import zlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -26,9 +26,10 @@ def attach_(model: nn.Module, record: Provenance | None) -> None:
     vars(model)[_ATTRIBUTE] = record
 
 
-def attached_record(model: nn.Module) -> Any:  # noqa: ANN401 - the record, whose type is in a folder above this one
+def attached_record(model: nn.Module) -> Provenance | None:
     """Return the record that `attach_` set on a network, or None."""
-    return vars(model).get(_ATTRIBUTE)
+    record: Provenance | None = vars(model).get(_ATTRIBUTE)
+    return record
 
 
 def checksum(model: nn.Module) -> int:

@@ -134,7 +134,7 @@ def _ranks(all_sites: Sequence[SiteRecord], rounds: Sequence[RoundRecord]) -> Fi
     sites = [site for site in all_sites if site.name in rounds[0].ranks]
     full_ranks = _full_ranks(sites)
     ranks = np.array(
-        [[a_round.ranks[site.name] or full_ranks[row] for row, site in enumerate(sites)] for a_round in rounds]
+        [[record.ranks[site.name] or full_ranks[row] for row, site in enumerate(sites)] for record in rounds]
     )  # (rounds, sites, 2)
     figure, mode_axes = _figure(9, 1.6 + _ROW_HEIGHT * len(sites), columns=2, sharey=True)
     colours = ScalarMappable(Normalize(0, 1), "cividis")
@@ -152,13 +152,13 @@ def _ranks(all_sites: Sequence[SiteRecord], rounds: Sequence[RoundRecord]) -> Fi
 def _residuals(rounds: Sequence[RoundRecord]) -> Figure:
     """Draw the residuals of BC-ADL, and the flops of the ranks, over the rounds of training."""
     figure, (left, right) = _figure(9, 3.2, columns=2)
-    numbers = [a_round.round for a_round in rounds]
-    primal, dual = [a_round.primal for a_round in rounds], [a_round.dual for a_round in rounds]
+    numbers = [record.round for record in rounds]
+    primal, dual = [record.primal for record in rounds], [record.dual for record in rounds]
     left.plot(numbers, primal, color=_BLUE, marker="o", label="primal residual")
     left.plot(numbers, dual, color=_ORANGE, marker="s", label="dual residual")
     left.set_ylabel("relative to the weights' norm")
     left.legend()
-    right.plot(numbers, [a_round.keep for a_round in rounds], color=_GREEN, marker="^")
+    right.plot(numbers, [record.keep for record in rounds], color=_GREEN, marker="^")
     right.set_ylabel("share of flops that the ranks need")
     right.set_ylim(0, 1.05)
     for axes in (left, right):

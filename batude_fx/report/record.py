@@ -17,7 +17,7 @@ from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite, FoundBy
 from batude_fx.support.arrays import Floats
 from batude_fx.support.atomic_files import atomic_file
-from batude_fx.support.validation import first_problem
+from batude_fx.support.validation import first_mistake
 from batude_fx.tucker.ranks import Ranks, SiteLoss
 
 FILE = "report.json"
@@ -213,7 +213,7 @@ def read(folder: Path) -> Record | None:
         return Record.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise SavedModelError(
-            f"{path} is broken: {first_problem(error)} Remove it; the network can be loaded without it."
+            f"{path} is broken: {first_mistake(error)} Remove it; the network can be loaded without it."
         ) from None
 
 

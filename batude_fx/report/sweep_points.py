@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from batude_fx.errors import SavedModelError
 from batude_fx.support.atomic_files import atomic_file
-from batude_fx.support.validation import first_problem
+from batude_fx.support.validation import first_mistake
 
 FILE = "sweep.json"
 
@@ -71,4 +71,4 @@ def read(folder: Path) -> list[Point]:
     try:
         return TypeAdapter(list[Point]).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        raise SavedModelError(f"{path} is broken: {first_problem(error)} Sweep again, or remove it.") from None
+        raise SavedModelError(f"{path} is broken: {first_mistake(error)} Sweep again, or remove it.") from None

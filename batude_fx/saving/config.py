@@ -17,7 +17,7 @@ from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.graph.surgery import build_skeleton
 from batude_fx.report import record
 from batude_fx.saving.architecture import ENTRYPOINT, Architecture, ArgumentName, ArgumentValue, Library
-from batude_fx.support.validation import first_problem
+from batude_fx.support.validation import first_mistake
 from batude_fx.tucker.ranks import Ranks
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -167,7 +167,7 @@ def _validate(content: object, path: Path) -> SavedConfig:
         return SavedConfig.model_validate(content)
     except ValidationError as error:
         raise SavedModelError(
-            f"{path} is not a config of batude_fx: {first_problem(error)} Save the model again."
+            f"{path} is not a config of batude_fx: {first_mistake(error)} Save the model again."
         ) from error
 
 

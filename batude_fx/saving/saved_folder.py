@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import save_model
@@ -69,7 +69,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             save_model(model, str(weights_file), {"format": "pt"})
             config = _make_config(model, weights_file)
             config_file.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        report = provenance.attached_record(model)
+        report = cast("record.Record | None", provenance.attached_record(model))
         if report and report.params != config.params:  # the network was changed since it was compressed
             report = None
         html_page.replace_report(report, folder)  # last, so that a report is never without its network

@@ -1,4 +1,7 @@
-"""Forward and gradient hooks. No other file registers any, so this is where they are sure to be removed again."""
+"""Forward hooks, which are removed when a block ends, and gradient hooks, which live as long as their tensor.
+
+No other file registers hooks.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,30 +28,21 @@ def observe_calls(
             returns None.
     """
     handles = []
-
-    def hook_before(key: KeyT) -> Callable[..., None]:
-        def run(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if before is not None:
-                before(key, args, kwargs)
-
-        return run
-
-    def hook_after(key: KeyT) -> Callable[..., object]:
-        def run(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
-            return None if after is None else after(key, args, kwargs, output)
-
-        return run
-
-    for key, module in modules.items():
-        if before is not None:
-            handles.append(module.register_forward_pre_hook(hook_before(key), with_kwargs=True))
-        if after is not None:
-            handles.append(module.register_forward_hook(hook_after(key), with_kwargs=True))
     try:
+        for key, module in modules.items():
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(_with_key(before, key), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(_with_key(after, key), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_key(function: Callable[..., Any], key: object) -> Callable[..., Any]:
+    """Return a hook that calls a function with the key in place of the module."""
+    return lambda _module, *arguments: function(key, *arguments)
 
 
 def on_gradient(tensor: Tensor, receive: Callable[[Tensor], None]) -> None:

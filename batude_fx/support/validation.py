@@ -1,4 +1,4 @@
-"""The errors of pydantic, reduced to the first problem, for messages of one line."""
+"""The errors of pydantic, reduced to the first mistake, for messages of one line."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ _SHOWN = 80  # characters of a wrong value
 
 
 @dataclass(frozen=True)
-class Problem:
+class Mistake:
     """A value that does not pass validation.
 
     Attributes:
@@ -22,12 +22,13 @@ class Problem:
     value: object
 
     def __str__(self) -> str:
-        """Return the problem as one sentence: "ranks.layer1: Input should be a valid tuple, got '3'."."""
+        """Return the mistake as one sentence: "ranks.layer1: Input should be a valid tuple, got '3'."."""
         place = f"{'.'.join(self.path)}: " if self.path else ""
-        return f"{place}{self.reason}, got {str(self.value)[:_SHOWN]!r}."
+        value = "" if isinstance(self.value, bytes) else f", got {str(self.value)[:_SHOWN]!r}"  # a whole broken file
+        return f"{place}{self.reason}{value}."
 
 
-def first_problem(error: ValidationError) -> Problem:
-    """Return the first of the problems that pydantic reports."""
+def first_mistake(error: ValidationError) -> Mistake:
+    """Return the first of the mistakes that pydantic reports."""
     details = error.errors(include_url=False)[0]
-    return Problem(tuple(map(str, details["loc"])), details["msg"].removeprefix("Value error, "), details["input"])
+    return Mistake(tuple(map(str, details["loc"])), details["msg"].removeprefix("Value error, "), details["input"])

@@ -1,7 +1,7 @@
 """Decomposition of a network at given ranks, by HOSVD and HOOI of its weights (see `tucker.decomposition`)."""
 
 from collections.abc import Mapping
-from dataclasses import replace as replaced
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def factorize(model: ModelT, ranks: Mapping[str, Ranks], *, hooi_sweeps: int) ->
     """
     layers = {name: model.get_submodule(name) for name in ranks}
     factors = {name: _factors(canonical_weight(layers[name]), r, hooi_sweeps) for name, r in ranks.items()}
-    with_bias = {name: replaced(parts, bias=canonical_bias(layers[name])) for name, parts in factors.items()}
+    with_bias = {name: replace(parts, bias=canonical_bias(layers[name])) for name, parts in factors.items()}
     return replace_modules(model, {name: tucker_conv(layers[name], r, with_bias[name]) for name, r in ranks.items()})
 
 

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batude_fx.budget.knapsack import allocate
-from batude_fx.budget.rank_options import RankOptions
+from batude_fx.budget.rank_options import FLOPS, RankOptions
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.arrays import Integers
 from batude_fx.tucker.decomposition import mode_product
@@ -96,7 +96,7 @@ class Lagrangian:
         self.z = {name: constraint.weight.detach().clone() for name, constraint in self.constraints.items()}
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
         self.ranks: dict[str, Ranks | None] = dict.fromkeys(self.constraints)
-        self.flops = int(sum(constraint.options.dense[0] for constraint in self.constraints.values()))
+        self.flops = int(sum(constraint.options.dense[FLOPS] for constraint in self.constraints.values()))
         self._previous_z = dict(self.z)
         self._weights = [constraint.weight for constraint in self.constraints.values()]
         self._targets = list(self.z.values())  # z - u, as the penalty is rho / 2 ||W - (z - u)||^2
@@ -133,7 +133,7 @@ class Lagrangian:
             self._options_with_losses(index, name, losses.get(name)) for index, name in enumerate(self.constraints)
         ]
         rows = allocate(options, capacity)
-        self.flops = int(sum(site.costs[row, 0] for site, row in zip(options, rows, strict=True)))
+        self.flops = int(sum(site.costs[row, FLOPS] for site, row in zip(options, rows, strict=True)))
         self._previous_z, self.z = self.z, {}
         for index, (name, row) in enumerate(zip(self.constraints, rows, strict=True)):
             self.ranks[name] = self._ranks_of_row(name, row)

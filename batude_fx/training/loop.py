@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.calibration.batch_norm import renormalize
 from batude_fx.deploy.fold import fold
 from batude_fx.graph.flops import count_flops, count_params
@@ -102,8 +103,8 @@ def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool
     small.eval()
     result = Result(
         model=small, accuracy=accuracy(session, small), original_accuracy=original_accuracy,
-        flops=count_flops(small.cpu(), problem.inputs), dense_flops=problem.dense_costs[0],
-        params=count_params(small), dense_params=problem.dense_costs[1],
+        flops=count_flops(small.cpu(), problem.inputs), dense_flops=problem.dense_costs[FLOPS],
+        params=count_params(small), dense_params=problem.dense_costs[PARAMS],
         ranks=ranks, rounds=session.rounds,
     )  # fmt: skip
     attach_(small, _record(recipe, problem, result))

@@ -165,7 +165,7 @@ class _Trainer:
         self.parts = self._parts()
 
     def _parts(self) -> dict[str, Any]:
-        parts = {
+        parts = {  # the keys are those of earlier checkpoints
             "model": self.model, "optimizer": self.optimizer, "scaler": self.session.accelerator.scaler,
             "average": self.average and self.average.module, "split": self.lagrangian,
         }  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from batude_fx.budget.rank_options import FLOPS
 from batude_fx.compression.plan import Plan
 from batude_fx.compression.planning import plan
 from batude_fx.graph.flops import count_flops
@@ -53,7 +54,7 @@ def preview(recipe: Recipe) -> Preview:
         include=settings.include, exclude=settings.exclude, round_to=settings.round_to,
     )  # fmt: skip
     flops = count_flops(random_plan.apply(model), problem.inputs)
-    return Preview(random_plan, flops, _rounds(settings, keep=flops / problem.dense_costs[0]))
+    return Preview(random_plan, flops, _rounds(settings, keep=flops / problem.dense_costs[FLOPS]))
 
 
 def _rounds(settings: OneShot, keep: float) -> list[tuple[float, float, float]]:
@@ -63,5 +64,5 @@ def _rounds(settings: OneShot, keep: float) -> list[tuple[float, float, float]]:
         return []
     scale = _STEPS if unit == "epochs" else 1
     return [
-        (round_.first_step / scale, 1 - round_.reduction * (1 - keep), round_.rho) for round_ in settings.rounds(_STEPS)
+        (entry.first_step / scale, 1 - entry.reduction * (1 - keep), entry.rho) for entry in settings.rounds(_STEPS)
     ]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
-from batude_fx.budget.cost_limits import options_within_budget
-from batude_fx.budget.rank_options import RankOptions
+from batude_fx.budget.cost_limits import make_search_space
+from batude_fx.budget.rank_options import FLOPS, RankOptions
 from batude_fx.errors import (
     BatudeError,
     BudgetError,
@@ -114,15 +114,13 @@ class Problem:
         sites = all_sites.replaceable()
         dense_costs = count_costs(model, inputs)
         try:
-            options, limits = options_within_budget(
-                sites, settings.round_to, recipe.budget, dense_costs, {}, adds_bias=False
-            )
+            space = make_search_space(sites, settings.round_to, recipe.budget, dense_costs, {}, adds_bias=False)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
-        problem = cls(inputs, all_sites, sites, options, dense_costs, classes, limits.capacity(options.values()))
+        problem = cls(inputs, all_sites, sites, space.options, dense_costs, classes, space.capacity())
         if (problem.capacity >= problem.dense_site_costs()).all():
             raise recipe.problem(
-                "budget", f"the dense network meets it, with {dense_costs[0]:,} flops; give a smaller one"
+                "budget", f"the dense network meets it, with {dense_costs[FLOPS]:,} flops; give a smaller one"
             )
         return problem
 
@@ -140,7 +138,7 @@ class Problem:
 
     def total_flops(self, site_flops: int) -> int:
         """Return the flops of the whole network whose replaceable sites have `site_flops` in all."""
-        return self.dense_costs[0] - int(self.dense_site_costs()[0]) + site_flops
+        return self.dense_costs[FLOPS] - int(self.dense_site_costs()[FLOPS]) + site_flops
 
     def dense_site_costs(self) -> Integers:
         """Return (2,) the flops and parameters of all replaceable sites in the dense network."""

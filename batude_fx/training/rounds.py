@@ -6,6 +6,7 @@ The z- and u-step stand at the start of a round; the training steps that follow 
 import torch
 from torch import nn
 
+from batude_fx.budget.rank_options import FLOPS
 from batude_fx.calibration.statistics import statistics
 from batude_fx.errors import CalibrationError, TrainingError
 from batude_fx.training.data import first_images
@@ -39,7 +40,7 @@ class Rounds:
 
     def begin_if_due(self, step: int) -> bool:
         """Choose ranks, update z and u and set rho if a round begins at this step; return whether one does."""
-        index = next((index for index, round_ in enumerate(self.schedule) if round_.first_step == step), None)
+        index = next((index for index, entry in enumerate(self.schedule) if entry.first_step == step), None)
         if index is None:
             return False
         self._project(self.schedule[index].reduction)
@@ -80,7 +81,7 @@ class Rounds:
         flops = self.problem.total_flops(self.lagrangian.flops)
         record = {
             "phase": "one_shot", "step": step, "round": index, "primal": residuals.primal, "dual": residuals.dual,
-            "rho": self.lagrangian.rho, "flops": flops, "keep": flops / self.problem.dense_costs[0],
+            "rho": self.lagrangian.rho, "flops": flops, "keep": flops / self.problem.dense_costs[FLOPS],
         }  # fmt: skip
         self.session.add_to_log(record)
         self.session.rounds.append({**record, "ranks": self.lagrangian.state_dict()["ranks"]})

@@ -172,6 +172,7 @@ class Session:
         """Write the state of all parts after `step_count` steps of a phase."""
         if self._writes:
             states = {name: part.state_dict() for name, part in parts.items()}
+            # The keys are those of earlier checkpoints.
             shared = {"kept": self.results, "rounds": self.rounds, "log": self.log}
             path = cast("Path", self.folder) / CHECKPOINT
             checkpoint.write(path, {"phase": phase, "step": step_count, "parts": states, **shared})

@@ -28,7 +28,7 @@ from batude_fx.report import record
 from batude_fx.saving import saved_folder, weights
 from batude_fx.saving.architecture import ENTRYPOINT
 from batude_fx.saving.config import WEIGHTS, SavedArchitecture, read_config, with_tuples
-from batude_fx.support.validation import first_problem
+from batude_fx.support.validation import first_mistake
 from batude_fx.tucker.modules import TuckerModule
 
 _IMAGENET_CLASSES = 1000
@@ -127,7 +127,7 @@ def _read_architecture(fields: dict[str, Any], config: dict[str, Any]) -> SavedA
     try:
         return SavedArchitecture.model_validate(fields)
     except ValidationError as error:
-        raise SavedModelError(f"not a config of batude_fx: {first_problem(error)}") from error
+        raise SavedModelError(f"not a config of batude_fx: {first_mistake(error)}") from error
 
 
 def _build(arguments: EntrypointArguments, *, pretrained: bool) -> nn.Module:

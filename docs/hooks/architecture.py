@@ -26,7 +26,7 @@ _FLOW = (
     ("ranks", "compression.rank_search.RankPlan", "compression.rank_search.choose_ranks"),
     ("plan", "compression.plan.Plan", "compression.planning.plan"),
     ("compressed network", "tucker.modules.TuckerModule", "graph.surgery.replace_modules"),
-    ("saved folder and report", "report.record.Record", "saving.saved_folder.save"),
+    ("saved folder and report", "saving.config.SavedConfig", "saving.saved_folder.save"),
 )
 
 _WIDTH, _HEIGHT, _PITCH, _ROW = 116, 28, 62, 40  # pixels: a folder's box, and the distances between boxes

@@ -1,6 +1,6 @@
 """The main job on real weights and real photos: how often the compressed network says what the original says.
 
-`make test-real` prints the tables. No network is trained: 256 shop photos of the train split, or procedural images, or
+`make test-real` prints the tables. No network is trained: 256 shop photos of the train split, or synthetic images, or
 nothing at all. Agreement is the share of 400 other shop photos, of the test split, with the same top-1 class as the
 original's; the 20 labelled ImageNet photos say what the narrow calibration costs elsewhere.
 """

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator
 
-from batude_fx.support.validation import first_problem
+from batude_fx.support.validation import first_mistake
 
 
 class Site(BaseModel):
@@ -44,11 +44,11 @@ def _error(text: str) -> ValidationError:
     ],
 )
 def test_a_problem_is_a_line_with_place_reason_and_value(text: str, line: str) -> None:
-    assert str(first_problem(_error(text))) == line
+    assert str(first_mistake(_error(text))) == line
 
 
 def test_a_problem_of_the_whole_input_has_no_path() -> None:
-    problem = first_problem(_error("[" * 500))
-    assert problem.path == ()
-    assert str(problem).startswith("Invalid JSON: ")
-    assert len(str(problem)) < 250
+    mistake = first_mistake(_error("[" * 500))
+    assert mistake.path == ()
+    assert str(mistake).startswith("Invalid JSON: ")
+    assert len(str(mistake)) < 250
