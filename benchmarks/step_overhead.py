@@ -25,7 +25,7 @@ from batude_fx import Recipe
 from batude_fx.calibration.statistics import statistics
 from batude_fx.training.lagrangian import Lagrangian
 from batude_fx.training.problem import Problem
-from batude_fx.tucker.spectra import Metric
+from batude_fx.tucker.metric import Metric
 from benchmarks.published import environment, publish
 
 TURNS = 12

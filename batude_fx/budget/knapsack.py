@@ -5,10 +5,10 @@ sum of losses is small and every sum of costs stays within its capacity:
 
     minimise sum_s loss_s(i_s)  subject to  sum_s cost_s(i_s) <= capacity.
 
-With a multiplier m for the price of a unit of cost, the minimum of `loss + m * price` can be found at every site alone,
-and the smallest m whose choice fits gives a point on the convex hull of all solutions. It is found by bisection. What
-that choice leaves of the capacity is then spent move by move. Where several limits bind, a price is a mixture of costs,
-and some mixtures are tried.
+Each option gets one price, a weighted sum of its costs. For a given multiplier m, the option with the least loss + m *
+price can be picked at each site separately, and the smallest m whose choice fits gives a point on the convex hull of
+all solutions. It is found by bisection. What that choice leaves of the capacity is then spent move by move. Where
+several limits bind, several sets of weights are tried.
 
 Source: P. Sinha, A. Zoltners, "The multiple-choice knapsack problem", Operations Research 27(3), 1979;
 H. Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", Springer 2004, chapter 11.
@@ -23,7 +23,7 @@ from batude_fx.budget.rank_options import UNITS, RankOptions, describe_cost
 from batude_fx.errors import BudgetError
 from batude_fx.support.arrays import Floats, Integers
 
-_PARTS = {1: 1, 2: 10, 3: 5}  # limits that bind, to the parts in which a price is shared out among them
+_PARTS_BY_LIMITS = {1: 1, 2: 10, 3: 5}  # number of binding limits: into how many equal parts the weights are split
 
 
 def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
@@ -41,12 +41,12 @@ def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
     """
     if not options:
         return []
-    mixtures = _price_mixtures(options, capacity)
+    weights_to_try = _weights_to_try(options, capacity)
     # An option that is dominated at all of these prices is hardly ever picked, and with fine ranks most of them are.
-    rows = [np.unique(np.concatenate([_pareto_front(site, weights) for weights in mixtures])) for site in options]
+    rows = [np.unique(np.concatenate([_pareto_front(site, weights) for weights in weights_to_try])) for site in options]
     options = [site.subset(front) for site, front in zip(options, rows, strict=True)]
     best: list[int] | None = None
-    for weights in mixtures:
+    for weights in weights_to_try:
         fronts = [_pareto_front(option, weights) for option in options]
         picked = _choose_by_multiplier(options, fronts, capacity, weights)
         if picked is None:
@@ -63,14 +63,14 @@ def allocate(options: Sequence[RankOptions], capacity: Integers) -> list[int]:
     return [int(front[row]) for front, row in zip(rows, best, strict=True)]
 
 
-def _price_mixtures(options: Sequence[RankOptions], capacity: Integers) -> list[Floats]:
-    """(k,) prices of the costs to try: mixtures of the limits that bind. A single one needs a single try."""
+def _weights_to_try(options: Sequence[RankOptions], capacity: Integers) -> list[Floats]:
+    """Return the weights (k,) of the costs to try; one binding limit needs only one set of weights."""
     dense = np.sum([option.dense for option in options], axis=0, dtype=np.float64)
-    unit = 1 / np.maximum(dense, 1)  # the dense model has price 1 in every cost
+    unit = 1 / np.maximum(dense, 1)  # so that every cost of the dense model counts as 1
     binding = np.flatnonzero(capacity < dense)
     if not len(binding):
         binding = np.array([0])
-    parts = _PARTS[len(binding)]
+    parts = _PARTS_BY_LIMITS[len(binding)]
     shares = (share for share in product(range(parts + 1), repeat=len(binding)) if sum(share) == parts)
     return [unit * (np.eye(len(unit))[binding].T @ (np.array(share) / parts)) for share in shares]
 
@@ -109,7 +109,7 @@ def _choose_by_multiplier(
     high = 1.0
     while not choose(high)[1]:
         high *= 4
-        if high > 1e60:  # noqa: PLR2004 - no saving of loss pays such a price: nothing fits
+        if high > 1e60:  # noqa: PLR2004 - even so high a multiplier gives no choice that fits
             return None
     low = 0.0
     for _ in range(100):

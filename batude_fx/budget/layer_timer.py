@@ -9,7 +9,7 @@ networks are timed as well, the dense and the compressed one in turns (`LayerTim
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,9 +31,6 @@ from batude_fx.support.timing import time_networks
 from batude_fx.tucker.ranks import Ranks
 
 _MODEL_SECONDS, _LEAST_TURNS = 3.0, 15  # two networks are compared at least so long and so often
-_MULTIPLES = (4, 8, 16, 32)
-_NEARLY_AS_FAST = 0.95  # of the speed of multiples of 32, from which on a finer multiple will do
-_PROBED = 6  # kinds of layers that the multiple is chosen on, those that take the longest
 
 
 @dataclass
@@ -45,17 +42,20 @@ class LayerTimer:
         sites: Name to site, all of them replaceable.
         inputs: Arguments of one run: the batch that is timed.
         adds_bias: Whether Tucker forms have a bias even where the dense layer has none.
+
+    Attributes:
+        calls: Site name to the inputs that the site gets in one run, and how often it gets each.
     """
 
     model: nn.Module
     sites: Mapping[str, ConvSite]
     inputs: tuple[object, ...]
     adds_bias: bool
-    _calls: dict[str, Counter[LayerInput]] = field(init=False, repr=False)
+    calls: dict[str, Counter[LayerInput]] = field(init=False, repr=False)
     _table: TimeTable = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._calls = _inputs_of_sites(self.model, self.sites, self.inputs)
+        self.calls = _inputs_of_sites(self.model, self.sites, self.inputs)
         self._table = TimeTable.of_device(next(self.model.parameters()).device)
 
     @cached_property
@@ -73,7 +73,7 @@ class LayerTimer:
         timed = {}
         for name in track(list(options), "timing layers"):
             timed[name] = self._with_times(name, options[name], only_faster=only_faster)
-            self._table.write()
+            self.keep_times()
         return timed
 
     def compare(self, ranks: Mapping[str, Ranks]) -> int:
@@ -88,22 +88,15 @@ class LayerTimer:
         dense, compressed = self._seconds(self.model, small)
         return round(compressed / dense * self.dense_nanoseconds)
 
-    def multiples(self) -> Sequence[int]:
-        """Return the smallest rank multiple that is nearly as fast per flop as multiples of 32, then the finer ones."""
-        total: Counter[Hashable] = Counter()
-        examples: dict[Hashable, str] = {}
-        for name, calls in self._calls.items():
-            if self._channels(name) >= 3 * _MULTIPLES[-1]:
-                kind = repr(self.model.get_submodule(name)), frozenset(calls.items())
-                total[kind] += self._nanoseconds(name, None)
-                examples[kind] = name
-        probed = [examples[kind] for kind, _ in total.most_common(_PROBED)]
-        if not probed:
-            return _MULTIPLES[1::-1]  # 8, as by default, and finer
-        speeds = [[self._speed(name, multiple) for multiple in _MULTIPLES] for name in probed]
+    def keep_times(self) -> None:
+        """Write the times that were measured to the file that they are kept in."""
         self._table.write()
-        best = next(index for index, speed in enumerate(np.mean(speeds, axis=0)) if speed >= _NEARLY_AS_FAST)
-        return _MULTIPLES[best::-1]
+
+    def nanoseconds(self, name: str, ranks: tuple[int, int] | None) -> int:
+        """Return the time of all calls of a site in one run, dense or at some ranks."""
+        layer = self.model.get_submodule(name)
+        calls = self.calls[name].items()
+        return sum(count * self._table.look_up(layer, ranks, x, adds_bias=self.adds_bias) for x, count in calls)
 
     def _seconds(self, *networks: nn.Module) -> list[float]:
         return time_networks(networks, self.inputs, turns=_LEAST_TURNS, seconds=_MODEL_SECONDS)
@@ -111,12 +104,12 @@ class LayerTimer:
     def _with_times(self, name: str, options: RankOptions, *, only_faster: bool) -> RankOptions:
         site, is_dense = self.sites[name], options.is_dense
         full = (site.group_out_channels, site.group_in_channels)
-        dense = self._nanoseconds(name, None)
+        dense = self.nanoseconds(name, None)
         times = np.full(len(options.ranks), dense, np.float64)
         if site.is_pointwise and not is_dense.all():
             ranks = options.ranks[~is_dense, 0]
             grid = measured_ranks(ranks)
-            times[~is_dense] = np.interp(ranks, grid, [self._nanoseconds(name, (rank, rank)) for rank in grid])
+            times[~is_dense] = np.interp(ranks, grid, [self.nanoseconds(name, (rank, rank)) for rank in grid])
         elif not site.is_pointwise:
             for rows, cuts in _rows_by_cut_modes(options.ranks, full, ~is_dense):
                 times[rows] = self._interpolated(name, options.ranks[rows], cuts, full)
@@ -131,28 +124,8 @@ class LayerTimer:
     def _interpolated(self, name: str, ranks: Integers, cuts: tuple[bool, bool], full: tuple[int, int]) -> Floats:
         """Return the nanoseconds at ranks (n, 2), of which only the modes that are cut vary."""
         rows, columns = (measured_ranks(ranks[:, mode]) if cut else [full[mode]] for mode, cut in enumerate(cuts))
-        times = np.array([[self._nanoseconds(name, (out, in_)) for in_ in columns] for out in rows])
+        times = np.array([[self.nanoseconds(name, (out, in_)) for in_ in columns] for out in rows])
         return interpolate(ranks, rows, columns, times)
-
-    def _speed(self, name: str, multiple: int) -> float:
-        """Return the speed at odd multiples of a number, relative to that at the multiples of 32 around them."""
-        step = _MULTIPLES[-1]
-        low = max(step, self._channels(name) // 3 // step * step)
-        ranks = [low + odd * multiple for odd in range(1, step // multiple, 2)] or [low]
-        ends = [self._nanoseconds(name, (rank, rank)) for rank in (low, low + step)]
-        between = np.interp(ranks, (low, low + step), ends)
-        return float(np.mean(between / [self._nanoseconds(name, (rank, rank)) for rank in ranks]))
-
-    def _channels(self, name: str) -> int:
-        """Return the smaller channel count of an ungrouped site; 0 for a grouped one, which is not probed."""
-        site = self.sites[name]
-        return min(site.group_in_channels, site.group_out_channels) if site.groups == 1 else 0
-
-    def _nanoseconds(self, name: str, ranks: tuple[int, int] | None) -> int:
-        """Return the time of all calls of a site in one run, dense or at some ranks."""
-        layer = self.model.get_submodule(name)
-        calls = self._calls[name].items()
-        return sum(count * self._table.look_up(layer, ranks, x, adds_bias=self.adds_bias) for x, count in calls)
 
 
 def _rows_by_cut_modes(

@@ -2,7 +2,7 @@
 
 Each image takes one forward pass and a few backward passes, without gradients of parameters. Each site keeps running
 sums only, never activations: the covariance of its channels, and the second moment of the gradients that random
-combinations of the network's outputs send to it. Positions are sampled. `ModeMetric` in `tucker.spectra` derives how
+combinations of the network's outputs send to it. Positions are sampled. `ModeMetric` in `tucker.metric` derives how
 these two matrices give the loss of cutting channel directions.
 
 The gradients estimate a Gauss-Newton matrix. Let J be the Jacobian of the network's outputs with respect to the
@@ -37,7 +37,7 @@ from batude_fx.support.hooks import observe_calls, on_gradient
 from batude_fx.support.model_state import eval_and_restore
 from batude_fx.tucker.decomposition import mode_product, unfold
 from batude_fx.tucker.dense_layers import canonical_weight
-from batude_fx.tucker.spectra import Metric, ModeMetric
+from batude_fx.tucker.metric import Metric, ModeMetric
 
 _POSITIONS = 49  # positions that are sampled per call of a site: all of a 7 x 7 map
 

@@ -12,7 +12,7 @@ from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_to_noise, synthetic_batches
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.progress import track
-from batude_fx.tucker.spectra import Metric
+from batude_fx.tucker.metric import Metric
 
 Calibration = Images | Literal["synthetic"] | None
 
@@ -71,7 +71,7 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
 def _measure_synthetic(
     model: nn.Module, sites: Sequence[ConvSite], synthetic: BatchReservoir, *, draws: int
 ) -> tuple[dict[str, Metric], dict[str, Tensor]]:
-    """Return the metrics of a copy whose batch-norms hold the statistics of the synthetic images, and these statistics."""
+    """Return the metrics of a copy whose batch-norms hold statistics of synthetic images, and these statistics."""
     batches = list(synthetic)
     adapted = renormalize(model, batches)
     metrics = statistics(adapted, sites, track(batches, "calibrating, synthetic images"), draws=draws)

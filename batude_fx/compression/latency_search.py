@@ -8,6 +8,7 @@ from typing import Literal, cast
 from batude_fx.budget.budget import Budget
 from batude_fx.budget.cost_limits import CostLimits, SearchSpace, TimedNetwork
 from batude_fx.budget.layer_timer import LayerTimer
+from batude_fx.budget.rank_multiple import suitable_multiples
 from batude_fx.budget.rank_options import NANOSECONDS, RankOptions
 from batude_fx.compression.rank_search import RankPlan, SiteCandidate, choose_ranks
 from batude_fx.errors import BudgetError, SelectionError
@@ -19,16 +20,17 @@ _CLOSE = 0.02  # below the limit: near enough to stop
 _TOLERATED = 0.05  # above the limit: met within the accuracy of the clock
 
 
-def add_latency(
-    space_at: Callable[[int], SearchSpace], budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]
+def with_latency(
+    space_for: Callable[[int], SearchSpace], budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]
 ) -> SearchSpace:
-    """Give the options of all sites their times, and check that the budget is in reach.
+    """Return the search space with measured times, and check that the budget is in reach.
 
-    For "auto", ranks are multiples that suit the machine, and no site gets slower. Where the budget is out of reach so,
-    finer multiples are tried, then slower sites.
+    For "auto", ranks are multiples that suit the machine, and options slower than the dense layer are left out. If the
+    budget cannot be met that way, finer multiples are tried. Then, if flops or parameters are limited too, slower
+    options are allowed, again from the largest multiple on.
 
     Args:
-        space_at: From a multiple of ranks to the options of all sites and the limits on flops and parameters.
+        space_for: Returns the search space for a rank multiple, with limits on flops and parameters.
         budget: On the whole model, latency included.
         timer: Times the sites and the network.
         round_to: Multiple of the ranks.
@@ -40,18 +42,18 @@ def add_latency(
     *attempts, last = _attempts(budget, timer, round_to)
     for multiple, only_faster in attempts:
         try:
-            return _with_times(space_at(multiple), budget, timer, only_faster=only_faster)
+            return _with_times(space_for(multiple), budget, timer, only_faster=only_faster)
         except (BudgetError, SelectionError):
             continue
     multiple, only_faster = last
-    return _with_times(space_at(multiple), budget, timer, only_faster=only_faster)
+    return _with_times(space_for(multiple), budget, timer, only_faster=only_faster)
 
 
 def _attempts(budget: Budget, timer: LayerTimer, round_to: int | Literal["auto"]) -> list[tuple[int, bool]]:
-    """Return rank multiples, and whether only sites are replaced that get faster; the preferred ones first."""
+    """Return rank multiples, and whether a site is replaced only where that makes it faster; preferred first."""
     if round_to != "auto":
         return [(round_to, False)]
-    multiples = timer.multiples()
+    multiples = suitable_multiples(timer)
     attempts = [(multiple, True) for multiple in multiples]
     if (budget.flops, budget.params) != (None, None):  # a slower site never helps a latency, but it helps these
         attempts += [(multiple, False) for multiple in multiples]
@@ -67,7 +69,7 @@ def _with_times(space: SearchSpace, budget: Budget, timer: LayerTimer, *, only_f
     limits = replace(limits, budget=budget)
     try:
         limits.capacity(options.values())
-    except BudgetError:  # by the times of the sites; the network's own may be shorter
+    except BudgetError:  # judged by the sum of site times; the network as a whole may be faster
         limits = limits.with_timed(_time_fastest(options, limits, timer))
         limits.capacity(options.values())
     return SearchSpace(options, limits)
@@ -90,7 +92,7 @@ class _Trial:
 
     Attributes:
         plan: Its ranks, with the time that was measured.
-        limits: The limits that know this time.
+        limits: The limits, corrected by this measured time.
         excess: Nanoseconds above the latency that is allowed; 0 or less where it is met.
     """
 
@@ -105,8 +107,8 @@ def refine_by_timing(
     """Time the network with the chosen ranks, and choose anew with what that shows, until it meets the limit.
 
     Returns:
-        The plan that comes closest to the limit, from below where one does, with its measured time; and the limits that
-        predict this time right.
+        Of the networks that meet the limit, the one closest to it; if none does, the one least above it. Its plan with
+        the measured time, and the limits corrected by that time.
 
     Raises:
         BudgetError: No network comes close to the limit.
@@ -129,8 +131,8 @@ def refine_by_timing(
     if not settled and (meets_limit or following is not None):
         warnings.warn(
             f"in {len(trials)} timings the network did not come within {_CLOSE:.0%} of latency "
-            f"{limits.budget.latency}: no ranks lie between, or the machine may be busy. The plan says what was "
-            "measured.",
+            f"{limits.budget.latency}: no ranks give a time nearer to it, or the machine may be busy. The plan says what "
+            "was measured.",
             stacklevel=4,
         )
     best = min(trials, key=lambda trial: (trial.excess > 0, abs(trial.excess)))

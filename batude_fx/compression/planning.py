@@ -13,7 +13,7 @@ from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.calibration.images import Inputs
 from batude_fx.compression.calibrate import Calibration, calibration_label, measure
 from batude_fx.compression.checks import check_constant_sizes, check_model, check_options
-from batude_fx.compression.latency_search import add_latency, refine_by_timing
+from batude_fx.compression.latency_search import refine_by_timing, with_latency
 from batude_fx.compression.plan import ModelT, Plan
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
 from batude_fx.errors import BudgetError
@@ -80,16 +80,16 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         check_constant_sizes(sites, model)
         timer = LayerTimer(model, replaceable, inputs, adds_bias=adds_bias)
     dense = count_costs(model, inputs)
-    space_at = partial(
+    space_for = partial(
         make_search_space, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias
     )
     try:  # a budget out of reach is said before any image is looked at
-        space = _find_space(partial(space_at, replaceable), budget, timer, round_to)
+        space = _find_space(partial(space_for, replaceable), budget, timer, round_to)
     except BudgetError as error:
         if timer or layers != "conv":
             raise
         wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude).replaceable()
-        raise _with_linear_hint(error, lambda: space_at(wider, int(round_to))) from None
+        raise _with_linear_hint(error, lambda: space_for(wider, int(round_to))) from None
 
     measurements = measure(model, list(replaceable.values()), calibration, inputs)
     candidates = decompose_sites(model, replaceable, space.options, measurements.metrics)
@@ -138,12 +138,12 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
 
 
 def _find_space(
-    space_at: Callable[[int], SearchSpace], budget: Budget, timer: LayerTimer | None, round_to: int | Literal["auto"]
+    space_for: Callable[[int], SearchSpace], budget: Budget, timer: LayerTimer | None, round_to: int | Literal["auto"]
 ) -> SearchSpace:
     """Return what ranks are chosen from; with times where a timer is given."""
     if timer is None:
-        return space_at(int(round_to))
-    return add_latency(space_at, budget, timer, round_to)
+        return space_for(int(round_to))
+    return with_latency(space_for, budget, timer, round_to)
 
 
 def _with_linear_hint(error: BudgetError, space_with_linear: Callable[[], object]) -> BudgetError:

@@ -12,9 +12,10 @@ from batude_fx.errors import UnsupportedError
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.progress import track
 from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight
+from batude_fx.tucker.metric import Metric
 from batude_fx.tucker.modules import TuckerModule, tucker_conv
 from batude_fx.tucker.ranks import Ranks
-from batude_fx.tucker.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
+from batude_fx.tucker.spectra import Spectrum, metric_spectrum, weight_spectrum
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,15 @@ class LayerEntry:
         layer: The layer.
         names: All of its qualified names; the first one is the name of its site.
         found_by: How discovery reached it, as in `ConvSite`.
-        sharers: Names of other modules that hold one of its parameters.
-        place_reason: Why a layer at this place in the model cannot be replaced, or None.
+        parameter_sharers: Names of other modules that hold one of its parameters.
+        parent_reason: Why its parent module forbids to replace it, or None.
     """
 
     layer: nn.Module
     names: tuple[str, ...]
     found_by: FoundBy
-    sharers: tuple[str, ...]
-    place_reason: str | None
+    parameter_sharers: tuple[str, ...]
+    parent_reason: str | None
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -56,7 +56,7 @@ class CallCounts:
         positions_in: Input positions (batch times space), summed over the calls.
         positions_out: Output positions, summed over the calls.
         calls: Number of calls.
-        first_call: Number of calls of any layer that came before its first one; infinite without a call.
+        first_call: Place of its first call among all recorded calls, from 0; infinite if it is never called.
     """
 
     positions_in: int = 0
@@ -72,7 +72,7 @@ class CallRecorder:
     Attributes:
         entries: The layers whose calls are recorded.
         tensor_names: `id` of every parameter and buffer to its qualified name.
-        counts: Name of a site to its calls.
+        counts: The calls of each site, by its name.
         used_directly: Names of layers whose weight is used by a function outside of the layer.
         depth: Number of layers that are computing at this moment, one inside the other.
         sizes_vary: Whether the run makes a tensor whose size depends on values, as where a detector selects boxes.
@@ -93,11 +93,11 @@ class CallRecorder:
         self._calls_so_far = 0
 
     def before_layer(self, *_: object) -> None:
-        """Note that a layer begins to compute, so that the functions it calls are its own."""
+        """Note that a layer begins to compute: until it ends, torch functions are part of it and are not recorded."""
         self.depth += 1
 
     def after_layer(self, name: str, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-        """Count a call of a layer by the first tensor it takes and the first it returns; subclasses may have more."""
+        """Count a call of a layer by its first input and first output tensor; subclasses may have several of each."""
         self.depth -= 1
         self._count(name, _tensors((args, kwargs))[0], _tensors(output)[0], self._spatial_axes[name])
 
@@ -121,7 +121,7 @@ class CallRecorder:
     def _record_convolution(
         self, function: Callable[..., Tensor], args: tuple[object, ...], kwargs: dict[str, object], result: Tensor
     ) -> None:
-        # Here conv1d/2d/3d and conv_transpose1d/2d/3d agree: groups are the seventh argument.
+        # In conv*d and conv_transpose*d alike, groups are the seventh argument.
         x, weight = (cast("Tensor", _argument(args, kwargs, *key)) for key in ((0, "input"), (1, "weight")))
         has_bias = _argument(args, kwargs, 2, "bias") is not None
         groups = cast("int", _argument(args, kwargs, 6, "groups", 1))

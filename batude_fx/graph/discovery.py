@@ -105,20 +105,22 @@ def _find_layers(
     for module, (name, *_) in names.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    place_reasons = _place_reasons(model)
+    parent_reasons = _parent_reasons(model)
     entries = []
     for layer, layer_names in names.items():
         if isinstance(layer, layer_types):
             found_by = next((how for name in layer_names if (how := _reached_by(name, called_modules))), "tree")
             holders = (name for parameter in layer.parameters(recurse=False) for name in owners[id(parameter)])
-            sharers = tuple(name for name in holders if name != layer_names[0])
+            parameter_sharers = tuple(name for name in holders if name != layer_names[0])
             entries.append(
-                LayerEntry(layer, tuple(layer_names), cast("FoundBy", found_by), sharers, place_reasons.get(layer))
+                LayerEntry(
+                    layer, tuple(layer_names), cast("FoundBy", found_by), parameter_sharers, parent_reasons.get(layer)
+                )
             )
     return entries
 
 
-def _place_reasons(model: nn.Module) -> dict[nn.Module, str]:
+def _parent_reasons(model: nn.Module) -> dict[nn.Module, str]:
     """Return the layers that cannot be replaced because of the module that they belong to, and the reasons."""
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():
@@ -223,10 +225,10 @@ def _use_reason(site: ConvSite, entry: LayerEntry, recorder: CallRecorder) -> st
     """Return the reason why a layer stays dense because of how the model uses it, or None."""
     if not site.name:
         return "is the model itself; wrap it in nn.Sequential"
-    if entry.place_reason:
-        return entry.place_reason
-    if entry.sharers:
-        return f"shares a parameter with {entry.sharers[0]!r}"
+    if entry.parent_reason:
+        return entry.parent_reason
+    if entry.parameter_sharers:
+        return f"shares a parameter with {entry.parameter_sharers[0]!r}"
     if site.name in recorder.used_directly:
         return "its weight is also used directly, outside the layer"
     return None if site.calls else "never called on the example input"

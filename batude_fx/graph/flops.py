@@ -66,7 +66,10 @@ def site_cost(site: ConvSite, ranks: Ranks | None) -> tuple[int, int]:
 
 
 def _core_positions(site: ConvSite) -> int:
-    """Return the positions that fvcore counts the dense layer at, and the core of its Tucker-2 form."""
+    """Return the positions that fvcore counts the dense layer at, and the core of its Tucker-2 form.
+
+    `graph.call_recorder` counts the positions of a site, in one to three dimensions, when the example input runs.
+    """
     return site.positions_in if site.transposed else site.positions_out
 
 

@@ -1,7 +1,7 @@
 """Find the registered architecture that a compressed model was built from, so that its name can be saved.
 
-A model does not always tell its name, and its layers may have been changed since it was built. Candidates are therefore
-proved: an architecture is accepted only if it, the ranks and the saved weights give the model's outputs to the bit.
+A model does not always tell its name, and its layers may have been changed since it was built. Each candidate is
+therefore tested: it is accepted only if, with the ranks and the saved weights, its outputs are bit-identical.
 """
 
 import sys
@@ -149,7 +149,7 @@ def _torchvision_candidates(model: nn.Module, classes: int | None) -> Iterator[A
     if hasattr(model, "aux_classifier"):
         args["aux_loss"] = model.aux_classifier is not None
     for name in models.list_models():
-        # The builder's file may import the class: that of SSDLite uses the class SSD of another file.
+        # A builder's file may only import the class: SSDLite's imports SSD.
         file = sys.modules[models.get_model_builder(name).__module__]
         if getattr(file, type(model).__name__, None) is type(model):
             yield Architecture("torchvision", name, args)
@@ -182,7 +182,7 @@ def _has_same_structure(candidate: SavedArchitecture, model: nn.Module) -> bool:
 
 
 def _structure(model: nn.Module) -> tuple[dict[str, torch.Size], dict[str, type[nn.Module]]]:
-    # The outputs cannot show the activation of an untrained residual branch that ends in a zero; its class does.
+    # If a branch is still multiplied by zero, a wrong activation in it does not change the outputs.
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     return shapes, {name: _layer_class(module) for name, module in model.named_modules()}
 

@@ -39,8 +39,9 @@ from batude_fx.graph.sites import ConvSite
 from batude_fx.support.arrays import Integers
 from batude_fx.tucker.decomposition import mode_product
 from batude_fx.tucker.dense_layers import from_canonical, to_canonical
+from batude_fx.tucker.metric import Metric
 from batude_fx.tucker.ranks import Ranks, SiteLoss
-from batude_fx.tucker.spectra import Metric, Spectrum, metric_spectrum, weight_spectrum
+from batude_fx.tucker.spectra import Spectrum, metric_spectrum, weight_spectrum
 
 
 @dataclass(frozen=True)

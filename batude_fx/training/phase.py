@@ -73,14 +73,14 @@ def run_phase(
 
 def _remaining_steps(session: Session, phase: str, start: int, step_count: int) -> Iterator[tuple[int, list[Batch]]]:
     """Yield the steps of a phase from `start` on, each with its batches."""
-    parts = session.recipe.data.accumulate
+    batches_per_step = session.recipe.data.accumulate
     epoch, done = divmod(start, session.steps_per_epoch)
     step = start
     while step < step_count:
         # Epochs of different phases have different numbers, so that they differ in order and augmentation.
-        batches = session.data.train(1000 * PHASES.index(phase) + epoch, done * parts)
+        batches = session.data.train(1000 * PHASES.index(phase) + epoch, done * batches_per_step)
         for _ in range(done, min(session.steps_per_epoch, done + step_count - step)):
-            yield step, [next(batches) for _ in range(parts)]
+            yield step, [next(batches) for _ in range(batches_per_step)]
             step += 1
         epoch, done = epoch + 1, 0
 
@@ -92,7 +92,7 @@ def _build_optimizer(settings: Training, model: nn.Module) -> torch.optim.Optimi
 
 
 def _build_scheduler(settings: Training, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    """Return timm's scheduler, which takes lengths in epochs; with one update per epoch these are steps."""
+    """Return timm's scheduler. timm counts in epochs; `updates_per_epoch=1` makes each of its epochs one step."""
     step_count = settings.epochs.steps(steps_per_epoch)
     # A "step" schedule with a decay rate of 1 is constant; older versions of timm have no "constant".
     name = "step" if settings.scheduler == "constant" else settings.scheduler
@@ -165,21 +165,21 @@ class _Trainer:
         self.parts = self._parts()
 
     def _parts(self) -> dict[str, Any]:
-        parts = {  # the keys are those of earlier checkpoints
+        parts = {  # the keys are those of earlier checkpoints; "split" is the state of BC-ADL
             "model": self.model, "optimizer": self.optimizer, "scaler": self.session.accelerator.scaler,
             "average": self.average and self.average.module, "split": self.lagrangian,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}
 
     def step(self, step: int, batches: list[Batch]) -> Tensor:
-        """Do one step of the optimizer, and return the mean loss () of its batches over all processes."""
+        """Do one step of the optimizer, and return the mean loss of its batches over all processes, a scalar."""
         accelerator = self.session.accelerator
         seed_all(self.session.recipe.seed, PHASES.index(self.phase), step, accelerator.process_index)
         self.scheduler.step_update(step)
         self.model.train()
         total = torch.zeros((), device=accelerator.device)
         for index, (images, labels) in enumerate(batches, 1):
-            # Gradients are accumulated; processes exchange them with the last batch only.
+            # Gradients are accumulated; processes exchange them only at the last batch.
             with nullcontext() if index == len(batches) else accelerator.no_sync(self.wrapped):
                 loss = self._loss(self.session.to_device(images), labels.to(accelerator.device)) / len(batches)
                 accelerator.backward(loss)

@@ -14,7 +14,7 @@ from batude_fx.training.lagrangian import Lagrangian, Residuals
 from batude_fx.training.problem import Problem
 from batude_fx.training.recipe import OneShot
 from batude_fx.training.session import Session
-from batude_fx.tucker.spectra import Metric
+from batude_fx.tucker.metric import Metric
 
 _BATCH = 32  # images per forward and backward pass, which bounds the memory
 

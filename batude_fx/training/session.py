@@ -22,7 +22,7 @@ from batude_fx.saving.saved_folder import save
 from batude_fx.saving.weights import load_weights_, read_weights
 from batude_fx.support.atomic_files import atomic_file, visible_entries
 from batude_fx.support.versions import library_versions
-from batude_fx.training import checkpoint
+from batude_fx.training import checkpoint_file
 from batude_fx.training.data import Data
 from batude_fx.training.duration import Duration
 from batude_fx.training.recipe import Recipe
@@ -105,7 +105,7 @@ class Session:
             raise TrainingError(f"the run in {self.folder} is finished; see {RESULT} there, or give a new folder.")
         if not (self.folder / CHECKPOINT).is_file():
             return  # it was interrupted before its first checkpoint
-        self.resumed = checkpoint.read(self.folder / CHECKPOINT)
+        self.resumed = checkpoint_file.read(self.folder / CHECKPOINT)
         self.results, self.rounds, self.log = (self.resumed[name] for name in ("kept", "rounds", "log"))
 
     def _first_difference(self, path: Path) -> str:
@@ -175,7 +175,7 @@ class Session:
             # The keys are those of earlier checkpoints.
             shared = {"kept": self.results, "rounds": self.rounds, "log": self.log}
             path = cast("Path", self.folder) / CHECKPOINT
-            checkpoint.write(path, {"phase": phase, "step": step_count, "parts": states, **shared})
+            checkpoint_file.write(path, {"phase": phase, "step": step_count, "parts": states, **shared})
         self.accelerator.wait_for_everyone()
 
     def restore_checkpoint_(self, phase: str, parts: Mapping[str, Any]) -> int:

@@ -18,50 +18,8 @@ from torch import Tensor
 
 from batude_fx.support.arrays import Floats
 from batude_fx.tucker.decomposition import Factors, leading_modes, mode_product, mode_spectrum
+from batude_fx.tucker.metric import Metric, ModeMetric, damp
 from batude_fx.tucker.ranks import Ranks, SiteLoss
-
-# Added to the matrix that is factored, relative to its mean eigenvalue: a direction that the calibration images do not
-# use must not be free to cut, as other images may use it. On held-out photos, 1e-3 to 1e-1 did equally well.
-DAMPING = 1e-2
-_LEAST_MEAN = 1e-6  # the mean eigenvalue that a group is given at least, relative to the largest group mean
-
-
-@dataclass(frozen=True)
-class ModeMetric:
-    """The weights of errors in one channel mode of a site.
-
-    An error e_p in the channels at each position p changes the network's output by sum_p J_p e_p, where J_p is the
-    Jacobian at p. The loss is half of the squared norm of that change, in the mean over images. K-FAC takes errors to
-    be independent of Jacobians, and the Jacobians of different positions to be uncorrelated. Then the loss is
-    trace(Cov(e) H) / 2 with H = sum_p mean(J_p^T J_p). For random r of unit covariance, the gradients g_p = J_p^T r of
-    r^T output have the second moment J_p^T J_p, so that backward passes estimate H. Cutting all directions of the
-    channels x, but not their mean, makes e = mean(x) - x, whose covariance is that of x.
-
-    Attributes:
-        covariance: (groups, C, C) covariance of the channels, the mean subtracted.
-        sensitivity: (groups, C, C) the H above: the second moment of the gradients g_p, summed over positions, per
-            image.
-    """
-
-    covariance: Tensor
-    sensitivity: Tensor
-
-    def total(self) -> float:
-        """Return trace(covariance sensitivity), twice the loss of cutting all directions; all groups together."""
-        return float((self.covariance * self.sensitivity).sum())  # the trace of a product, as both are symmetric
-
-
-@dataclass(frozen=True)
-class Metric:
-    """The weights of errors at one site, as `calibration.statistics` measures them.
-
-    Attributes:
-        out: For the output channels; None at a pointwise site that has fewer input channels.
-        in_: For the input channels; None at all other pointwise sites.
-    """
-
-    out: ModeMetric | None
-    in_: ModeMetric | None
 
 
 @dataclass(frozen=True)
@@ -209,7 +167,7 @@ def _output_modes(metric: ModeMetric) -> ModeDirections:
     energy_i. Hence encode = V^T L^T, and decode = L^-T V is its inverse because V is orthogonal. The energies sum to
     trace(S H), the cost of cutting everything.
     """
-    root = torch.linalg.cholesky(_damped(metric.sensitivity))
+    root = torch.linalg.cholesky(damp(metric.sensitivity))
     energy, vectors = leading_modes(root.mT @ metric.covariance @ root)
     encode = (root @ vectors).mT
     decode = torch.linalg.solve_triangular(root.mT, vectors, upper=True)
@@ -228,19 +186,8 @@ def _input_modes(metric: ModeMetric) -> ModeDirections:
     matrix that is factored: to the covariance here, so that inputs which the calibration images lack are not free to
     cut; to the sensitivity there, for outputs that the network ignored on these images.
     """
-    root = torch.linalg.cholesky(_damped(metric.covariance))
+    root = torch.linalg.cholesky(damp(metric.covariance))
     energy, vectors = leading_modes(root.mT @ metric.sensitivity @ root)
     encode = torch.linalg.solve_triangular(root.mT, vectors, upper=True).mT
     decode = root @ vectors
     return ModeDirections(energy, encode, decode)
-
-
-def _damped(moment: Tensor) -> Tensor:
-    """Return a second moment (groups, n, n) made positive definite by adding a multiple of the identity.
-
-    A group whose moment is zero, as no image activates it, is damped relative to the largest of the groups instead.
-    """
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)  # (groups,)
-    largest = mean.max()
-    damping = DAMPING * mean.maximum(torch.where(largest > 0, _LEAST_MEAN * largest, 1))[:, None, None]
-    return moment + damping * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)

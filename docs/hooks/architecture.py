@@ -20,7 +20,7 @@ _PACKAGE, _CLI = "batude_fx", "batude_fx_cli"
 _FLOW = (
     ("model and example input", None, None),
     ("sites", "graph.sites.ConvSite", "graph.discovery.discover"),
-    ("statistics of images", "tucker.spectra.Metric", "calibration.statistics.statistics"),
+    ("statistics of images", "tucker.metric.Metric", "calibration.statistics.statistics"),
     ("spectra", "tucker.spectra.Spectrum", "tucker.spectra.metric_spectrum"),
     ("rank options with losses", "compression.rank_search.SiteCandidate", "compression.rank_search.decompose_sites"),
     ("ranks", "compression.rank_search.RankPlan", "compression.rank_search.choose_ranks"),

@@ -1,10 +1,9 @@
-"""Layers are timed at few ranks, and the times between these and the best multiple of ranks are the clock's."""
+"""Layers are timed at few ranks, and the times between these are the clock's."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +13,6 @@ import batude_fx
 from batude_fx import Budget, Ranks, UnsupportedError
 from batude_fx.budget import layer_timer, time_table
 from batude_fx.budget.rank_options import options_by_site
-from batude_fx.tucker.modules import TuckerModule
 from tests.known_clock import INPUT, layer_seconds, timed_net, timer_of
 
 
@@ -24,7 +22,7 @@ def test_times_between_measured_ranks_are_those_of_the_clock(clock: list[nn.Modu
     options = options_by_site(timer.sites, 8, {}, adds_bias=False)
     timed = timer.with_times(options, only_faster=False)
     for name, site_options in timed.items():
-        layer, x = model.get_submodule(name), torch.zeros(next(iter(timer._calls[name])).shape)
+        layer, x = model.get_submodule(name), torch.zeros(next(iter(timer.calls[name])).shape)
         assert site_options.dense[2] == pytest.approx(1e9 * layer_seconds(layer, x), rel=1e-6)
         for ranks, costs in zip(site_options.ranks[1:].tolist(), site_options.costs[1:], strict=True):
             exact = 1e9 * layer_seconds(batude_fx.tucker.modules.build(layer, Ranks(*ranks)), x)
@@ -55,38 +53,6 @@ def test_a_latency_is_refused_where_sizes_depend_on_values() -> None:
 
     with pytest.raises(UnsupportedError, match="cannot be foreseen"):
         batude_fx.plan(Chooses(), Budget(latency=0.5), example_inputs=torch.ones(1, 8, 9, 9), calibration=None)
-
-
-@pytest.mark.parametrize("staircase", [4, 8, 16, 32])
-def test_the_multiple_is_the_smallest_that_is_nearly_as_fast(
-    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch, staircase: int
-) -> None:
-    del clock
-
-    def seconds(layer: nn.Module, _: torch.Tensor) -> float:
-        if not isinstance(layer, TuckerModule):
-            return 1.0
-        return float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
-
-    monkeypatch.setattr(time_table, "_seconds", seconds)
-    assert list(timer_of(timed_net()).multiples()) == [multiple for multiple in (32, 16, 8, 4) if multiple <= staircase]
-
-
-def test_the_layers_that_take_longest_decide_the_multiple(
-    clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    del clock
-    monkeypatch.setattr(layer_timer, "_PROBED", 1)
-
-    def seconds(layer: nn.Module, x: torch.Tensor) -> float:
-        slow = 3.0 if x.shape[1] == 128 else 1.0
-        if not isinstance(layer, TuckerModule):
-            return slow
-        staircase = 32 if x.shape[1] == 128 else 4
-        return slow * float(np.ceil(layer.ranks.rank_in / staircase) * staircase)
-
-    monkeypatch.setattr(time_table, "_seconds", seconds)
-    assert timer_of(timed_net()).multiples()[0] == 32
 
 
 def test_the_model_and_the_random_state_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

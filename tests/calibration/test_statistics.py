@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from batude_fx.calibration.statistics import average_metrics, shrink, statistics
 from batude_fx.errors import CalibrationError
+from batude_fx.tucker.metric import Metric, ModeMetric
 from batude_fx.tucker.ranks import Ranks
-from batude_fx.tucker.spectra import Metric, ModeMetric, metric_spectrum
+from batude_fx.tucker.spectra import metric_spectrum
 from tests.toy_networks import site_of, small_net
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import batude_fx
 from batude_fx import TrainingError
-from batude_fx.training.checkpoint import read
+from batude_fx.training.checkpoint_file import read
 from batude_fx.training.recipe import _schedulers
 from tests.training.tiny_recipe import CLASSES, tiny_recipe
 

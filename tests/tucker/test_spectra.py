@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from batude_fx.tucker.decomposition import Factors, mode_product
+from batude_fx.tucker.metric import Metric, ModeMetric
 from batude_fx.tucker.ranks import Ranks
-from batude_fx.tucker.spectra import Metric, ModeMetric, Spectrum, metric_spectrum, weight_spectrum
+from batude_fx.tucker.spectra import Spectrum, metric_spectrum, weight_spectrum
 
 
 def _tensor(*shape: int, seed: int = 0) -> Tensor:

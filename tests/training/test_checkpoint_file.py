@@ -8,7 +8,7 @@ from timm.optim._optim_factory import create_optimizer_v2
 from torch import nn
 
 from batude_fx import TrainingError
-from batude_fx.training.checkpoint import read, write
+from batude_fx.training.checkpoint_file import read, write
 from batude_fx.training.recipe import _optimizers
 
 

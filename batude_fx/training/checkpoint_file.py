@@ -1,4 +1,8 @@
-"""Checkpoints: nested state in one safetensors file, in which all values but tensors are JSON in the metadata."""
+"""The file format of checkpoints: nested state in one safetensors file, whose metadata holds all else than tensors.
+
+What a checkpoint holds is put together in `session.Session.write_checkpoint`: phase, step, log, rounds and results, and
+under "parts" the states of what `phase._Trainer` lists: model, optimizer, moving average, and the Lagrangian of BC-ADL.
+"""
 
 import json
 from pathlib import Path
