@@ -131,8 +131,8 @@ def refine_by_timing(
     if not settled and (meets_limit or following is not None):
         warnings.warn(
             f"in {len(trials)} timings the network did not come within {_CLOSE:.0%} of latency "
-            f"{limits.budget.latency}: no ranks give a time nearer to it, or the machine may be busy. The plan says what "
-            "was measured.",
+            f"{limits.budget.latency}: no ranks give a time nearer to it, or the machine may be busy. The plan says "
+            "what was measured.",
             stacklevel=4,
         )
     best = min(trials, key=lambda trial: (trial.excess > 0, abs(trial.excess)))

@@ -11,6 +11,7 @@ import batude_fx
 from batude_fx import Budget, BudgetError, Ranks, SelectionError
 from batude_fx.budget import time_table
 from batude_fx.budget.layer_timer import LayerTimer
+from batude_fx.compression import latency_search
 from batude_fx.tucker.modules import TuckerModule
 from tests.known_clock import INPUT, network_seconds, timed_net
 
@@ -146,7 +147,7 @@ def test_auto_takes_finer_multiples_where_coarse_ones_are_too_large_for_the_budg
 ) -> None:
     del clock
     monkeypatch.setattr(time_table, "_seconds", lambda layer, _: 1 - 0.5 * isinstance(layer, TuckerModule))
-    monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16, 8, 4])
+    monkeypatch.setattr(latency_search, "suitable_multiples", lambda _: [32, 16, 8, 4])
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None}
     smallest = {step: _smallest(timed_net(), round_to=step, **options) for step in (4, 8, 16, 32)}
     assert sorted(smallest.values()) == list(smallest.values())
@@ -178,7 +179,7 @@ def test_auto_takes_finer_multiples_before_slower_sites(
         return 2.0 if max(layer.ranks.rank_in, layer.ranks.rank_out) > 16 else 1.0
 
     monkeypatch.setattr(time_table, "_seconds", seconds)
-    monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16])
+    monkeypatch.setattr(latency_search, "suitable_multiples", lambda _: [32, 16])
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "include": "6"}
     plan = batude_fx.plan(timed_net(), 0.7, round_to="auto", **options)
     assert plan.round_to == 16
@@ -187,7 +188,7 @@ def test_auto_takes_finer_multiples_before_slower_sites(
 
 def test_auto_finds_ranks_that_the_user_fixed(clock: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     del clock
-    monkeypatch.setattr(LayerTimer, "multiples", lambda _: [32, 16, 8, 4])
+    monkeypatch.setattr(latency_search, "suitable_multiples", lambda _: [32, 16, 8, 4])
     fixed = Ranks(24, 40)
     options: dict[str, Any] = {"example_inputs": INPUT, "calibration": None, "round_to": "auto"}
     plan = batude_fx.plan(timed_net(), 0.9, ranks={"6": fixed}, **options)
