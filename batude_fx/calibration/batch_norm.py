@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from batude_fx.calibration.images import Inputs
+from batude_fx.errors import CalibrationError, first_line
 from batude_fx.graph.surgery import copy_model
 from batude_fx.support.model_state import eval_and_restore, run_on_copies
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_SINGLE_VALUE = "Expected more than 1 value per channel"  # what torch's batch-norm says in training mode
 
 
 def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
@@ -40,6 +43,8 @@ def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     for module in adapted.modules():
         if _has_running_statistics(module):
             norm = cast("nn.BatchNorm2d", module)
+            if isinstance(norm, nn.SyncBatchNorm):
+                norm.__class__ = _OwnBatchNorm  # type: ignore[assignment]
             norm.reset_running_stats()
             norm.momentum = None  # running statistics are then the plain average over the batches
             norm.train()
@@ -47,13 +52,25 @@ def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
         with eval_and_restore(model), torch.no_grad():  # restores the random generators, which the copy may use
             for batch in batches:
                 run_on_copies(adapted, batch)
-    except ValueError:  # batch-norm in training mode refuses a single value per channel
-        return model
+    except ValueError as error:
+        if _SINGLE_VALUE in str(error):
+            return model
+        raise CalibrationError(
+            f"the model does not run on calibration images while its batch-norms measure them: {first_line(error)}."
+        ) from error
     for module, original in zip(adapted.modules(), model.modules(), strict=True):
         if _has_running_statistics(module):
+            module.__class__ = original.__class__
             cast("nn.BatchNorm2d", module).momentum = cast("nn.BatchNorm2d", original).momentum
     adapted.eval()
     return adapted
+
+
+class _OwnBatchNorm(nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the class that all batch-norms derive from
+    """A `SyncBatchNorm` that measures the images of its own process: all processes see the same calibration images."""
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - as torch calls it
+        pass
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:

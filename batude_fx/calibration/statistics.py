@@ -20,6 +20,7 @@ https://arxiv.org/abs/1602.01407; shrinkage: Y. Chen et al., "Shrinkage Algorith
 Transactions on Signal Processing 58(10), 2010, https://arxiv.org/abs/0907.4698, in the form of scikit-learn's `oas`.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def statistics(
     sums = {site.name: _site_sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
     layers = {name: model.get_submodule(name) for name in sums}
     generator = torch.Generator().manual_seed(0)
+    without_gradient: dict[str, deque[Tensor]] = defaultdict(deque)  # site to the positions sampled in its last calls
     called_sites = set()
     images = 0
 
@@ -69,16 +71,24 @@ def statistics(
         x = tree_leaves((args, kwargs))[0]
         if not x.numel() or not output.numel():  # a detector that finds no box
             return
+        if _in_backward_pass():  # activation checkpointing computes a segment again; its activations are in the sums
+            if output.requires_grad and without_gradient[name]:
+                without_gradient[name].rotate()
+                on_gradient(output, partial(sums[name].add_gradient, positions=without_gradient[name][0]))
+            return
         called_sites.add(name)
         positions = sums[name].add_activations(x, output, generator)
         if output.requires_grad:
             on_gradient(output, partial(sums[name].add_gradient, positions=positions))
+        else:
+            without_gradient[name].append(positions)
 
     with (
         eval_and_restore(model), _frozen_parameters(model), observe_calls(layers, after=add_call), torch.enable_grad()
     ):  # fmt: skip
         for batch in batches:
             images += _count_images(batch)
+            without_gradient.clear()
             outputs = _run(model, batch)
             _backward_random_combinations(outputs, draws, generator)
     if not images:
@@ -104,6 +114,10 @@ def _run(model: nn.Module, batch: tuple[object, ...]) -> object:
             f"the model does not run on calibration images of shape {', '.join(_shapes(batch))}: "
             f"{first_line(error)}. {way_out}."
         ) from error
+
+
+def _in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001 - as torch's own multi_grad_hook asks
 
 
 def _refuse_overflow(name: str, metric: Metric) -> None:

@@ -133,7 +133,7 @@ def refine_by_timing(
             f"in {len(trials)} timings the network did not come within {_CLOSE:.0%} of latency "
             f"{limits.budget.latency}: no ranks give a time nearer to it, or the machine may be busy. The plan says "
             "what was measured.",
-            stacklevel=4,
+            stacklevel=5,
         )
     best = min(trials, key=lambda trial: (trial.excess > 0, abs(trial.excess)))
     _check_met(best, len(trials), timer.dense_nanoseconds)

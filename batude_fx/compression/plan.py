@@ -17,11 +17,11 @@ from batude_fx.compression.rank_search import SiteCandidate, choose_ranks
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.graph.flops import count_flops, dense_cost, site_cost
 from batude_fx.graph.provenance import attach_
-from batude_fx.graph.site_table import add_site_row, describe_ranks, new_site_table, skip_notes
-from batude_fx.graph.sites import ConvSite
+from batude_fx.graph.shared_parts import refuse_shared_parts
+from batude_fx.graph.site_table import Sites, add_site_row, describe_ranks, new_site_table, skip_notes
 from batude_fx.graph.surgery import copy_model, replace_modules
 from batude_fx.report.record import LIBRARIES, Record, site_records
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.model_state import eval_and_restore, exclusive
 from batude_fx.support.numbers import human, milliseconds, percent
 from batude_fx.support.progress import track
 from batude_fx.support.tables import as_text, set_caption
@@ -59,7 +59,7 @@ class Plan:
 
     model_name: str
     budget: Budget
-    sites: tuple[ConvSite, ...]
+    sites: Sites
     ranks: Mapping[str, Ranks]
     losses: Mapping[str, float]
     dense_flops: int
@@ -74,8 +74,9 @@ class Plan:
     _limits: CostLimits = field(repr=False, compare=False)
     _candidates: Mapping[str, SiteCandidate] = field(repr=False, compare=False)
     _measurements: Measurements = field(repr=False, compare=False)
-    _recounted: Inputs | None = field(repr=False, compare=False)  # the example input, where flops depend on values
+    _inputs: Inputs = field(repr=False, compare=False)
 
+    @exclusive
     def apply(self, model: ModelT) -> ModelT:
         """Build the compressed copy of the model that this plan was made for.
 
@@ -94,11 +95,11 @@ class Plan:
             warnings.warn(
                 f"nothing is replaced: the dense {self.model_name} meets the budget, {self.budget}. What is returned "
                 "is a copy of it.",
-                stacklevel=2,
+                stacklevel=3,
             )
         plan, small = self, self._build(model)
         limit = self.budget.limits(self.dense_flops, self.dense_params).flops
-        while self._recounted and limit is not None and (count := count_flops(small, self._recounted)) > limit:
+        while self.sites.sizes_vary and limit is not None and (count := count_flops(small, self._inputs)) > limit:
             try:
                 tighter = plan.flops / self.dense_flops * min(max(limit / count, _STEPS[0]), _STEPS[1])
                 plan = plan.at(self.budget.model_copy(update={"flops": tighter}))
@@ -109,6 +110,7 @@ class Plan:
                     "them. Pass example_inputs= with real images."
                 ) from error
             small = plan._build(model)  # noqa: SLF001 - of another plan
+        refuse_shared_parts(small, model, self._inputs)
         attach_(small, plan.record())
         return small
 

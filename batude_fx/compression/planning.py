@@ -21,9 +21,11 @@ from batude_fx.graph.discovery import discover
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
+from batude_fx.support.model_state import exclusive
 from batude_fx.tucker.ranks import Ranks
 
 
+@exclusive
 def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     model: nn.Module,
     budget: Budget | float | str,
@@ -114,7 +116,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         _limits=limits,
         _candidates=candidates,
         _measurements=measurements,
-        _recounted=inputs if sites.sizes_vary else None,
+        _inputs=inputs,
     )
 
 

@@ -29,6 +29,7 @@ from batude_fx.deploy.int8 import equalize_, quantize
 from batude_fx.errors import CalibrationError, ExportError, first_line
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.surgery import copy_model
+from batude_fx.support.model_state import exclusive
 from batude_fx.support.progress import track
 
 TOLERANCE = 1e-4  # largest difference of outputs that is allowed without int8, relative to the largest output
@@ -47,6 +48,7 @@ Arrays = list[NDArray[Any]]
 Runner = Callable[[Sequence[NDArray[Any]]], Arrays]
 
 
+@exclusive
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],

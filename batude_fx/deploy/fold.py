@@ -26,7 +26,7 @@ from batude_fx.graph.call_recorder import TorchCallHook
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.surgery import replace_modules
 from batude_fx.support.hooks import observe_calls
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.model_state import eval_and_restore, exclusive
 from batude_fx.tucker.dense_layers import convolves_as_stored, from_canonical, to_canonical, user_modification
 from batude_fx.tucker.modules import TuckerModule
 
@@ -37,6 +37,7 @@ _METADATA = {"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floa
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d, *_WITH_ACTIVATION)
 
 
+@exclusive
 def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = None) -> ModelT:
     """Return a copy of a network, compressed or not, whose batch-norms are folded into the layers before them.
 

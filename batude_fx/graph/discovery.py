@@ -9,8 +9,9 @@ that must not be traced.
 """
 
 import difflib
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -28,13 +29,14 @@ from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.sites import ConvSite, FoundBy
 from batude_fx.graph.surgery import copy_model
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.model_state import eval_and_restore, exclusive
 from batude_fx.tucker import dense_layers
 from batude_fx.tucker.modules import TuckerModule
 
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (_ConvNd,), "conv+linear": (_ConvNd, nn.Linear)}
 
 
+@exclusive
 def discover(
     model: nn.Module,
     example_inputs: Tensor | tuple[object, ...] | None = None,
@@ -83,15 +85,44 @@ def discover(
 
 
 class _Tracer(fx.Tracer):
-    """A tracer whose leaves are the layers of some classes, and the modules that timm says must not be traced."""
+    """A tracer whose leaves are the layers of some classes, and the modules that timm says must not be traced.
+
+    While it traces, torch.fx has patched `nn.Module.__call__` and `__getattr__` for the whole process. Whatever another
+    thread does with its modules meanwhile is done as ever.
+    """
 
     def __init__(self, layer_types: tuple[type[nn.Module], ...]) -> None:
         functions = get_notrace_functions()  # type: ignore[no-untyped-call]
         super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
+        self._thread = threading.get_ident()
+        self._autowrap_function_ids = _SetOfOneThread(self._autowrap_function_ids)
         self._leaves = (*layer_types, *get_notrace_modules())  # type: ignore[no-untyped-call]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:  # noqa: ANN401 - what the module returns
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: ANN401 - any
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _SetOfOneThread(set[int]):
+    """Ids of functions that torch.fx wraps where it sees them; empty for all threads but the one that made it."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        super().__init__(ids)
+        self._thread = threading.get_ident()
+
+    def __contains__(self, item: object) -> bool:
+        return threading.get_ident() == self._thread and super().__contains__(item)
 
 
 def _find_layers(

@@ -6,15 +6,18 @@ replaced modules are never copied.
 """
 
 import copy
-from collections.abc import Collection, Mapping
+import weakref
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from types import FunctionType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
+from batude_fx.support.model_state import exclusive
 from batude_fx.tucker.modules import TuckerModule, build
 from batude_fx.tucker.ranks import Ranks
 
@@ -71,9 +74,9 @@ def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
     Raises:
         BatudeError: When a part of the model cannot be copied, or a function in it closes over its modules.
     """
-    _refuse_closures(model)
     try:
-        copied = copy.deepcopy(model, memo)
+        with exclusive:  # another thread may hold the model in eval mode, with hooks
+            copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's parts raise
         raise BatudeError(
             f"{type(model).__name__} cannot be copied: {error}. Undo torch's older weight_norm and prune "
@@ -83,41 +86,67 @@ def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
     flags = {name: module.training for name, module in model.named_modules()}
     for name, module in copied.named_modules():  # graph modules are in training mode after a copy
         module.training = flags.get(name, module.training)
+    _refuse_links(copied, model)
     return copied
 
 
-def _refuse_closures(model: nn.Module) -> None:
-    """Refuse a model with an attribute that is a function closing over modules of the model.
+def _refuse_links(copied: nn.Module, model: nn.Module) -> None:
+    """Refuse a copy that holds functions which would go on to use the original.
 
-    `copy.deepcopy` does not copy functions, so that the function would go on calling the original modules.
+    `copy.deepcopy` copies bound methods, but neither functions nor weak references: what they close over, or refer to,
+    stays that of the original. Modules that rebuild such functions in their copies, as torchmetrics' do, pass.
 
     Raises:
-        UnsupportedError: When a module has such a function.
+        UnsupportedError: When an attribute or a hook of a module is such a function.
     """
-    module_ids = {id(module) for module in model.modules()}
-    for name, module in model.named_modules():
+    originals = {id(module) for module in model.modules()} - {id(module) for module in copied.modules()}
+    for module in model.modules():
+        originals |= {id(value) for value in vars(module).values() if isinstance(value, dict | list | deque | set)}
+    for name, module in copied.named_modules():
         for attribute, value in vars(module).items():
-            if not isinstance(value, FunctionType) or attribute == "_compiled_call_impl":  # which torch never copies
-                continue
-            if any(id(item) in module_ids for item in _closed_over(value)):
+            held = _held_by_functions(value, of_hooks=attribute.endswith("hooks"))
+            if attribute != "_compiled_call_impl" and not originals.isdisjoint(map(id, held)):
                 raise UnsupportedError(
-                    f"{'.'.join(filter(None, (name, attribute)))} is a function that closes over modules of "
-                    f"{type(model).__name__}, so a copy would go on to call the original ones. Make it a method, "
-                    "or bind it by types.MethodType."
+                    f"{'.'.join(filter(None, (name, attribute.strip('_'))))} is or holds a function that closes over "
+                    f"modules or attributes of {type(model).__name__}, so a copy would go on to use those of the "
+                    "original. Make it a method that takes what it needs from self."
                 )
 
 
-def _closed_over(function: FunctionType) -> list[object]:
-    """Return the objects that a function closes over, directly or through other functions."""
-    contents: list[object] = []
-    functions = [function]
-    for current in functions:  # the list grows during the loop
-        for cell in current.__closure__ or ():
-            with suppress(ValueError):  # an empty cell
-                leaves = tree_leaves(cell.cell_contents)
-                contents += [getattr(leaf, "__self__", leaf) for leaf in leaves]
-                functions += [leaf for leaf in leaves if isinstance(leaf, FunctionType) and leaf not in functions]
-    return contents
+def _held_by_functions(value: object, *, of_hooks: bool) -> Iterator[object]:
+    """Yield what the functions in an attribute hold: what they close over, are bound to, or refer to, at any depth.
+
+    A list or dict that a hook closes over is not looked into: hooks note in it which modules they saw.
+    """
+    queue, visited = deque([(value, False)]), set[int]()
+    while queue:
+        item, inside_function = queue.popleft()
+        if id(item) in visited:
+            continue
+        visited.add(id(item))
+        if inside_function:
+            yield item
+        if isinstance(item, FunctionType):
+            queue += ((inner, True) for inner in _variables(item))
+        elif isinstance(item, MethodType):
+            queue += [(item.__func__, inside_function), (item.__self__, True)]
+        elif isinstance(item, partial):
+            queue += ((inner, inside_function) for inner in (item.func, *item.args, *item.keywords.values()))
+        elif isinstance(item, weakref.ref):
+            queue.append((item(), True))
+        elif isinstance(item, dict | list | tuple | set | deque) and not (of_hooks and inside_function):
+            queue += ((inner, inside_function) for inner in (item.values() if isinstance(item, dict) else item))
+
+
+def _variables(function: FunctionType) -> Iterator[object]:
+    """Yield what a function closes over, its default arguments, and the global variables that it names."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    yield from (value for value in named if isinstance(value, nn.Module | MethodType | partial))
 
 
 def refuse_wrappers(model: nn.Module, verb: str) -> None:
@@ -132,6 +161,12 @@ def refuse_wrappers(model: nn.Module, verb: str) -> None:
     """
     if wrapped := _WRAPPERS.get(type(model).__name__):
         raise UnsupportedError(f"{type(model).__name__} hides the layers of a network; {verb} {wrapped}.")
+    for name, module in model.named_modules():
+        if wrapped := _WRAPPERS.get(type(module).__name__):
+            raise UnsupportedError(
+                f"{name!r} is of class {type(module).__name__}, which hides its layers. Put "
+                f"{wrapped.partition(',')[0]} in its place, {verb} the model, then wrap the part again."
+            )
 
 
 def build_skeleton(model: ModelT, ranks: Mapping[str, Ranks], biased: Collection[str] = ()) -> ModelT:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from batude_fx.errors import SavedModelError, first_line
+from batude_fx.support.model_state import exclusive
 
 ENTRYPOINT = "batude_fx"
 """The name under which this package itself is registered with timm and torchvision."""
@@ -52,7 +53,7 @@ class Architecture:
         """
         args = {**self.args, **overrides}
         factory = _factory(self.library, self.base)
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        with exclusive, warnings.catch_warnings(), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")  # they are about initial values, which loaded weights replace
             if weightless:
                 with suppress(Exception), _OnMetaDevice():  # constructors that read values fail there in many ways

@@ -32,10 +32,12 @@ from batude_fx.saving.weights import (
     to_channels_last_,
 )
 from batude_fx.support.atomic_files import atomic_file, visible_entries
+from batude_fx.support.model_state import exclusive
 from batude_fx.support.versions import library_versions
 from batude_fx.tucker.modules import TuckerModule
 
 
+@exclusive
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a compressed network to a folder: `model.safetensors`, `config.json`, and its report for the browser.
 
@@ -80,7 +82,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"{type(model).__name__} cannot be rebuilt by name: no timm or torchvision architecture gives the same "
             f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model); "
             "save a network before it is folded.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.covariance import oas
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from batude_fx.calibration.statistics import average_metrics, shrink, statistics
 from batude_fx.errors import CalibrationError
@@ -183,3 +184,36 @@ def test_mixing_is_half_and_half_on_the_scale_of_the_own_images() -> None:
 def test_an_empty_loader_is_refused() -> None:
     with pytest.raises(CalibrationError, match="empty"):
         statistics(small_net(), [], [])
+
+
+class _Checkpointed(nn.Module):
+    """Computes its middle again in the backward pass, as networks do that save memory."""
+
+    def __init__(self, *, use_reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        def middle(x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x).relu())
+            return y
+
+        y = middle(x) if self.use_reentrant is None else checkpoint(middle, x, use_reentrant=self.use_reentrant)
+        return y.square().mean((2, 3))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_no_statistic(use_reentrant: bool) -> None:
+    images = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(1))
+    batches = [(batch,) for batch in torch.split(images, 4)]
+    plain, checkpointed = (_Checkpointed(use_reentrant=choice) for choice in (None, use_reentrant))
+    sites = [site_of(name, plain.get_submodule(name)) for name in ("a", "b")]
+    expected, found = (statistics(net, sites, batches, draws=2) for net in (plain, checkpointed))
+    for name, metric in expected.items():
+        for mode in ("out", "in_"):
+            for part in ("covariance", "sensitivity"):
+                torch.testing.assert_close(
+                    getattr(getattr(found[name], mode), part), getattr(getattr(metric, mode), part)
+                )
