@@ -77,6 +77,13 @@ Latency = Annotated[
     ),
 ]
 Pretrained = Annotated[bool, typer.Option(help="Load trained weights, which timm and torchvision download.")]
+InputSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Side of the images in pixels that the network will be used on, where it is not that of its "
+        "configuration. Flops depend on it.", min=1,
+    ),
+]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1 or mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 LayersOption = Annotated[Layers, typer.Option(help="Replace convolutions only, or linear layers too.")]
@@ -107,7 +114,7 @@ Count = Annotated[int, typer.Option(help="Number of images to take from the fold
 @one_line_errors
 def discover(
     model: Model, layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None,
-    as_json: AsJson = False,
+    input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """List all convolutions of a network: sizes, costs, how each was found, and why it would stay dense.
 
@@ -117,7 +124,7 @@ def discover(
     from batude_fx.graph.site_table import sites_table
     from batude_fx_cli.inputs import network_by_name
 
-    network = network_by_name(model, "cpu", pretrained=False)
+    network = network_by_name(model, "cpu", pretrained=False, input_size=input_size)
     sites = batude_fx.discover(network, layers=layers.value, include=include or (), exclude=exclude or ())
     show(sites_table(sites, model), [asdict(site) for site in sites], as_json)
 
@@ -128,7 +135,7 @@ def plan_ranks(
     model: Model, budget: BudgetOption = None, params: Params = None, latency: Latency = None,
     calibration: Calibration = "synthetic", images: Count = 256, layers: LayersOption = Layers.CONV,
     include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8", pretrained: Pretrained = True,
-    device: Device = "cpu", as_json: AsJson = False,
+    device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose ranks that meet a budget and show them; nothing is written.
 
@@ -139,7 +146,7 @@ def plan_ranks(
 
     limits = parse_limits(budget, params, latency)  # before weights are downloaded
     source = calibration_source(calibration, images)
-    network = network_by_name(model, device, pretrained=pretrained)
+    network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to)
     show(plan_table(plan), _plan_facts(plan), as_json)
 
@@ -150,7 +157,7 @@ def compress(
     model: Model, output: Annotated[Path, typer.Option(help="Folder for the network.")], budget: BudgetOption = None,
     params: Params = None, latency: Latency = None, calibration: Calibration = "synthetic", images: Count = 256,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
-    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+    pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compress a network to a budget and save it in a folder.
 
@@ -165,7 +172,7 @@ def compress(
     limits = parse_limits(budget, params, latency)  # before weights are downloaded
     source = calibration_source(calibration, images)
     check_folder(output)
-    network = network_by_name(model, device, pretrained=pretrained)
+    network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to)
     batude_fx.save(plan.apply(network), output)
     show(plan_table(plan), {**_plan_facts(plan), "output": str(output)}, as_json)
@@ -181,7 +188,7 @@ def export(
         Path | None,
         typer.Option(help="Quantize to 8-bit integers, with ranges measured on this folder of images (ONNX only)."),
     ] = None,
-    images: Count = 128, pretrained: Pretrained = True, as_json: AsJson = False,
+    images: Count = 128, pretrained: Pretrained = True, input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write a network as a file that runs without batude_fx.
 
@@ -198,7 +205,7 @@ def export(
 
     check_path(output, int8=int8 is not None)  # before weights are downloaded
     paths = None if int8 is None else image_paths(int8, images)
-    network = network_by_name(model, "cpu", pretrained=pretrained)
+    network = network_by_name(model, "cpu", pretrained=pretrained, input_size=input_size)
     photos = None if paths is None else batches(network, paths)
     difference = batude_fx.export(network, output, int8=photos)
     files = {output, output.with_suffix(".bin") if output.suffix == ".xml" else output}
@@ -235,7 +242,7 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
 def evaluate(
     model: Model, data: Annotated[Path, typer.Option(help="Folder of images; class subfolders give accuracy.")],
     against: Annotated[str | None, typer.Option(help="Another MODEL, whose predictions are compared.")] = None,
-    device: Device = "cpu", as_json: AsJson = False,
+    device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure accuracy on images in one subfolder per class, or agreement with another network on any images.
 
@@ -251,8 +258,8 @@ def evaluate(
     photos = scores.find_photos(data)
     if against is None and not photos.labelled:
         raise UnsupportedError(f"{data} has no class subfolders, so there is no accuracy; give --against MODEL.")
-    network = network_by_name(model, device, pretrained=True)
-    reference = None if against is None else network_by_name(against, device, pretrained=True)
+    network = network_by_name(model, device, pretrained=True, input_size=input_size)
+    reference = None if against is None else network_by_name(against, device, pretrained=True, input_size=input_size)
     outputs = scores.logits(network, photos.paths)  # (N, classes)
     facts: dict[str, Any] = {"images": len(photos.paths)}
     try:
@@ -286,7 +293,7 @@ def sweep_budgets(
     calibration: Calibration = "synthetic", images: Count = 256,
     output: Annotated[Path | None, typer.Option(help="Folder to write sweep.json and sweep.png to.")] = None,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
-    pretrained: Pretrained = True, device: Device = "cpu", as_json: AsJson = False,
+    pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compress to several budgets and measure each: agreement with the original, accuracy, flops and milliseconds.
 
@@ -306,7 +313,7 @@ def sweep_budgets(
     if output:
         output = network_folder(output)
         sweep_points.make_writable(output)
-    network = network_by_name(model, device, pretrained=pretrained)
+    network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
 
     def plan_for(keep: float) -> "Plan":
         return make_plan(network, Budget(flops=keep), source, layers.value, include, exclude, round_to)

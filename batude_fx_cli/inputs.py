@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ import batude_fx
 from batude_fx import BatudeError, Budget, Plan, UnsupportedError
 from batude_fx.errors import first_line
 from batude_fx.evaluation.image_folder import batches, image_paths
+from batude_fx.graph.example_inputs import example_inputs, image_of_size, remember_input_size_
 
 
 def parse_limits(budget: str | None, params: str | None, latency: str | None) -> Budget:
@@ -26,11 +27,17 @@ def parse_limits(budget: str | None, params: str | None, latency: str | None) ->
     return Budget(flops=budget, params=params, latency=latency)
 
 
-def network_by_name(name: str, device: str, *, pretrained: bool) -> nn.Module:
+def network_by_name(name: str, device: str, *, pretrained: bool, input_size: int | None = None) -> nn.Module:
     """Create a network in eval mode on a device. Weights that are not trained are the same in every call.
 
+    Args:
+        name: Its name, as `batude_fx.create` takes it.
+        device: Device of torch.
+        pretrained: Whether to load trained weights.
+        input_size: Side of the images in pixels that it will be used on; None for the size in its configuration.
+
     Raises:
-        UnsupportedError: When the device cannot be used on this machine.
+        UnsupportedError: When the device cannot be used on this machine, or the network takes no images of this size.
         BatudeError: When no network has this name, or it cannot be built.
     """
     try:
@@ -45,12 +52,27 @@ def network_by_name(name: str, device: str, *, pretrained: bool) -> nn.Module:
             torch.manual_seed(0)
             network = batude_fx.create(name, pretrained=pretrained).to(target)
             network.eval()
+            _set_input_size_(network, name, input_size)
             return network
     except BatudeError:
         raise
     except Exception as error:  # timm raises many kinds for broken configs and names
         way_out = " All commands but evaluate can do without trained weights: --no-pretrained." if pretrained else ""
         raise BatudeError(f"{name!r} cannot be built: {type(error).__name__}: {first_line(error)}.{way_out}") from error
+
+
+def _set_input_size_(network: nn.Module, name: str, side: int | None) -> None:
+    """Have example inputs, photos and saved folders of a network in another size than that of its configuration."""
+    if side is None:
+        return
+    image, *others = example_inputs(network)
+    if others or not isinstance(image, torch.Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
+        raise UnsupportedError(f"{name!r} does not take one batch of images; leave out --input-size.")
+    remember_input_size_(network, image_of_size(network, (image.shape[1], side, side)))
+    (resized,) = cast("tuple[torch.Tensor]", example_inputs(network))
+    if tuple(resized.shape[2:]) != (side, side):
+        built_for = " x ".join(map(str, resized.shape[2:]))
+        raise UnsupportedError(f"{name!r} is built for {built_for} pixels, not {side}; leave out --input-size.")
 
 
 def calibration_source(option: str, count: int) -> Callable[[nn.Module], Any]:

@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from batude_fx.errors import CalibrationError
+from batude_fx.support.model_state import exclusive
 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 Inputs = tuple[object, ...]
@@ -44,6 +45,27 @@ class BatchReservoir:
             elif slot < _SAMPLE:
                 self.sample[slot] = batch
             yield batch
+
+
+def first_image_size(images: Images) -> tuple[tuple[int, ...] | None, Images]:
+    """Return the size (C, H, W) of the first image, and images that still begin with it.
+
+    The size is None where the first batch holds no images, of which `image_batches` says more. Drawing the batch leaves
+    torch's global random generator where it is.
+    """
+    if isinstance(images, Tensor) or not isinstance(images, Iterable):
+        return _image_size(images), images
+    with exclusive, torch.random.fork_rng(devices=()):
+        iterator = iter(images)
+        drawn = list(islice(iterator, 1))
+    first: object = drawn[0] if drawn else None
+    size = _image_size(first[0] if isinstance(first, Sequence) and len(first) else first)
+    return size, chain(drawn, iterator)
+
+
+def _image_size(batch: object) -> tuple[int, ...] | None:
+    """Return (C, H, W) of a batch of images (N, C, H, W), else None."""
+    return tuple(batch.shape[1:]) if isinstance(batch, Tensor) and batch.ndim == 4 else None  # noqa: PLR2004
 
 
 def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:

@@ -1,5 +1,6 @@
 """What `plan` measures on images: the metric of every site, and what the compressed network is matched with later."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,9 +8,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from batude_fx.calibration.batch_norm import renormalize, running_statistics
-from batude_fx.calibration.images import BatchReservoir, Images, Inputs, image_batches
+from batude_fx.calibration.images import BatchReservoir, Images, Inputs, first_image_size, image_batches, only_tensor
 from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_to_noise, synthetic_batches
+from batude_fx.errors import DiscoveryError
+from batude_fx.graph.example_inputs import image_of_size, resolve_inputs
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.progress import track
 from batude_fx.tucker.metric import Metric
@@ -31,6 +34,53 @@ class Measurements:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     batches: tuple[Inputs, ...] = ()
     norm_statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def match_example(
+    model: nn.Module, example_inputs: Tensor | Inputs | None, calibration: Calibration
+) -> tuple[Inputs, Calibration]:
+    """Return the example input, which has the size of the calibration images where none is given.
+
+    Flops depend on the size of the images, so a budget that is met at one size may be exceeded at another.
+
+    Args:
+        model: Any module.
+        example_inputs: What the user gave.
+        calibration: What the user gave.
+
+    Returns:
+        The example input, and the calibration to use in place of the given one, of which the first batch is taken.
+
+    Raises:
+        DiscoveryError: Neither an example input nor calibration images are given, and nothing is known of the model.
+
+    Warns:
+        UserWarning: When an example input and images of another size are given.
+    """
+    if calibration is None or isinstance(calibration, str):
+        return resolve_inputs(model, example_inputs), calibration
+    size, calibration = first_image_size(calibration)
+    if size is None:
+        return resolve_inputs(model, example_inputs), calibration
+    try:
+        inputs = resolve_inputs(model, example_inputs)
+    except DiscoveryError:  # the images are all that is known of the input
+        return image_of_size(model, size), calibration
+    example = only_tensor(inputs)
+    if example is None or example.ndim != 1 + len(size) or tuple(example.shape[2:]) == size[1:]:
+        return inputs, calibration
+    if example_inputs is None:
+        return image_of_size(model, (example.shape[1], *size[1:])), calibration
+    warnings.warn(
+        f"flops are counted on the example input of {_pixels(tuple(example.shape))} pixels, and the calibration images "
+        f"have {_pixels(size)}: on images of that size the budget may be exceeded. Pass example_inputs= of their size.",
+        stacklevel=4,
+    )
+    return inputs, calibration
+
+
+def _pixels(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape[-2:]))
 
 
 def calibration_label(calibration: Calibration, inputs: Inputs) -> str:

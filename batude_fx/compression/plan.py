@@ -15,6 +15,7 @@ from batude_fx.compression.calibrate import Measurements
 from batude_fx.compression.checks import check_model
 from batude_fx.compression.rank_search import SiteCandidate, choose_ranks
 from batude_fx.errors import BudgetError, SelectionError
+from batude_fx.graph.example_inputs import remember_input_size_
 from batude_fx.graph.flops import count_flops, dense_cost, site_cost
 from batude_fx.graph.provenance import attach_
 from batude_fx.graph.shared_parts import refuse_shared_parts
@@ -111,6 +112,7 @@ class Plan:
                 ) from error
             small = plan._build(model)  # noqa: SLF001 - of another plan
         refuse_shared_parts(small, model, self._inputs)
+        remember_input_size_(small, self._inputs)
         attach_(small, plan.record())
         return small
 

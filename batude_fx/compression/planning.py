@@ -11,14 +11,13 @@ from batude_fx.budget.cost_limits import SearchSpace, make_search_space
 from batude_fx.budget.layer_timer import LayerTimer
 from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.calibration.images import Inputs
-from batude_fx.compression.calibrate import Calibration, calibration_label, measure
+from batude_fx.compression.calibrate import Calibration, calibration_label, match_example, measure
 from batude_fx.compression.checks import check_constant_sizes, check_model, check_options
 from batude_fx.compression.latency_search import refine_by_timing, with_latency
 from batude_fx.compression.plan import ModelT, Plan
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
 from batude_fx.errors import BudgetError
 from batude_fx.graph.discovery import discover
-from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
 from batude_fx.support.model_state import exclusive
@@ -46,7 +45,8 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
             ("0.9GFLOPs"), or a `Budget` with several limits, latency among them. Flops are fvcore's: one multiply-add
             is one. Latency is the wall time of the model in eval mode on its device, with torch's current threads.
         example_inputs: Arguments of one run, (1, C, H, W) for an image model, whose batch and memory format count
-            for latency. By default what timm or torchvision knows of the model.
+            for latency. By default an image of the size of the calibration images, or else what timm or torchvision
+            knows of the model.
         calibration: Unlabelled images, normalized as for evaluation: a tensor (N, C, H, W), an iterable of batches or
             a DataLoader. "synthetic" generates images; None uses the weights alone.
         layers: "conv", or "conv+linear" to replace linear layers too.
@@ -73,7 +73,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     budget = Budget.parse(budget)
     check_options(round_to, calibration)
     check_model(model)
-    inputs = resolve_inputs(model, example_inputs)
+    inputs, calibration = match_example(model, example_inputs, calibration)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
     replaceable, adds_bias = sites.replaceable(), calibration is not None
 

@@ -1,6 +1,6 @@
 """Example inputs for models of timm and torchvision, from what these libraries say about their models."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,6 +60,38 @@ def resolve_inputs(model: nn.Module, inputs: Tensor | tuple[object, ...] | None)
     arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     copies: tuple[object, ...] = tree_map_only(Tensor, Tensor.clone, arguments)  # a model may work in place on them
     return copies
+
+
+def image_of_size(model: nn.Module, size: Sequence[int]) -> tuple[Tensor]:
+    """Return an image (1, C, H, W) of seeded noise as the arguments of a model, on its device and in its dtype.
+
+    Args:
+        model: Any module.
+        size: C, H and W.
+    """
+    return (_noise(model, 1, *size),)
+
+
+def remember_input_size_(model: nn.Module, inputs: tuple[object, ...]) -> None:
+    """Write the size of the images that a network is used on into the config that timm keeps in its models.
+
+    Whoever saves, loads, evaluates or exports the network finds it there. Nothing is written if the inputs are no
+    images (N, C, H, W), if the network is from neither timm nor torchvision, or if its images have this size anyway.
+    """
+    try:
+        example = example_inputs(model)
+    except DiscoveryError:
+        return
+    known, size = _image_size(example), _image_size(inputs)
+    if known is not None and size is not None and known != size:
+        config = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": size}
+        vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
+
+
+def _image_size(inputs: tuple[object, ...]) -> tuple[int, ...] | None:
+    """Return (C, H, W) of inputs that are a batch of images, else None."""
+    image = inputs[0] if len(inputs) == 1 else None
+    return tuple(image.shape[1:]) if isinstance(image, Tensor) and image.ndim == 4 else None  # noqa: PLR2004 - batch
 
 
 def published_images(name: str) -> dict[str, Any]:

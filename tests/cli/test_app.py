@@ -124,3 +124,16 @@ def test_report_writes_pictures(folder: Path) -> None:
     assert written == [str(folder / name) for name in ("report.html", "flops.png", "spectra.png")]
     assert all(Path(path).exists() for path in written)
     assert "holds no report.json" in run_error("report", folder.parent)
+
+
+def test_the_size_of_the_images_can_be_said(tmp_path: Path) -> None:
+    small, usual = (run_json("discover", NAME, *size) for size in (["--input-size", 64], []))
+    assert small[0]["positions_in"] == 64 * 64 != usual[0]["positions_in"]
+    output = tmp_path / "small"
+    facts = run_json(
+        "compress", NAME, "--no-pretrained", "--budget", 0.6, "--calibration", "none", "--input-size", 64,
+        "--output", output,
+    )  # fmt: skip
+    assert run_json("info", output)["flops"] == facts["flops"] <= 0.6 * facts["dense_flops"]
+    assert json.loads((output / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert "is built for 224 x 224 pixels, not 64" in run_error("discover", "vit_tiny_patch16_224", "--input-size", 64)
