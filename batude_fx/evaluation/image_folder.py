@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
@@ -17,6 +18,8 @@ from batude_fx.graph.example_inputs import example_inputs
 
 BATCH = 16
 _NDIM = 4  # (N, C, H, W)
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+_MOST_ASPECT = 100
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -75,7 +78,7 @@ def batches(model: nn.Module, paths: Sequence[Path]) -> Iterator[Tensor]:
     """
     transform = _transform(model)
     for start in range(0, len(paths), BATCH):
-        yield torch.stack([transform(_opened(path)) for path in paths[start : start + BATCH]])
+        yield torch.stack([transform(_read_image(path)) for path in paths[start : start + BATCH]])
 
 
 def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transform, which is untyped
@@ -89,9 +92,27 @@ def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transfo
     return create_transform(**config, is_training=False)
 
 
-def _opened(path: Path) -> Image.Image:
+def _read_image(path: Path) -> Image.Image:
+    """Return an image in colour.
+
+    Pillow would otherwise let the content of the file choose among some forty readers, one of which starts Ghostscript.
+    """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_aspect(image)
+            return _with_eight_bits(image).convert("RGB")
     except Exception as error:  # Pillow's readers raise all kinds, SyntaxError for a broken chunk of a PNG among them
         raise CalibrationError(f"{path} cannot be read as an image: {error}. Remove or replace it.") from error
+
+
+def _with_eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 16-bit grey levels with eight bits; Pillow would cut everything above 255 to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image, np.int64) // 257).clip(0, 255).astype(np.uint8))
+
+
+def _check_aspect(image: Image.Image) -> None:
+    """Refuse an image that would fill the memory when it is resized by its shorter side."""
+    if max(image.size) > _MOST_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels, a side over {_MOST_ASPECT} times the other")

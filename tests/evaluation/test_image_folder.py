@@ -4,7 +4,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data import create_dataset
 
@@ -66,3 +68,26 @@ def test_links_that_lead_back_up_are_not_followed(class_folders: Path, tmp_path:
         (place / "here").symlink_to(place)
         (place / "up").symlink_to(tmp_path)
     assert len(image_folder.image_paths(tmp_path)) == 6
+
+
+def test_grey_levels_of_sixteen_bits_are_those_of_eight(tmp_path: Path) -> None:
+    levels = np.linspace(0, 255, 64 * 64).round().reshape(64, 64)
+    Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray((levels * 257).astype(np.uint16)).save(tmp_path / "16.png")
+    (batch,) = image_folder.batches(ConstantClassifier(0), [tmp_path / "8.png", tmp_path / "16.png"])
+    assert torch.equal(batch[0], batch[1])
+    assert batch[0].std() > 0.5
+
+
+def test_the_content_of_a_file_chooses_no_other_reader(tmp_path: Path) -> None:
+    """Pillow gives Encapsulated PostScript to Ghostscript, whatever the file is called."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    disguised = (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    with pytest.raises(batude_fx.CalibrationError, match=r"x\.png cannot be read as an image"):
+        next(image_folder.batches(ConstantClassifier(0), [disguised]))
+
+
+def test_an_image_that_would_fill_the_memory_when_resized_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (200_000, 1)).save(tmp_path / "long.png")
+    with pytest.raises(batude_fx.CalibrationError, match="200000 x 1 pixels, a side over 100 times the other"):
+        next(image_folder.batches(ConstantClassifier(0), [tmp_path / "long.png"]))
