@@ -16,7 +16,7 @@ from tests.toy_networks import varied_net
 
 def test_images_of_another_size_are_refused_where_the_model_takes_one_size() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(1024, 4))
-    with pytest.raises(CalibrationError, match="shape"):
+    with pytest.warns(UserWarning, match="12 x 12"), pytest.raises(CalibrationError, match="shape"):
         batude_fx.compress(model, 0.6, example_inputs=EXAMPLE, calibration=torch.randn(4, 3, 10, 10))
 
 
