@@ -14,9 +14,21 @@ BatudeError
 ```
 """
 
+_MOST_CHARACTERS = 4000
+# Control characters, and those that change the direction of text; but not line ends and tabs.
+_HIDDEN = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {*map(ord, "\n\t")}
+_VISIBLE = {code: repr(chr(code))[1:-1] for code in _HIDDEN}
+
 
 class BatudeError(Exception):
-    """Root of every error that batude_fx raises on purpose."""
+    """Root of every error that batude_fx raises on purpose.
+
+    Its message is safe to print, whatever the names and values are that it quotes.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = printable(str(message))
+        super().__init__(text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ...")
 
 
 class BudgetError(BatudeError, ValueError):
@@ -53,6 +65,11 @@ class ExportError(BatudeError):
 
 class TrainingError(BatudeError):
     """A run that cannot start or continue, or whose loss is not finite."""
+
+
+def printable(text: str) -> str:
+    """Return a text in which characters that would control a terminal, such as escapes, are spelt out."""
+    return text.translate(_VISIBLE)
 
 
 def first_line(error: Exception) -> str:

@@ -312,7 +312,7 @@ def sweep_budgets(
     source = calibration_source(calibration, images)
     if output:
         output = network_folder(output)
-        sweep_points.make_writable(output)
+        sweep_points.check_folder(output)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
 
     def plan_for(keep: float) -> "Plan":

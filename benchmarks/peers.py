@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from batude_fx.graph.flops import count_flops
-from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.atomic_files import write_text
 from batude_fx.support.timing import time_calls
 from benchmarks.compress_time import resident
 from benchmarks.peer_methods import IMAGE, METHODS
@@ -97,8 +97,7 @@ def run(network: str, row: str, path: Path) -> None:
 
 def write_row(path: Path, facts: dict[str, Any]) -> None:
     """Write the file of a row atomically."""
-    with atomic_file(path) as text:
-        text.write_text(json.dumps(facts), encoding="utf-8")
+    write_text(path, json.dumps(facts))
 
 
 def interpreter(package: str | None) -> str:

@@ -17,7 +17,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.atomic_files import write_text
 from batude_fx.support.timing import time_calls
 from batude_fx.tucker.modules import CHANNELS_LAST, build, is_channels_last
 from batude_fx.tucker.ranks import Ranks
@@ -98,8 +98,7 @@ class TimeTable:
             self.nanoseconds = _read(self.path) | self.nanoseconds  # another process may have measured, too
             with suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(self.path) as text:
-                    text.write_text(json.dumps(self.nanoseconds, indent=0) + "\n", encoding="utf-8")
+                write_text(self.path, json.dumps(self.nanoseconds, indent=0) + "\n")
             self._changed = False
 
 
@@ -121,7 +120,7 @@ def _read(path: Path) -> dict[str, int]:
     """Read the times in a file; none where it is missing or broken, so that all is measured again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     sound = isinstance(content, dict) and all(isinstance(time, int) and time > 0 for time in content.values())
     return content if sound else {}

@@ -78,7 +78,7 @@ def batches(model: nn.Module, paths: Sequence[Path]) -> Iterator[Tensor]:
     """
     transform = _transform(model)
     for start in range(0, len(paths), BATCH):
-        yield torch.stack([transform(_read_image(path)) for path in paths[start : start + BATCH]])
+        yield torch.stack([transform(read_image(path)) for path in paths[start : start + BATCH]])
 
 
 def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transform, which is untyped
@@ -92,15 +92,19 @@ def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transfo
     return create_transform(**config, is_training=False)
 
 
-def _read_image(path: Path) -> Image.Image:
-    """Return an image in colour.
+def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """Return an image in colour, or in grey for the mode "L".
 
     Pillow would otherwise let the content of the file choose among some forty readers, one of which starts Ghostscript.
+
+    Raises:
+        CalibrationError: When the file is no image of a listed format, is broken, or is a hundred times wider than high
+            or higher than wide.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
             _check_aspect(image)
-            return _with_eight_bits(image).convert("RGB")
+            return _with_eight_bits(image).convert(mode)
     except Exception as error:  # Pillow's readers raise all kinds, SyntaxError for a broken chunk of a PNG among them
         raise CalibrationError(f"{path} cannot be read as an image: {error}. Remove or replace it.") from error
 

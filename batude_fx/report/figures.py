@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from batude_fx.errors import printable
 from batude_fx.report.record import Record, RoundRecord, SiteRecord
 from batude_fx.report.sweep_points import Point
 from batude_fx.support.arrays import Floats, Integers
@@ -22,6 +24,8 @@ from batude_fx.support.atomic_files import atomic_file
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#BBBBBB"
 _VERMILION = "#D55E00"
 _ROW_HEIGHT = 0.17  # inches per site
+_MOST_ROWS = 300  # sites in a picture
+_LONGEST_NAME = 60  # characters of a site's name, the last ones
 _SMALLEST_LOSS = 1e-4  # share of the loss below which the spectra show no difference
 _SPECTRUM_COLUMNS = 65
 _MODE_TITLES = "output ranks", "input ranks"  # of mode 0 and of mode 1
@@ -29,12 +33,18 @@ Pictures = dict[str, Figure]
 
 
 def pictures(record: Record, points: Sequence[Point] = ()) -> Pictures:
-    """Draw all pictures for which a record and a sweep have numbers; the keys are names of files without suffix."""
-    figures = {"flops": _flops(record.sites)}
-    if any(site.spectrum_out for site in record.sites):
-        figures["spectra"] = _spectra([site for site in record.sites if site.spectrum_out])
+    """Draw all pictures for which a record and a sweep have numbers; the keys are names of files without suffix.
+
+    Of a network with very many sites, the most expensive ones are shown.
+    """
+    expensive = sorted(record.sites, key=attrgetter("dense_flops"), reverse=True)[:_MOST_ROWS]
+    names = {site.name for site in expensive}
+    sites = [site for site in record.sites if site.name in names]
+    figures = {"flops": _flops(sites)}
+    if any(site.spectrum_out for site in sites):
+        figures["spectra"] = _spectra([site for site in sites if site.spectrum_out])
     if record.training and record.training.rounds:
-        figures["ranks"] = _ranks(record.sites, record.training.rounds)
+        figures["ranks"] = _ranks(sites, record.training.rounds)
         figures["residuals"] = _residuals(record.training.rounds)
     if points:
         figures["sweep"] = sweep_picture(points)
@@ -175,6 +185,7 @@ def _figure(width: float, height: float, *, columns: int = 1, sharey: bool = Fal
 
 
 def _name_rows(axes: Any, sites: Sequence[SiteRecord]) -> None:  # noqa: ANN401 - matplotlib's, shared or not
-    axes.set_yticks(range(len(sites)), [site.name for site in sites], fontsize=7, parse_math=False)
+    names = [printable(site.name[-_LONGEST_NAME:]) for site in sites]
+    axes.set_yticks(range(len(sites)), names, fontsize=7, parse_math=False)
     if not axes.yaxis_inverted():
         axes.invert_yaxis()

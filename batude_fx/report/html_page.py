@@ -5,6 +5,7 @@ Everything it shows is in this one file: it has no scripts, and loads no fonts a
 
 import base64
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from batude_fx.graph.site_table import describe_convolution, describe_ranks
 from batude_fx.report import record as records
 from batude_fx.report import sweep_points
 from batude_fx.report.record import Record
-from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.atomic_files import newest, write_text
 from batude_fx.support.numbers import human, milliseconds, percent
 
 PAGE = "report.html"
@@ -26,6 +27,8 @@ _TITLES = {
     "ranks": "Ranks during training",
     "residuals": "Residuals of BC-ADL and flops during training",
 }
+FILES = (records.FILE, PAGE, sweep_points.FILE, *(f"{name}.png" for name in _TITLES))
+"""Names of all files that belong to a report."""
 
 
 def write(record: Record, folder: Path) -> None:
@@ -34,9 +37,7 @@ def write(record: Record, folder: Path) -> None:
     Raises:
         SavedModelError: When the folder's `sweep.json` is broken.
     """
-    page = render(record, sweep_points.read(folder))
-    with atomic_file(folder / PAGE) as text:
-        text.write_text(page, encoding="utf-8")
+    write_text(folder / PAGE, render(record, sweep_points.read(folder)))
 
 
 def check_network(folder: Path, record: Record) -> None:
@@ -53,22 +54,22 @@ def check_network(folder: Path, record: Record) -> None:
         )
 
 
-def replace_report(record: Record | None, folder: Path) -> None:
-    """Remove the report and the pictures of a folder's previous network, and write the report of the present one.
+def write_successor(record: Record, folder: Path, previous: Path) -> None:
+    """Write the report of a network into a folder, with the sweep of the network that it takes the place of.
 
-    A sweep stays if both were compressed from the same original.
+    The sweep is left out if the two were not compressed from the same original.
+
+    Args:
+        record: How the network was compressed.
+        folder: Where its report is written.
+        previous: The folder of the network before it.
     """
-    try:
-        previous = records.read(folder)
-    except SavedModelError:
-        previous = None
-    if not (record and previous and _same_original(record, previous)):
-        (folder / sweep_points.FILE).unlink(missing_ok=True)
-    for name in (records.FILE, PAGE, *(f"{name}.png" for name in _TITLES)):
-        (folder / name).unlink(missing_ok=True)
-    if record:
-        records.write(record, folder)
-        write(record, folder)
+    with suppress(SavedModelError):  # a broken report or sweep is not taken over
+        predecessor, points = records.read(previous), sweep_points.read(previous)
+        if points and predecessor and _same_original(record, predecessor):
+            sweep_points.write(points, folder)
+    records.write(record, folder)
+    write(record, folder)
 
 
 def _same_original(a: Record, b: Record) -> bool:
@@ -88,6 +89,7 @@ def write_pages(folder: Path) -> list[Path]:
     """
     from batude_fx.report.figures import pictures, sweep_picture, write_png
 
+    folder = newest(folder)
     record, points = records.read(folder), sweep_points.read(folder)
     if record:
         write(record, folder)

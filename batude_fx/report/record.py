@@ -6,28 +6,31 @@ It holds numbers and names only, and is validated when it is read, since a folde
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batude_fx.budget.rank_options import RankOptions
-from batude_fx.errors import SavedModelError
+from batude_fx.errors import SavedModelError, first_line
 from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite, FoundBy
 from batude_fx.support.arrays import Floats
-from batude_fx.support.atomic_files import atomic_file
-from batude_fx.support.validation import first_mistake
+from batude_fx.support.atomic_files import newest, write_text
+from batude_fx.support.validation import first_mistake, read_limited
 from batude_fx.tucker.ranks import Ranks, SiteLoss
 
 FILE = "report.json"
 LIBRARIES = ("python", "batude_fx", "torch", "timm", "torchvision", "fvcore", "safetensors")
 """Whose versions a record names."""
 _SPECTRUM_POINTS = 64  # intervals between the ranks at which a spectrum is recorded
-Count = Annotated[int, Field(ge=0)]
+_MOST_SITES, _MOST_ROUNDS = 5000, 10_000  # of networks and runs anyone has; a report shows all of them
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+AboveZero = Annotated[int, Field(ge=1, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 RankPair = tuple[Count, Count]
+Spectrum = Annotated[tuple[Share, ...], Field(min_length=1, max_length=_SPECTRUM_POINTS + 1)]
 
 
 class _Frozen(BaseModel):
@@ -59,10 +62,10 @@ class SiteRecord(_Frozen):
 
     name: str
     kind: str
-    in_channels: Count
-    out_channels: Count
-    kernel_size: tuple[Count, ...]
-    groups: Count
+    in_channels: AboveZero
+    out_channels: AboveZero
+    kernel_size: Annotated[tuple[Count, ...], Field(max_length=3)]
+    groups: AboveZero
     found_by: FoundBy
     skip_reason: str | None
     dense_flops: Count
@@ -71,8 +74,14 @@ class SiteRecord(_Frozen):
     params: Count
     ranks: RankPair | None
     loss: float | None
-    spectrum_out: tuple[float, ...] | None
-    spectrum_in: tuple[float, ...] | None
+    spectrum_out: Spectrum | None
+    spectrum_in: Spectrum | None
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(f"{self.in_channels} > {self.out_channels} channels are no {self.groups} groups")
+        return self
 
 
 class RoundRecord(_Frozen):
@@ -114,7 +123,13 @@ class TrainingRecord(_Frozen):
     recipe: str
     original_accuracy: Share
     accuracy: Share
-    rounds: tuple[RoundRecord, ...]
+    rounds: Annotated[tuple[RoundRecord, ...], Field(max_length=_MOST_ROUNDS)]
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> Self:
+        if any(entry.ranks.keys() != self.rounds[0].ranks.keys() for entry in self.rounds):
+            raise ValueError("rounds have ranks of different sites")
+        return self
 
 
 class Record(_Frozen):
@@ -153,9 +168,19 @@ class Record(_Frozen):
     dense_seconds: Seconds | None = None
     seconds: Seconds | None = None
     weights: Count | None = None
-    sites: tuple[SiteRecord, ...]
+    sites: Annotated[tuple[SiteRecord, ...], Field(max_length=_MOST_SITES)]
     training: TrainingRecord | None = None
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = {site.name for site in self.sites}
+        if len(names) < len(self.sites):
+            raise ValueError("sites have the same name")
+        rounds = self.training.rounds if self.training else ()
+        if rounds and (unknown := rounds[0].ranks.keys() - names):
+            raise ValueError(f"rounds have ranks of {min(unknown)!r}, which is no site")
+        return self
 
 
 def site_records(
@@ -196,8 +221,7 @@ def _site_record(
 
 def write(record: Record, folder: Path) -> None:
     """Write `report.json`."""
-    with atomic_file(folder / FILE) as text:
-        text.write_text(record.model_dump_json() + "\n", encoding="utf-8")
+    write_text(folder / FILE, record.model_dump_json() + "\n")
 
 
 def read(folder: Path) -> Record | None:
@@ -206,15 +230,16 @@ def read(folder: Path) -> Record | None:
     Raises:
         SavedModelError: When the file is broken.
     """
-    path = folder / FILE
+    path = newest(folder) / FILE
     if not path.is_file():
         return None
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return Record.model_validate_json(read_limited(path))
     except ValidationError as error:
-        raise SavedModelError(
-            f"{path} is broken: {first_mistake(error)} Remove it; the network can be loaded without it."
-        ) from None
+        reason = str(first_mistake(error))
+    except (OSError, ValueError) as error:
+        reason = f"{first_line(error)}."
+    raise SavedModelError(f"{path} is broken: {reason} Remove it; the network can be loaded without it.")
 
 
 def _cost(options: RankOptions, ranks: Ranks) -> tuple[int, int]:

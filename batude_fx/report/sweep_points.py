@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from batude_fx.errors import SavedModelError
-from batude_fx.support.atomic_files import atomic_file
-from batude_fx.support.validation import first_mistake
+from batude_fx.errors import SavedModelError, first_line
+from batude_fx.report.record import Count, Share
+from batude_fx.support.atomic_files import check_writable, newest, write_text
+from batude_fx.support.validation import first_mistake, read_limited
 
 FILE = "sweep.json"
 
@@ -30,33 +31,34 @@ class Point:
         top5: Top-5 accuracy, where the images have labels.
     """
 
-    budget: float
-    flops: int
-    params: int
-    milliseconds: float
-    agreement: float
-    top1: float | None = None
-    top5: float | None = None
+    budget: Annotated[float, Field(gt=0, le=1)]
+    flops: Count
+    params: Count
+    milliseconds: Annotated[float, Field(gt=0, le=1e9)]
+    agreement: Share
+    top1: Share | None = None
+    top5: Share | None = None
 
 
-def make_writable(folder: Path) -> None:
-    """Create a folder and write a temporary file into it, before hours are spent on what will be written there.
+Points = Annotated[list[Point], Field(max_length=1000)]
+
+
+def check_folder(folder: Path) -> None:
+    """Write a temporary file into a folder, before hours are spent on what will be written there.
 
     Raises:
         SavedModelError: When the folder cannot be created or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        check_writable(folder)
     except OSError as error:
         raise SavedModelError(f"{folder} cannot be written: {error.strerror}. Choose another place.") from error
 
 
 def write(points: Sequence[Point], folder: Path) -> None:
     """Write `sweep.json`."""
-    make_writable(folder)
-    with atomic_file(folder / FILE) as text:
-        text.write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / FILE, json.dumps([asdict(point) for point in points], indent=2) + "\n")
 
 
 def read(folder: Path) -> list[Point]:
@@ -65,10 +67,13 @@ def read(folder: Path) -> list[Point]:
     Raises:
         SavedModelError: When the file is broken.
     """
-    path = folder / FILE
+    path = newest(folder) / FILE
     if not path.is_file():
         return []
     try:
-        return TypeAdapter(list[Point]).validate_json(path.read_bytes(), strict=True)
+        return TypeAdapter(Points).validate_json(read_limited(path), strict=True)
     except ValidationError as error:
-        raise SavedModelError(f"{path} is broken: {first_mistake(error)} Sweep again, or remove it.") from None
+        reason = str(first_mistake(error))
+    except (OSError, ValueError) as error:
+        reason = f"{first_line(error)}."
+    raise SavedModelError(f"{path} is broken: {reason} Sweep again, or remove it.")

@@ -18,11 +18,6 @@ from batude_fx.support.model_state import exclusive
 ENTRYPOINT = "batude_fx"
 """The name under which this package itself is registered with timm and torchvision."""
 Library = Literal["timm", "torchvision"]
-# A saved folder may be malicious, and other arguments of model factories name files to read, or classes.
-ArgumentName = Literal[
-    "num_classes", "in_chans", "global_pool", "img_size", "output_stride", "drop_rate", "drop_path_rate", "act_layer",
-    "norm_layer", "aux_logits", "aux_loss", "transform_input",
-]  # fmt: skip
 ArgumentValue = bool | int | float | str | tuple[int, int] | None
 
 

@@ -5,34 +5,119 @@ names are looked up in the registries of timm and torchvision, and only argument
 """
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from torch import nn
+from typing_extensions import TypedDict
 
 from batude_fx.errors import BatudeError, SavedModelError
 from batude_fx.graph.surgery import build_skeleton
 from batude_fx.report import record
-from batude_fx.saving.architecture import ENTRYPOINT, Architecture, ArgumentName, ArgumentValue, Library
-from batude_fx.support.validation import first_mistake
+from batude_fx.saving.architecture import ENTRYPOINT, Architecture, ArgumentValue, Library
+from batude_fx.support.atomic_files import newest
+from batude_fx.support.validation import first_mistake, read_limited
 from batude_fx.tucker.ranks import Ranks
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINED_NETWORK = "model"
 """Name of the folder inside a training run's folder that holds its trained network."""
 FORMAT = 1
-_MAX_BYTES = 2**24
-# Keys of timm's pretrained_cfg, without those that tell timm where to fetch weights.
-_MetadataKey = Literal[
-    "architecture", "tag", "input_size", "test_input_size", "min_input_size", "fixed_input_size", "interpolation",
-    "crop_pct", "test_crop_pct", "crop_mode", "mean", "std", "num_classes", "label_offset", "label_names",
-    "label_descriptions", "pool_size", "test_pool_size", "first_conv", "classifier", "license", "description",
-    "origin_url", "paper_name", "paper_ids", "notes",
-]  # fmt: skip
-METADATA_KEYS: tuple[_MetadataKey, ...] = get_args(_MetadataKey)
+_MOST_VALUES = 2**24  # of an image: five times those of the largest that timm's networks take
+_CLOSED = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _check_size(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse the size of an image that would fill the memory."""
+    if math.prod(size) > _MOST_VALUES:
+        raise ValueError(f"an image of {' x '.join(map(str, size))} values is larger than any that networks take")
+    return size
+
+
+_ImageSize = Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4), AfterValidator(_check_size)]
+_CropShare = Annotated[float, Field(ge=0.1, le=2)]  # a smaller one would enlarge images before they are cropped
+_Channels = Field(max_length=1024)
+_Names = str | tuple[str, ...] | None
+_Name = Annotated[str, Field(max_length=32)] | None
+_Side = Annotated[int, Field(ge=1, le=2048)]
+_Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class ImageConfig(TypedDict, total=False):
+    """The keys of timm's pretrained_cfg, without those that tell timm where to fetch weights.
+
+    Source: `PretrainedCfg` in timm/models/_pretrained.py.
+    """
+
+    __pydantic_config__ = _CLOSED  # type: ignore[misc]
+
+    architecture: str
+    tag: str
+    input_size: _ImageSize
+    test_input_size: _ImageSize | None
+    min_input_size: _ImageSize | None
+    fixed_input_size: bool
+    interpolation: Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
+    crop_pct: _CropShare
+    test_crop_pct: _CropShare | None
+    crop_mode: Literal["center", "squash", "border"]
+    mean: Annotated[tuple[float, ...], _Channels]
+    std: Annotated[tuple[PositiveFloat, ...], _Channels]
+    num_classes: NonNegativeInt
+    label_offset: int | None
+    label_names: tuple[str, ...] | None
+    label_descriptions: dict[str, str] | tuple[str, ...] | None
+    pool_size: tuple[PositiveInt, PositiveInt] | None
+    test_pool_size: tuple[PositiveInt, PositiveInt] | None
+    first_conv: _Names
+    classifier: _Names
+    license: str | None
+    description: str | None
+    origin_url: str | None
+    paper_name: str | None
+    paper_ids: _Names
+    notes: _Names
+
+
+METADATA_KEYS = tuple(ImageConfig.__annotations__)
+
+
+class FactoryArgs(TypedDict, total=False):
+    """The arguments of model factories that a saved folder may hold.
+
+    A folder may be malicious, and other arguments name files to read, or classes. Large numbers would fill the memory
+    before the weights show that they are wrong.
+    """
+
+    __pydantic_config__ = _CLOSED  # type: ignore[misc]
+
+    num_classes: Annotated[int, Field(ge=0, le=100_000)]
+    in_chans: Annotated[int, Field(ge=1, le=1024)]
+    global_pool: bool | Annotated[str, Field(max_length=32)] | None
+    img_size: _Side | tuple[_Side, _Side] | None
+    output_stride: Annotated[int, Field(ge=1, le=64)]
+    drop_rate: _Rate
+    drop_path_rate: _Rate | None
+    act_layer: _Name
+    norm_layer: _Name
+    aux_logits: bool | None
+    aux_loss: bool | None
+    transform_input: bool
 
 
 class SavedArchitecture(BaseModel):
@@ -46,11 +131,11 @@ class SavedArchitecture(BaseModel):
         biased: Sites whose Tucker module has a bias, which the dense layer need not have.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = _CLOSED
 
     library: Library | None
-    base: str | None = Field(pattern=r"^[A-Za-z0-9_]+$")
-    args: dict[ArgumentName, ArgumentValue] = {}
+    base: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=200)] | None
+    args: FactoryArgs = FactoryArgs()
     ranks: dict[str, tuple[PositiveInt, PositiveInt]]
     biased: tuple[str, ...] = ()
 
@@ -67,7 +152,7 @@ class SavedArchitecture(BaseModel):
         """The architecture of the dense network; None where only the caller can build it."""
         if self.library is None or self.base is None:
             return None
-        return Architecture(self.library, self.base, {str(name): value for name, value in self.args.items()})
+        return Architecture(self.library, self.base, cast("Mapping[str, ArgumentValue]", self.args))
 
     def build(self, *, weightless: bool = False, **overrides: Any) -> nn.Module:  # noqa: ANN401 - what timm was given
         """Build the compressed network with uninitialised Tucker modules and fresh weights elsewhere.
@@ -114,21 +199,16 @@ class SavedConfig(BaseModel):
         versions: Versions of the libraries that wrote the folder, for information.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = _CLOSED
 
     architecture: Literal["batude_fx"]
     model_args: SavedArchitecture
     num_classes: int | None = None
-    pretrained_cfg: dict[_MetadataKey, Any] = {}
+    pretrained_cfg: ImageConfig = ImageConfig()
     channels_last: bool = False
     params: int
     format: Literal[1]
     versions: dict[str, str]
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The `pretrained_cfg` with tuples, as timm has them, where JSON has lists."""
-        return with_tuples(self.pretrained_cfg)
 
 
 def read_config(folder: Path) -> SavedConfig:
@@ -137,15 +217,13 @@ def read_config(folder: Path) -> SavedConfig:
     Raises:
         SavedModelError: When it is missing, is not JSON, or is not a config of this format.
     """
-    path = folder / CONFIG
+    path = newest(folder) / CONFIG
     if not path.is_file():
         network = folder / TRAINED_NETWORK
         way_out = f"It is a training run; give {network}" if (network / CONFIG).is_file() else "Give what save wrote"
         raise SavedModelError(f"{folder} is no saved model: it has no {CONFIG}. {way_out}.")
     try:
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise SavedModelError(f"{path} has {size} bytes, more than {_MAX_BYTES}; it is no config.")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(read_limited(path), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise SavedModelError(f"{path} cannot be read as JSON: {error}. Save the model again.") from error
     return _validate(content, path)
@@ -178,9 +256,17 @@ def _refuse_constant(name: str) -> NoReturn:
 def network_folder(folder: Path) -> Path:
     """Return the folder of the network: a subfolder if the folder is that of a training run, else the folder itself."""
     network = folder / TRAINED_NETWORK
-    return network if (network / record.FILE).is_file() else folder
+    return network if (newest(network) / record.FILE).is_file() else folder
 
 
-def with_tuples(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a config with tuples, as timm has them, where JSON has lists."""
-    return {str(key): tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+def checked_image_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pretrained_cfg that timm has read, with tuples where JSON has lists.
+
+    Raises:
+        SavedModelError: When one of the `METADATA_KEYS` has a value that no config has.
+    """
+    described = {key: config[key] for key in METADATA_KEYS if key in config}
+    try:
+        return {**config, **TypeAdapter(ImageConfig).validate_python(described)}
+    except ValidationError as error:
+        raise SavedModelError(f"not a config of batude_fx: pretrained_cfg.{first_mistake(error)}") from error

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import SavedModelError
 from batude_fx.graph.example_inputs import example_inputs
-from batude_fx.saving.architecture import Architecture, ArgumentName, ArgumentValue, is_registered
-from batude_fx.saving.config import SavedArchitecture
+from batude_fx.saving.architecture import Architecture, ArgumentValue, is_registered
+from batude_fx.saving.config import FactoryArgs, SavedArchitecture
 from batude_fx.saving.weights import has_channels_last, load_weights_, read_weights, to_channels_last_
 from batude_fx.support.model_state import eval_and_restore
 from batude_fx.tucker.modules import TuckerModule
@@ -122,7 +122,7 @@ def candidate_architectures(model: nn.Module, channels: int | None, classes: int
 def _timm_candidates(model: nn.Module, base: str, channels: int | None) -> Iterator[Architecture]:
     # Newer versions of timm record the arguments of the factory; with all versions, some can be read off the model.
     factory_args: dict[str, Any] = getattr(model, "_model_args", {})
-    recorded = {name: value for name, value in factory_args.items() if name in get_args(ArgumentName)}
+    recorded = {name: value for name, value in factory_args.items() if name in FactoryArgs.__annotations__}
     default = Architecture("timm", base, recorded)
     try:
         fresh = default.build(weightless=True)

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from batude_fx.graph.flops import count_params
 from batude_fx.graph.surgery import refuse_wrappers
 from batude_fx.report import record
 from batude_fx.saving.architecture import ENTRYPOINT
-from batude_fx.saving.config import CONFIG, METADATA_KEYS, WEIGHTS, SavedConfig, read_config
+from batude_fx.saving.config import CONFIG, METADATA_KEYS, WEIGHTS, ImageConfig, SavedConfig, read_config
 from batude_fx.saving.find_architecture import ExampleRun, find_architecture
 from batude_fx.saving.weights import (
     check_fits,
@@ -31,8 +32,16 @@ from batude_fx.saving.weights import (
     read_weights,
     to_channels_last_,
 )
-from batude_fx.support.atomic_files import atomic_file, visible_entries
+from batude_fx.support.atomic_files import (
+    atomic_file,
+    atomic_files,
+    check_writable,
+    newest,
+    visible_entries,
+    write_text,
+)
 from batude_fx.support.model_state import exclusive
+from batude_fx.support.validation import first_mistake
 from batude_fx.support.versions import library_versions
 from batude_fx.tucker.modules import TuckerModule
 
@@ -46,8 +55,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: What `compress` returned, trained further or not.
-        folder: Created if it does not exist. Existing files of the same names are replaced only after all checks, each
-            in one step.
+        folder: Created if it does not exist. The files of a network that it holds already are replaced after all
+            checks, all of them at once.
 
     Raises:
         SavedModelError: When the model has no Tucker module, or the folder cannot be written.
@@ -65,16 +74,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _check_savable(model)
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The weights are moved first: a config without its weights is never left behind.
-        with atomic_file(folder / CONFIG) as config_file, atomic_file(folder / WEIGHTS) as weights_file:
-            save_model(model, str(weights_file), {"format": "pt"})
-            config = _make_config(model, weights_file)
-            config_file.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        report = cast("record.Record | None", provenance.attached_record(model))
-        if report and report.params != config.params:  # the network was changed since it was compressed
-            report = None
-        html_page.replace_report(report, folder)  # last, so that a report is never without its network
+        with atomic_files(folder, (CONFIG, WEIGHTS, *html_page.FILES)) as new:
+            with atomic_file(new / WEIGHTS) as weights_file:
+                save_model(model, str(weights_file), {"format": "pt"})
+            config = _make_config(model, new / WEIGHTS)
+            write_text(new / CONFIG, config.model_dump_json(indent=2) + "\n")
+            report = cast("record.Record | None", provenance.attached_record(model))
+            if report and report.params == config.params:  # else the network was changed since it was compressed
+                html_page.write_successor(report, new, folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {last_line(error)}") from error
     if config.model_args.library is None:
@@ -90,12 +97,16 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     """Refuse a folder that holds files of something else, before they are mixed with those of a saved network.
 
     Raises:
-        SavedModelError: When it is a file, or holds files and no saved model.
+        SavedModelError: When it is a file, holds files and no saved model, or cannot be written to.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise SavedModelError(f"{folder} is a file; give a folder to write.")
-    if visible_entries(folder) and not _is_config(folder / CONFIG):
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise SavedModelError(f"{folder} cannot be written: {error.strerror}. Choose another place.") from error
+    if visible_entries(folder) and not _is_config(newest(folder) / CONFIG):
         raise SavedModelError(f"{folder} holds other files and no saved model; give a new folder, or empty this one.")
 
 
@@ -103,7 +114,7 @@ def _is_config(path: Path) -> bool:
     """Return whether `save` wrote a file, in any format; `read_config` demands more."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("architecture") == ENTRYPOINT
 
@@ -124,7 +135,7 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
 
     Source: timm's model folders, for the layout; the safetensors library.
     """
-    folder = Path(folder)
+    folder = newest(Path(folder))
     config = read_config(folder)
     architecture = config.model_args
     shapes = read_shapes(folder / WEIGHTS)
@@ -134,9 +145,9 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     load_weights_(network, read_weights(folder / WEIGHTS))
     if config.channels_last:
         to_channels_last_(network)
-    if config.metadata and model is None:
+    if config.pretrained_cfg and model is None:
         default: dict[str, Any] = getattr(network, "pretrained_cfg", {})
-        vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**default, **config.metadata}
+        vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**default, **config.pretrained_cfg}
     provenance.attach_(network, record.read(folder))
     network.eval()
     return network
@@ -169,16 +180,21 @@ def _make_config(model: nn.Module, weights: Path) -> SavedConfig:
     """Return the config of a model whose weights were saved."""
     run = ExampleRun.of(model)
     metadata = _torchvision_metadata(model, run) | (getattr(model, "pretrained_cfg", None) or {})
-    return SavedConfig(
-        architecture="batude_fx",
-        model_args=find_architecture(model, weights, run),
-        num_classes=getattr(model, "num_classes", run.classes),
-        pretrained_cfg={key: metadata[key] for key in METADATA_KEYS if key in metadata},
-        channels_last=has_channels_last(model),
-        params=count_params(model),
-        format=1,
-        versions=library_versions("torch", "timm", "torchvision", "safetensors", "batude_fx"),
-    )
+    try:
+        return SavedConfig(
+            architecture="batude_fx",
+            model_args=find_architecture(model, weights, run),
+            num_classes=getattr(model, "num_classes", run.classes),
+            pretrained_cfg=cast("ImageConfig", {key: metadata[key] for key in METADATA_KEYS if key in metadata}),
+            channels_last=has_channels_last(model),
+            params=count_params(model),
+            format=1,
+            versions=library_versions("torch", "timm", "torchvision", "safetensors", "batude_fx"),
+        )
+    except ValidationError as error:
+        raise SavedModelError(
+            f"{type(model).__name__} cannot be saved, as load would refuse it: {first_mistake(error)}"
+        ) from error
 
 
 def _torchvision_metadata(model: nn.Module, run: ExampleRun) -> dict[str, Any]:

@@ -26,6 +26,13 @@ def track(items: Iterable[ItemT], description: str, total: int | None = None) ->
         yield from progress.track(items, total, description=description)
 
 
+def print_line(text: str) -> None:
+    """Print a line on the error stream."""
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
 class Bar:
     """A progress bar below the lines that are printed meanwhile; without a terminal, only the lines are printed.
 
@@ -34,6 +41,9 @@ class Bar:
         total: Number of steps.
         done: Number of steps that are done already.
         visible: Whether this process prints anything; of several processes, only one should.
+
+    Attributes:
+        done: Number of steps that are done.
     """
 
     def __init__(self, description: str, total: int, done: int = 0, *, visible: bool = True) -> None:
@@ -43,10 +53,12 @@ class Bar:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         console = Console(stderr=True, quiet=not visible, soft_wrap=True)
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.done = done
         self._task = self._progress.add_task(description, total=total, completed=done)
 
     def advance(self) -> None:
         """Count one more step as done."""
+        self.done += 1
         self._progress.advance(self._task)
 
     def line(self, text: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from batude_fx.errors import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -27,21 +29,21 @@ def new_table(*columns: str, title: str = "", min_width: int | None = 64, **styl
     from rich.table import Table
 
     options: dict[str, Any] = {"box": SIMPLE_HEAD, "caption_justify": "left", "min_width": min_width, **style}
-    return Table(*columns, title=escape(title) or None, **options)
+    return Table(*columns, title=escape(printable(title)) or None, **options)
 
 
 def add_row(table: "Table", *cells: str) -> None:
     """Add a row of plain text, in which brackets are not markup."""
     from rich.markup import escape
 
-    table.add_row(*map(escape, cells))
+    table.add_row(*(escape(printable(cell)) for cell in cells))
 
 
 def set_caption(table: "Table", caption: str) -> None:
     """Put plain text, in which brackets are not markup, below a table."""
     from rich.markup import escape
 
-    table.caption = escape(caption)
+    table.caption = escape(printable(caption))
 
 
 def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> "Table":

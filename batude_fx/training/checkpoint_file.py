@@ -2,26 +2,59 @@
 
 What a checkpoint holds is put together in `session.Session.write_checkpoint`: phase, step, log, rounds and results, and
 under "parts" the states of what `phase._Trainer` lists: model, optimizer, moving average, and the Lagrangian of BC-ADL.
+A checksum over all of it shows damage: a single wrong bit in a weight would otherwise lead to another network.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from batude_fx.errors import TrainingError
+from batude_fx.errors import TrainingError, last_line
 from batude_fx.support.atomic_files import atomic_file
+from batude_fx.support.validation import first_mistake
+
+Phase = Literal["pretrain", "one_shot", "finalize"]
 
 
-def write(path: Path, tree: dict[str, Any]) -> None:
-    """Write nested dicts and lists of tensors, numbers, strings, booleans and None.
+class Checkpoint(BaseModel):
+    """What a run needs in order to go on.
 
-    The file is replaced as a whole, so that a run killed meanwhile leaves the previous checkpoint. Keys of dicts are
-    strings, or integers as in the state of torch's optimizers.
+    Attributes:
+        phase: The phase of training that it was written in.
+        step: Number of steps of this phase that are done.
+        parts: States of the network, the optimizer and others, as their `state_dict` returns them.
+        kept: Results that are not computed again, by name.
+        rounds: One record per round of BC-ADL.
+        log: All records: evaluations and rounds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    phase: Phase
+    step: Annotated[int, Field(ge=0)]
+    parts: dict[str, Any]
+    kept: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    log: list[dict[str, Any]]
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint.
+
+    The file is replaced as a whole, so that a run killed meanwhile leaves the previous checkpoint. Its parts are nested
+    dicts and lists of tensors, numbers, strings, booleans and None. Keys of dicts are strings, or integers as in the
+    state of torch's optimizers.
+
+    Raises:
+        TrainingError: When the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -33,12 +66,15 @@ def write(path: Path, tree: dict[str, Any]) -> None:
             return {"pairs": [[key, pack(item)] for key, item in value.items()]}
         return [pack(item) for item in value] if isinstance(value, list | tuple) else value
 
-    text = json.dumps(pack(tree))
-    with atomic_file(path) as temporary:
-        save_file(tensors, temporary, {"tree": text})
+    text = json.dumps(pack(dict(checkpoint)))
+    try:
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, {"tree": text, "checksum": _checksum(text, tensors)})
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be written: {last_line(error)}. The checkpoint before it stays.") from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Checkpoint:
     """Return what `write` wrote; tuples become lists.
 
     Raises:
@@ -49,14 +85,29 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            text = (file.metadata() or {})["tree"]
-        tree: dict[str, Any] = _unpack(json.loads(text), tensors)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise TrainingError(f"{path} is broken ({error}); start again without --resume.") from error
-    return tree
+            metadata = file.metadata() or {}
+        if metadata["checksum"] != _checksum(metadata["tree"], tensors):
+            raise ValueError("its checksum is wrong")  # noqa: TRY301 - told like all other damage
+        return Checkpoint.model_validate(_unpack(json.loads(metadata["tree"]), tensors))
+    except ValidationError as error:
+        reason = str(first_mistake(error))
+    except KeyError as error:
+        reason = f"it lacks {error}"
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        reason = last_line(error)
+    raise TrainingError(f"{path} is broken: {reason.rstrip('.')}. Start again in a new folder, without --resume.")
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 - a leaf or a branch
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of the tree, and of the dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - a leaf or a branch
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,14 @@ from accelerate import Accelerator, skip_first_batches
 from timm.data.config import resolve_data_config
 from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
 
 from batude_fx.errors import TrainingError, first_line, last_line
+from batude_fx.evaluation.image_folder import read_image
+from batude_fx.training.interruption import ignore_signals
 from batude_fx.training.recipe import DataSection, Recipe
 
 Batch = tuple[Tensor, Tensor]
@@ -79,6 +83,8 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     if section.pad:
         train.transform = Compose([RandomCrop(size[1:], padding=section.pad), train.transform])
     evaluation = create_loader(cast("Any", held_out), batch_size=recipe.eval.batch_size, is_training=False, **common)
+    for batches_of_split in (loader, evaluation):
+        batches_of_split.worker_init_fn = partial(_start_worker, batches_of_split.worker_init_fn)
     train_batches: Any = accelerator.prepare_data_loader(loader)
     evaluation_batches: Any = accelerator.prepare_data_loader(evaluation)
 
@@ -90,6 +96,11 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
             train.epoch = epoch  # the consumer of the batch may have begun another epoch meanwhile
 
     return Data(train=batches, evaluation=lambda: iter(evaluation_batches), batches=len(train_batches))
+
+
+def _start_worker(initialize: Callable[[int], None], index: int) -> None:
+    ignore_signals()
+    initialize(index)
 
 
 def _training_loader(section: DataSection, train: "_SeededDataset", common: Mapping[str, Any]) -> Any:  # noqa: ANN401 - timm's loaders have several types
@@ -184,7 +195,29 @@ def _dataset(
             f"{section.root} has no folder {split!r}; give one, with a subfolder per class, or name another by "
             f"data.{'train' if training else 'val'}_split."
         )
+    if isinstance(reader := getattr(dataset, "reader", None), ReaderImageFolder):
+        return _FolderImages(reader, cast("str", dataset.input_img_mode))
     return cast("Dataset[Batch]", dataset)
+
+
+class _FolderImages(Dataset[Batch]):
+    """The images of a folder as timm lists them, read as `evaluate` reads them.
+
+    timm's own dataset takes the next image for one that cannot be read, so that accuracy would silently be that of
+    other images; and it lets a file's content choose its decoder.
+    """
+
+    def __init__(self, reader: ReaderImageFolder, mode: str) -> None:
+        self.reader, self.mode = reader, mode
+        self.transform: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader.samples)
+
+    def __getitem__(self, index: int) -> Any:  # noqa: ANN401 - a picture until timm has set the transform
+        path, label = self.reader.samples[index]
+        image = read_image(Path(path), self.mode)
+        return (self.transform(image) if self.transform else image), label
 
 
 def _check_batches(recipe: Recipe, train: "_SeededDataset", processes: int) -> None:

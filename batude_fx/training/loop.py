@@ -65,7 +65,12 @@ class Result:
 
 def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool, data: Data | None) -> Result:
     """Train a network as a recipe says; see `batude_fx.run`."""
-    session = Session(recipe, None if folder is None else Path(folder), resume=resume)
+    with Session(recipe, None if folder is None else Path(folder), resume=resume) as session:
+        return _train(session, data)
+
+
+def _train(session: Session, data: Data | None) -> Result:
+    recipe = session.recipe
     seed_all(recipe.seed)  # for randomly initialized weights
     with session.accelerator.main_process_first():  # downloads once; the other processes use the cache
         model = dense_network(recipe)
@@ -117,7 +122,8 @@ def _with_fresh_statistics(session: Session, model: nn.Module) -> nn.Module:
     count, size = session.recipe.finalize.batch_norm_images, session.recipe.data.batch_size
     if not count:
         return model
-    images = first_images(session.data, count, session.accelerator)
+    with session.explaining(lambda: "reading images for batch-norm statistics"):
+        images = first_images(session.data, count, session.accelerator)
     return renormalize(model, [(batch,) for batch in images.tensor_split(math.ceil(len(images) / size))])
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from batude_fx.errors import TrainingError
 from batude_fx.support.numbers import human
 from batude_fx.support.progress import Bar
+from batude_fx.training.checkpoint_file import Phase
 from batude_fx.training.data import Batch, seed_all
 from batude_fx.training.recipe import DataSection, Distillation, Training
 from batude_fx.training.rounds import Rounds
@@ -31,38 +32,42 @@ from batude_fx.training.session import PHASES, Session
 
 
 def run_phase(
-    session: Session, phase: str, settings: Training, model: nn.Module, teacher: nn.Module | None = None,
+    session: Session, phase: Phase, settings: Training, model: nn.Module, teacher: nn.Module | None = None,
     rounds: Rounds | None = None,
 ) -> None:  # fmt: skip
     """Train a network for one phase, in place.
 
     Args:
         session: The run.
-        phase: One of `PHASES`.
+        phase: Name of the phase.
         settings: The recipe's section for the phase.
         model: The network.
         teacher: The original network, for distillation.
         rounds: The rounds of BC-ADL, in the phase that learns ranks.
 
     Raises:
-        TrainingError: When the loss is not finite.
+        TrainingError: When the loss is not finite, a step fails, or the run is interrupted; it can be resumed then.
     """
     step_count = settings.epochs.steps(session.steps_per_epoch)
     trainer = _Trainer(session, phase, settings, model, teacher, rounds)
-    start = session.restore_checkpoint_(phase, trainer.parts)
-    with Bar(phase, step_count, start, visible=session.accelerator.is_main_process) as bar:
+    start = session.restore_checkpoint_(phase, step_count, trainer.parts)
+    bar = Bar(phase, step_count, start, visible=session.accelerator.is_main_process)
+    with bar, session.explaining(lambda: f"step {bar.done + 1} of {phase}"):
         for step, batches in _remaining_steps(session, phase, start, step_count):
             if rounds and rounds.begin_if_due(step):
                 bar.line(training_line(session.log[-1]))
             loss = trainer.step(step, batches)
             bar.advance()
             done = step + 1
-            if session.is_due(session.recipe.eval.interval, done) or done == step_count:
+            is_last, is_stopped = done == step_count, session.is_interrupted()
+            if (session.is_due(session.recipe.eval.interval, done) and not is_stopped) or is_last:
                 trainer.evaluate(done, loss)
                 bar.line(training_line(session.log[-1]))
-            if session.is_due(session.recipe.eval.checkpoint, done) and done < step_count:
+            if session.is_due(session.recipe.eval.checkpoint, done) or is_last or is_stopped:
                 trainer.check_loss(done, loss)  # a checkpoint of a diverged run would be useless
                 session.write_checkpoint(phase, done, trainer.parts)
+            if is_stopped:
+                raise TrainingError(f"interrupted after step {done} of {phase}; {session.way_to_resume}.")
         if rounds:
             rounds.end(step_count)
             bar.line(training_line(session.log[-1]))
@@ -71,7 +76,7 @@ def run_phase(
     session.accelerator.free_memory()
 
 
-def _remaining_steps(session: Session, phase: str, start: int, step_count: int) -> Iterator[tuple[int, list[Batch]]]:
+def _remaining_steps(session: Session, phase: Phase, start: int, step_count: int) -> Iterator[tuple[int, list[Batch]]]:
     """Yield the steps of a phase from `start` on, each with its batches."""
     batches_per_step = session.recipe.data.accumulate
     epoch, done = divmod(start, session.steps_per_epoch)
@@ -147,7 +152,7 @@ class _Trainer:
     """
 
     def __init__(
-        self, session: Session, phase: str, settings: Training, model: nn.Module, teacher: nn.Module | None,
+        self, session: Session, phase: Phase, settings: Training, model: nn.Module, teacher: nn.Module | None,
         rounds: Rounds | None,
     ) -> None:  # fmt: skip
         accelerator = session.accelerator
@@ -250,17 +255,18 @@ def accuracy(session: Session, model: nn.Module) -> float:
     """Return the share of the evaluation images that are classified correctly; leaves the model in eval mode.
 
     Raises:
-        TrainingError: When there are no images.
+        TrainingError: When there are no images, or one cannot be read.
     """
     accelerator = session.accelerator
     model.to(accelerator.device)
     model.eval()
     session.share_buffers_(model)
     correct: list[Tensor] = []
-    for images, labels in session.data.evaluation():
-        with accelerator.autocast():
-            is_correct = model(session.to_device(images)).argmax(1) == labels.to(accelerator.device)
-        correct.append(accelerator.gather_for_metrics(is_correct))
+    with session.explaining(lambda: "the evaluation"):
+        for images, labels in session.data.evaluation():
+            with accelerator.autocast():
+                is_correct = model(session.to_device(images)).argmax(1) == labels.to(accelerator.device)
+            correct.append(accelerator.gather_for_metrics(is_correct))
     if not correct:
         raise TrainingError("there are no images to measure accuracy on.")
     return float(torch.cat(correct).float().mean())

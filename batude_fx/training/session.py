@@ -1,11 +1,13 @@
 """The state that all phases of a run share: devices, images, the folder, the log and the last checkpoint."""
 
+import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast, get_args
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -14,28 +16,31 @@ from accelerate.utils import broadcast
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from batude_fx.errors import TrainingError
+from batude_fx.errors import SavedModelError, TrainingError, last_line
 from batude_fx.graph.provenance import attached_record
 from batude_fx.report.record import Record
 from batude_fx.saving.config import TRAINED_NETWORK
 from batude_fx.saving.saved_folder import save
 from batude_fx.saving.weights import load_weights_, read_weights
-from batude_fx.support.atomic_files import atomic_file, visible_entries
+from batude_fx.support.atomic_files import atomic_file, check_writable, lock_folder, visible_entries, write_text
+from batude_fx.support.progress import print_line
 from batude_fx.support.versions import library_versions
 from batude_fx.training import checkpoint_file
+from batude_fx.training.checkpoint_file import Checkpoint, Phase
 from batude_fx.training.data import Data
 from batude_fx.training.duration import Duration
+from batude_fx.training.interruption import Interruption
 from batude_fx.training.recipe import Recipe
 
 CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE = (
     "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png",
 )  # fmt: skip
-PHASES = ("pretrain", "one_shot", "finalize")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")  # whose versions result.json names
 
 
 class Session:
-    """One run of a recipe, in a folder or in memory only.
+    """One run of a recipe, in a folder or in memory only; used as a context, which holds the folder's lock.
 
     Args:
         recipe: The recipe.
@@ -43,7 +48,7 @@ class Session:
         resume: Whether to continue from the folder's checkpoint.
 
     Raises:
-        TrainingError: When the folder holds something else, or nothing to resume.
+        TrainingError: When the folder holds something else, nothing to resume, or a run of another process.
 
     Attributes:
         accelerator: Devices, precision and processes.
@@ -52,7 +57,8 @@ class Session:
         rounds: One record per round of BC-ADL.
         log: All records: evaluations and rounds.
         results: Results that a resumed run must not compute again, by name.
-        resumed: The checkpoint from which the run continues; empty for a new run.
+        resumed: The checkpoint from which the run continues; None for a new run.
+        interruption: Whether the run was asked to stop.
     """
 
     data: Data
@@ -63,14 +69,28 @@ class Session:
         self.results: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
         self.log: list[dict[str, Any]] = []
-        self.resumed: dict[str, Any] = {}
+        self.resumed: Checkpoint | None = None
+        self.interruption = Interruption()
         self.accelerator = _accelerator(recipe, folder)
-        # Every process checks the folder before the main process writes to it.
-        if resume:
-            self._resume()
-        elif folder is not None:
-            _check_new(folder)
-        self.accelerator.wait_for_everyone()
+        self._resumes = resume
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Check the folder, lock it if its run is resumed, and note signals from now on."""
+        with self._stack as stack:  # closed where the folder is refused
+            stack.enter_context(self.interruption.noted())
+            # Every process checks the folder before the main process writes to it.
+            if self._resumes:
+                self._resume()
+            elif self.folder is not None:
+                _check_new(self.folder)
+            self.accelerator.wait_for_everyone()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Unlock the folder, and leave signals to others."""
+        self._stack.close()
 
     def start(self, data: Data) -> None:
         """Create the folder. It is not created earlier, so that a run without images leaves nothing behind."""
@@ -79,12 +99,31 @@ class Session:
             folder = cast("Path", self.folder)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if not self._resumes:
+                    self._lock()
+                    _check_new(folder)  # another process may have been quicker
+                write_text(folder / RECIPE, self.recipe.to_yaml())
             except OSError as error:
-                raise TrainingError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
-            with atomic_file(folder / RECIPE) as file:
-                file.write_text(self.recipe.to_yaml(), encoding="utf-8")
+                raise _cannot_write(folder, error) from error
+            if self._resumes:
+                print_line(self._resumed_from())
             if self.accelerator.log_with:
                 self.accelerator.init_trackers("tensorboard")
+
+    def _resumed_from(self) -> str:
+        if self.resumed is None:
+            return f"{self.folder} has no checkpoint yet, so the run begins anew"
+        return f"resuming after step {self.resumed.step} of {self.resumed.phase}"
+
+    def _lock(self) -> None:
+        """Refuse a folder in which another process trains."""
+        if self._writes:
+            try:
+                self._stack.enter_context(lock_folder(cast("Path", self.folder)))
+            except BlockingIOError as error:
+                raise TrainingError(
+                    f"{self.folder} is in use: {error} trains in it. Wait until it ends, or give another folder."
+                ) from None
 
     @property
     def _writes(self) -> bool:
@@ -96,6 +135,11 @@ class Session:
         path = self.folder / RECIPE
         if not path.is_file():
             raise TrainingError(f"{self.folder} holds no run to resume; start without --resume.")
+        try:
+            check_writable(self.folder)
+            self._lock()
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from error
         if path.read_text(encoding="utf-8") != self.recipe.to_yaml():
             raise TrainingError(
                 f"{path} differs from the recipe of this run: {self._first_difference(path)}. Give the same settings, "
@@ -106,7 +150,7 @@ class Session:
         if not (self.folder / CHECKPOINT).is_file():
             return  # it was interrupted before its first checkpoint
         self.resumed = checkpoint_file.read(self.folder / CHECKPOINT)
-        self.results, self.rounds, self.log = (self.resumed[name] for name in ("kept", "rounds", "log"))
+        self.results, self.rounds, self.log = self.resumed.kept, self.resumed.rounds, self.resumed.log
 
     def _first_difference(self, path: Path) -> str:
         lines = zip(path.read_text(encoding="utf-8").splitlines(), self.recipe.to_yaml().splitlines(), strict=False)
@@ -122,6 +166,13 @@ class Session:
         """Return whether something that is done once per interval is due after so many steps."""
         return step_count % max(1, interval.steps(self.steps_per_epoch)) == 0
 
+    def is_interrupted(self) -> bool:
+        """Return whether any of the processes was asked to stop; all of them get the same answer."""
+        received = self.interruption.received
+        if self.accelerator.num_processes == 1:
+            return received
+        return bool(self.accelerator.reduce(torch.tensor(float(received), device=self.accelerator.device)) > 0)
+
     def to_device(self, images: Tensor) -> Tensor:
         """Return images on the device, in the memory format of the recipe."""
         channels_last = images.ndim == 4 and self.recipe.model.channels_last  # noqa: PLR2004 - (n, C, H, W)
@@ -133,13 +184,13 @@ class Session:
         for buffer in model.buffers():
             broadcast(buffer)
 
-    def is_pending(self, phase: str) -> bool:
+    def is_pending(self, phase: Phase) -> bool:
         """Return whether a phase is not finished yet."""
-        return not self.resumed or PHASES.index(phase) >= PHASES.index(self.resumed["phase"])
+        return not self.resumed or PHASES.index(phase) >= PHASES.index(self.resumed.phase)
 
-    def resumes_inside(self, phase: str) -> bool:
+    def resumes_inside(self, phase: Phase) -> bool:
         """Return whether the checkpoint of a resumed run was written in this phase."""
-        return bool(self.resumed) and self.resumed["phase"] == phase
+        return self.resumed is not None and self.resumed.phase == phase
 
     def save_or_restore_original_(self, model: nn.Module) -> None:
         """Save the weights that one-shot training starts from, or load them if the run resumes after that point."""
@@ -147,10 +198,13 @@ class Session:
             return
         path = self.folder / ORIGINAL
         if self.resumed and not self.resumes_inside("pretrain"):
+            if path.is_file() and self.results.get(ORIGINAL) != _checksum(path):
+                raise TrainingError(f"{path} is broken: its checksum is wrong. Start again in a new folder.")
             load_weights_(model, read_weights(path))
         elif self._writes:
-            with atomic_file(path) as file:
+            with self.explaining(lambda: f"writing {path}"), atomic_file(path) as file:
                 save_model(model, str(file))
+            self.results[ORIGINAL] = _checksum(path)
 
     def compute_once(self, name: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401 - the type of the result
         """Return the result of `compute`, which a resumed run takes from its checkpoint."""
@@ -158,54 +212,121 @@ class Session:
             self.results[name] = compute()
         return self.results[name]
 
+    @contextmanager
+    def explaining(self, place: Callable[[], str]) -> Iterator[None]:
+        """Turn whatever a block raises, in the images, the network or its hooks, into an error that says what to do.
+
+        Args:
+            place: Returns the part of the run that failed, as the message names it.
+
+        Raises:
+            TrainingError: In place of any other error.
+        """
+        try:
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_reason(error)}"
+            raise TrainingError(f"{place()} failed: {reason}. When that is mended, {self.way_to_resume}.") from error
+
+    @property
+    def way_to_resume(self) -> str:
+        """What a message tells the user to do with a run that has ended too early."""
+        return "begin again; no folder was given" if self.folder is None else "resume it with --resume, or resume=True"
+
     def add_to_log(self, record: dict[str, Any]) -> None:
         """Append a record to the log, and send its numbers to TensorBoard."""
         self.log.append(record)
         if self._writes:
-            with atomic_file(cast("Path", self.folder) / LOG) as file:
-                file.write_text("".join(json.dumps(line) + "\n" for line in self.log), encoding="utf-8")
+            write_text(cast("Path", self.folder) / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
         phase = record["phase"]
         numbers = {f"{phase}/{name}": value for name, value in record.items() if isinstance(value, float | int)}
         self.accelerator.log(numbers, step=record["step"])
 
-    def write_checkpoint(self, phase: str, step_count: int, parts: Mapping[str, Any]) -> None:
-        """Write the state of all parts after `step_count` steps of a phase."""
+    def write_checkpoint(self, phase: Phase, step_count: int, parts: Mapping[str, Any]) -> None:
+        """Write the state of all parts after `step_count` steps of a phase.
+
+        Raises:
+            TrainingError: When it cannot be written.
+        """
         if self._writes:
             states = {name: part.state_dict() for name, part in parts.items()}
-            # The keys are those of earlier checkpoints.
-            shared = {"kept": self.results, "rounds": self.rounds, "log": self.log}
-            path = cast("Path", self.folder) / CHECKPOINT
-            checkpoint_file.write(path, {"phase": phase, "step": step_count, "parts": states, **shared})
+            checkpoint = Checkpoint(
+                phase=phase, step=step_count, parts=states, kept=self.results, rounds=self.rounds, log=self.log
+            )
+            checkpoint_file.write(cast("Path", self.folder) / CHECKPOINT, checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def restore_checkpoint_(self, phase: str, parts: Mapping[str, Any]) -> int:
-        """Load the state of all parts if the run resumes inside this phase; return the number of steps it has done."""
-        if not self.resumes_inside(phase):
+    def restore_checkpoint_(self, phase: Phase, step_count: int, parts: Mapping[str, Any]) -> int:
+        """Load the state of all parts if the run resumes inside this phase; return the number of steps it has done.
+
+        Args:
+            phase: The phase that begins.
+            step_count: Number of its steps.
+            parts: The objects whose state a checkpoint holds.
+
+        Raises:
+            TrainingError: When the checkpoint is not one of this run.
+        """
+        checkpoint = self.resumed
+        if checkpoint is None or checkpoint.phase != phase:
             return 0
-        for name, part in parts.items():
-            part.load_state_dict(self.resumed["parts"][name])
-        return int(self.resumed["step"])
+        try:
+            if checkpoint.step > step_count:
+                raise ValueError(f"it has {checkpoint.step} steps of {phase}, the recipe {step_count}")  # noqa: TRY301
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint.parts[name])
+        except Exception as error:  # whatever torch's and timm's classes raise
+            raise TrainingError(
+                f"{cast('Path', self.folder) / CHECKPOINT} is no checkpoint of this run: {last_line(error)}. Start "
+                "again in a new folder, without --resume."
+            ) from error
+        return checkpoint.step
 
     def finish(self, model: nn.Module, facts: dict[str, Any]) -> None:
-        """Save the network, its report, a picture of the ranks and the result, and delete the checkpoint."""
+        """Save the network, its report, a picture of the ranks and the result, and delete the checkpoint.
+
+        Raises:
+            TrainingError: When one of the files cannot be written.
+        """
         self.accelerator.end_training()
         if not self._writes:
             return
         from batude_fx.report.figures import pictures, write_png
 
         folder = cast("Path", self.folder)
-        shutil.rmtree(folder / TRAINED_NETWORK, ignore_errors=True)  # left by a run that was killed at this point
-        save(model, folder / TRAINED_NETWORK)
-        write_png(pictures(cast("Record", attached_record(model)))["ranks"], folder / PICTURE)
         machine = {
             "device": str(self.accelerator.device), "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(), **library_versions("python"),
         }  # fmt: skip
         versions = library_versions(*_LIBRARIES)
         facts = {**facts, "seed": self.recipe.seed, "machine": machine, "versions": versions, "log": self.log}
-        with atomic_file(folder / RESULT) as file:
-            file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        try:
+            save(model, folder / TRAINED_NETWORK)
+            write_png(pictures(cast("Record", attached_record(model)))["ranks"], folder / PICTURE)
+            write_text(folder / RESULT, json.dumps(facts, indent=2) + "\n")
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        except (OSError, SavedModelError) as error:
+            raise TrainingError(
+                f"the trained network cannot be written: {last_line(error)}. Its checkpoint stays; when that is "
+                "mended, resume it with --resume."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong, from the last line of an error; a process that loads images sends its whole traceback."""
+    line = last_line(error)
+    return re.sub(r"^[\w.]+: ", "", line) if str(error).startswith("Caught ") else line
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cannot_write(folder: Path, error: OSError) -> TrainingError:
+    return TrainingError(f"{folder} cannot be written: {error.strerror}. Choose another folder.")
 
 
 def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
@@ -235,3 +356,7 @@ def _check_new(folder: Path) -> None:
         raise TrainingError(f"{folder} holds a run already, which {state}; give a new folder for another.")
     if visible_entries(folder):
         raise TrainingError(f"{folder} holds other files; give a new folder.")
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error

@@ -15,6 +15,7 @@ from batude_fx.graph.example_inputs import published_images
 from batude_fx.saving import saved_folder
 from batude_fx.saving.architecture import ENTRYPOINT, Architecture
 from batude_fx.saving.config import CONFIG, TRAINED_NETWORK
+from batude_fx.support.atomic_files import newest
 
 _TIMM_SOURCES = {"local-dir", "hf-hub"}  # prefixes of timm's names for networks that are stored with a config
 
@@ -35,7 +36,7 @@ def create(name: str, *, pretrained: bool = False, **args: Any) -> nn.Module:  #
     Source: `timm.create_model` and torchvision's `get_model`.
     """
     library, _, base = name.rpartition(":")
-    if (Path(name) / CONFIG).is_file():
+    if (newest(Path(name)) / CONFIG).is_file():
         if args:
             raise BatudeError(
                 f'{name!r} is a saved folder and takes no {", ".join(args)}; timm\'s "local-dir:{name}" does.'

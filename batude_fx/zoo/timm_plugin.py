@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torchvision.models._api import WeightsEnum
 from torchvision.models._api import register_model as register_torchvision_model
 
-from batude_fx.errors import SavedModelError
+from batude_fx.errors import SavedModelError, first_line
 from batude_fx.graph import provenance
 from batude_fx.report import record
 from batude_fx.saving import saved_folder, weights
 from batude_fx.saving.architecture import ENTRYPOINT
-from batude_fx.saving.config import WEIGHTS, SavedArchitecture, read_config, with_tuples
+from batude_fx.saving.config import WEIGHTS, SavedArchitecture, checked_image_config, read_config
+from batude_fx.support.atomic_files import newest
 from batude_fx.support.validation import first_mistake
 from batude_fx.tucker.modules import TuckerModule
 
@@ -103,9 +104,13 @@ class EntrypointArguments:
         if foreign := [*(model_args.keys() - set(_ARCHITECTURE)), *pick(["checkpoint_path"])]:
             raise SavedModelError(f"model_args of the config hold {foreign[0]!r}, which batude_fx does not write.")
         overlay = arguments.get("pretrained_cfg_overlay")
-        config = resolve_pretrained_cfg(ENTRYPOINT, cast("Any", pretrained_cfg), overlay).to_dict()  # type: ignore[no-untyped-call]
+        try:
+            resolved = resolve_pretrained_cfg(ENTRYPOINT, cast("Any", pretrained_cfg), overlay)
+        except TypeError as error:  # a key that timm does not know
+            raise SavedModelError(f"not a config of batude_fx: {first_line(error)}") from error
+        config = checked_image_config(resolved.to_dict())  # type: ignore[no-untyped-call]
         return cls(
-            config=with_tuples(config),
+            config=config,
             architecture=_read_architecture(pick(_ARCHITECTURE), config),
             overrides=pick(name for name in arguments if name not in _NOT_OVERRIDES),
             features=pick(_FEATURES) if arguments.get("features_only") else None,
@@ -116,7 +121,7 @@ class EntrypointArguments:
     @property
     def local_folder(self) -> Path | None:
         """The saved folder, where timm's name was "local-dir:FOLDER"."""
-        return Path(self.config["file"]) if self.config.get("source") == "local-dir" else None
+        return newest(Path(self.config["file"])) if self.config.get("source") == "local-dir" else None
 
 
 def _read_architecture(fields: dict[str, Any], config: dict[str, Any]) -> SavedArchitecture:

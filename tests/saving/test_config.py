@@ -53,6 +53,16 @@ _BROKEN = {
     "other ranks": (_set("model_args", "ranks", value={}), "the weights are not those"),
     "other classes": (_set("model_args", "args", value={"num_classes": 9}), "the weights are not those"),
     "other network": (_set("model_args", "base", value="resnet14t"), "is not the model that was saved"),
+    "a huge image": (_set("pretrained_cfg", "input_size", value=[3, 30000, 30000]), "3 x 30000 x 30000 values"),
+    "a size of no image": (_set("pretrained_cfg", "input_size", value=[3, 0, 224]), "pretrained_cfg.input_size.1"),
+    "a tiny crop": (_set("pretrained_cfg", "crop_pct", value=1e-3), "pretrained_cfg.crop_pct"),
+    "a mean of text": (_set("pretrained_cfg", "mean", value="abc"), "pretrained_cfg.mean"),
+    "a deviation of zero": (_set("pretrained_cfg", "std", value=[0, 1, 1]), "pretrained_cfg.std.0"),
+    "a resampling of nobody": (_set("pretrained_cfg", "interpolation", value="magic"), "pretrained_cfg.interpolation"),
+    "unknown image key": (_set("pretrained_cfg", "loader", value="os.system"), "loader"),
+    "a huge positional embedding": (_set("model_args", "args", value={"img_size": 28000}), "model_args.args.img_size"),
+    "many classes": (_set("model_args", "args", value={"num_classes": 10**9}), "model_args.args.num_classes"),
+    "an escape as site": (_set("model_args", "ranks", value={"\x1b[2Jx": [8, 8]}), r"\x1b[2Jx"),
     "half an origin": (_set("model_args", "library", value=None), "given together"),
 }
 
@@ -85,5 +95,5 @@ def test_missing_and_oversized_files_are_refused(folder: Path, tmp_path: Path) -
         batude_fx.load(tmp_path / "nowhere")
     with (folder / "config.json").open("ab") as config:
         config.truncate(2**24 + 1)
-    with pytest.raises(SavedModelError, match="is no config"):
+    with pytest.raises(SavedModelError, match="more than 16777216 bytes"):
         batude_fx.load(folder)

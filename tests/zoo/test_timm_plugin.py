@@ -148,7 +148,7 @@ def test_a_config_without_weights_is_not_filled_from_elsewhere(timm_folder: tupl
     config = batude_fx.saving.config.read_config(timm_folder[1])
     arguments = config.model_args.model_dump()
     with pytest.raises(SavedModelError, match="no weights are known"):
-        timm.create_model("batude_fx", pretrained=True, pretrained_cfg=config.metadata, **arguments)
+        timm.create_model("batude_fx", pretrained=True, pretrained_cfg=config.pretrained_cfg, **arguments)
     with pytest.raises(SavedModelError, match="ranks"):
         timm.create_model("batude_fx", **{**arguments, "ranks": {"conv1": "all"}})
 
