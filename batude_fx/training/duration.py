@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 Unit = Literal["epochs", "steps", "%"]
-_FORM = re.compile(r"([0-9]*\.?[0-9]+)\s*(epochs?|steps?|%)?")
+_FORM = re.compile(r"([0-9]{0,9}\.?[0-9]{1,15})\s*(epochs?|steps?|%)?")
+_MOST: dict[Unit, float] = {"epochs": 1e5, "steps": 1e9, "%": 1e4}
 _UNITS: dict[str | None, Unit] = {
     None: "epochs", "epoch": "epochs", "epochs": "epochs", "step": "steps", "steps": "steps", "%": "%",
 }  # fmt: skip
@@ -51,9 +52,12 @@ def _parse(value: object, *, allow_share: bool) -> Duration:
         return value
     match = None if isinstance(value, bool) else _FORM.fullmatch(str(value).strip())
     if match and (allow_share or match[2] != "%"):
-        return Duration(float(match[1]), _UNITS[match[2]])
+        amount, unit = float(match[1]), _UNITS[match[2]]
+        if amount > _MOST[unit]:
+            raise ValueError(f"{amount:g} is too long; write at most {_MOST[unit]:g} {unit}")
+        return Duration(amount, unit)
     forms = '3, "3 epochs" or "500 steps"' + (', or "40%" of the phase' if allow_share else "")
-    raise ValueError(f"{value!r} is not a length of training; write {forms}")
+    raise ValueError(f"{str(value)[:80]!r} is not a length of training; write {forms}")
 
 
 def _check_above_zero(interval: Duration) -> Duration:

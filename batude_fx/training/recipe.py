@@ -36,6 +36,8 @@ from batude_fx.training.recipe_file import RecipeFile
 
 # Arguments of factories that would load weights from elsewhere.
 _WEIGHT_ARGUMENTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "weights", "weights_backbone"}
+_LARGEST_ARGUMENT, _LONGEST_SIDE = 100_000, 4096  # larger ones would fill the memory
+_MOST_ROUNDS = 10_000
 # Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers.
 _UNSUPPORTED_OPTIMIZERS = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
 _DATASET_KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -108,6 +110,10 @@ class ModelSection(_Section):
             raise ValueError(f"checkpoint {str(self.checkpoint)!r} does not exist")
         if weights := sorted(self.args.keys() & _WEIGHT_ARGUMENTS):
             raise ValueError(f"args name weights by {weights[0]!r}; use model.pretrained or model.checkpoint")
+        for name, value in self.args.items():
+            most = _LONGEST_SIDE if name == "img_size" else _LARGEST_ARGUMENT
+            if isinstance(value, int | float) and abs(value) > most:
+                raise ValueError(f"args give {name} as {value:g}; expected at most {most}")
         return self
 
 
@@ -125,13 +131,13 @@ class DataSection(_Section):
     """Name of the split on which accuracy is measured."""
     download: bool = False
     """Download the dataset if it is missing."""
-    image_size: PositiveInt | None = None
+    image_size: Annotated[int, Field(ge=1, le=_LONGEST_SIDE)] | None = None
     """Side of the square images in pixels, also for counting flops; by default that of the published network."""
     batch_size: PositiveInt = 128
     """Images per optimizer step, of all processes together."""
     accumulate: PositiveInt = 1
     """Number of parts in which a batch is computed one after the other, to save memory."""
-    workers: NonNegativeInt = 2
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Number of processes that load images."""
     pad: PositiveInt | None = None
     """Width in pixels of a black border, out of which images are cropped at random, unscaled; for images that already
@@ -287,10 +293,18 @@ class OneShot(Training):
 
         Of n rounds, round i asks for (i + 1) / (anneal n) of the reduction, at most all of it. Its rho is
         low (high / low)^(i / (n - 1)), which grows by the same factor from each round to the next.
+
+        Raises:
+            RecipeError: When there are more than 10,000.
         """
         steps = self.epochs.steps(steps_per_epoch)
         interval = max(1, self.interval.steps(steps_per_epoch, steps))
         count = max(1, ceil(steps / interval))
+        if count > _MOST_ROUNDS:
+            raise RecipeError(
+                f"one_shot.interval: {self.interval} in {self.epochs} make {count} rounds; expected at most "
+                f"{_MOST_ROUNDS}, so a longer interval."
+            )
         annealed = max(1.0, self.anneal * count)
         low, high = self.rho
         return [

@@ -1,6 +1,7 @@
 """A YAML file that remembers the line of each value, so that errors name file, line and key.
 
-Tags and aliases are refused, so that reading a file executes nothing and cannot grow beyond the size of the file.
+Tags and aliases are refused, so that reading a file executes nothing and cannot grow beyond the size of the file. Its
+size and its depth have limits, since Python's stack has one.
 """
 
 import difflib
@@ -15,6 +16,10 @@ from batude_fx.errors import RecipeError, first_line
 # The last part of pydantic's location of an error where a value may have any of these types.
 _ALTERNATIVES = {("bool",), ("int",), ("float",), ("str",)}
 Key = tuple[str | int, ...]
+_MOST_BYTES = 2**20
+_MOST_LEVELS = 20
+_MOST_PROBLEMS = 20  # in one message
+_SHOWN = 80  # characters of a wrong value
 
 
 class RecipeFile:
@@ -44,7 +49,11 @@ class RecipeFile:
         """
         document = cls(path, schema)
         try:
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise RecipeError(f"{path}:1: the file has {size} bytes; expected a recipe of at most {_MOST_BYTES}.")
             root = _PlainLoader(path.read_text(encoding="utf-8")).get_single_node()
+        except OSError as error:
+            raise RecipeError(f"{path}:1: the file cannot be read: {error.strerror}.") from None
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}.") from None
@@ -68,7 +77,10 @@ class RecipeFile:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         is_unquoted = isinstance(node, yaml.ScalarNode) and node.style is None
-        return _parse_value(node.value) if is_unquoted else node.value
+        try:
+            return _parse_value(node.value) if is_unquoted else node.value
+        except (yaml.YAMLError, ValueError):  # a number of thousands of digits, or 0x without any
+            raise RecipeError(f"{self.path}:{line}: {_dotted(key)}: {_shown(node.value)} is no number.") from None
 
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         """Return the values of a mapping; PyYAML would silently keep the last of two equal keys."""
@@ -96,8 +108,10 @@ class RecipeFile:
         section = self._section_to_override(keys, text)
         try:
             section[keys[-1]] = _parse_value(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {text}: {dotted}: the value is not YAML: {first_line(error)}.") from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(
+                f"--set {text[:_SHOWN]}: {dotted[:_SHOWN]}: the value is not YAML: {first_line(error)}."
+            ) from None
         self.places = {key: place for key, place in self.places.items() if key[: len(keys)] != keys}
         self.places[keys] = f"--set {text}"
 
@@ -124,9 +138,11 @@ class RecipeFile:
         for details in error.errors(include_url=False):
             key = tuple(details["loc"])
             problems.setdefault(key[:-1] if key[-1:] in _ALTERNATIVES else key, details)
-        return RecipeError(
-            "\n".join(str(self.problem(key, _explain(details, key, self.schema))) for key, details in problems.items())
-        )
+        shown = list(problems.items())[:_MOST_PROBLEMS]
+        lines = [str(self.problem(key, _explain(details, key, self.schema))) for key, details in shown]
+        if more := len(problems) - len(shown):
+            lines.append(f"{self.path}: and {more} more problems.")
+        return RecipeError("\n".join(lines))
 
     def problem(self, key: Key, text: str) -> RecipeError:
         """Return the error of a key, with its place, or that of the nearest section above it that was written."""
@@ -143,11 +159,11 @@ def _explain(details: Any, key: Key, schema: type[BaseModel]) -> str:  # noqa: A
     if details["type"] == "missing":
         return "missing; it has no default"
     if details["loc"][-1:] in _ALTERNATIVES:
-        return f"found {details['input']!r}; it should be true, false, a number, text or null"
+        return f"found {_shown(details['input'])}; it should be true, false, a number, text or null"
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "value_error":
         return str(message)
-    return f"found {details['input']!r}; {message[0].lower()}{message[1:].replace('Input should', 'it should')}"
+    return f"found {_shown(details['input'])}; {message[0].lower()}{message[1:].replace('Input should', 'it should')}"
 
 
 def _section_model(key: Key, schema: type[BaseModel]) -> type[BaseModel]:
@@ -165,14 +181,22 @@ def _parse_value(text: str) -> Any:  # noqa: ANN401 - any plain value
 
 
 def _dotted(key: Key) -> str:
-    return ".".join(map(str, key)) or "recipe"
+    return ".".join(str(part)[:_SHOWN] for part in key) or "recipe"
+
+
+def _shown(value: object) -> str:
+    """Return a value as messages quote it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases and without dates.
+    """PyYAML's safe loader without aliases, without dates and without deep nesting.
 
     Ten nested aliases can stand for gigabytes. A date such as 2024-01-15 stays text, as it may name a folder.
     """
+
+    _level = 0
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as yaml declares it
         first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
@@ -183,4 +207,11 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases (*name) are refused; write the value again", problem_mark=mark)
-        return super().compose_node(parent, index)
+        if self._level >= _MOST_LEVELS:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=f"more than {_MOST_LEVELS} levels deep", problem_mark=mark)
+        self._level += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1

@@ -64,6 +64,14 @@ BROKEN = {
             .replace("  epochs: 3", "  epochs: 3\n  distillation: {}"),
         1, "pretrain", "the head for 7 classes starts untrained, as the published one has 1000",
     ),
+    "endless training": ("  epochs: 3", "  epochs: 99999999", 7, "one_shot.epochs", "1e+08 is too long; write at most"),
+    "a length of 400 digits": ("  epochs: 3", "  epochs: " + "9" * 400, 7, "one_shot.epochs", "is not a length of"),
+    "a number of 5000 digits": ("  epochs: 3", "  epochs: 3\n  lr: " + "9" * 5000, 8, "one_shot.lr", "is no number"),
+    "nothing after 0x": ("  epochs: 3", "  epochs: 3\n  lr: 0x", 8, "one_shot.lr", "valid number"),
+    "deep nesting": ("  root: photos", "  root: " + "[" * 400 + "]" * 400, 4, "", "more than 20 levels deep"),
+    "a huge image": ("  root: photos", "  root: photos\n  image_size: 99999", 5, "data.image_size", "equal to 4096"),
+    "a huge argument": ("resnet10t", "resnet10t\n  args: {num_classes: 999999999}", 1, "model", "num_classes as 1e+09"),
+    "a huge grid": ("resnet10t", "resnet10t\n  args: {img_size: 28000}", 1, "model", "img_size as 28000"),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip
 
@@ -78,6 +86,37 @@ def test_a_broken_recipe_is_answered_in_one_line(name: str, tmp_path: Path) -> N
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"{path}:{line}: {key}")
     assert words in result.stderr
+
+
+def test_thousands_of_mistakes_are_answered_in_a_few_lines(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, GOOD + "".join(f"key{number}: 1\n" for number in range(20_000)))
+    lines = CliRunner().invoke(app, ["recipes", "validate", str(path)]).stderr.splitlines()
+    assert len(lines) == 21
+    assert max(map(len, lines)) < 500
+    assert lines[-1].endswith("and 19980 more problems.")
+
+
+def test_a_file_that_is_no_recipe_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "huge.yaml"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    result = CliRunner().invoke(app, ["recipes", "validate", str(path)])
+    assert result.stderr == f"{path}:1: the file has 1099511627776 bytes; expected a recipe of at most 1048576.\n"
+
+
+@pytest.mark.parametrize("setting", ["one_shot.epochs=" + "[" * 5000, "one_shot.lr=" + "9" * 5000])
+def test_a_setting_of_the_command_line_has_the_same_limits(setting: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["recipes", "show", str(recipe_file(tmp_path, GOOD)), "--set", setting])
+    assert result.exit_code == 1
+    assert "the value is not YAML" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_too_many_rounds_are_refused(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, GOOD.replace("epochs: 3", "epochs: 90000").replace("50%", "1 steps"))
+    result = CliRunner().invoke(app, ["train", str(path), "--dry-run", "--set", "one_shot.epochs=9999999 steps"])
+    assert result.exit_code == 1
+    assert "make 9999999 rounds; expected at most 10000" in result.stderr
 
 
 def test_every_mistake_has_a_line(tmp_path: Path) -> None:
