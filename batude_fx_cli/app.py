@@ -188,7 +188,11 @@ def export(
         Path | None,
         typer.Option(help="Quantize to 8-bit integers, with ranges measured on this folder of images (ONNX only)."),
     ] = None,
-    images: Count = 128, pretrained: Pretrained = True, input_size: InputSize = None, as_json: AsJson = False,
+    images: Count = 128,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Let the file take images of any size, if the network can.")
+    ] = False,
+    pretrained: Pretrained = True, input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Write a network as a file that runs without batude_fx.
 
@@ -199,20 +203,18 @@ def export(
     import batude_fx
     from batude_fx.deploy.export import check_path
     from batude_fx.evaluation.image_folder import batches, image_paths
-    from batude_fx.support.numbers import human
-    from batude_fx.support.tables import facts_table
     from batude_fx_cli.inputs import network_by_name
+    from batude_fx_cli.tables import comparison_table
 
     check_path(output, int8=int8 is not None)  # before weights are downloaded
     paths = None if int8 is None else image_paths(int8, images)
     network = network_by_name(model, "cpu", pretrained=pretrained, input_size=input_size)
     photos = None if paths is None else batches(network, paths)
-    difference = batude_fx.export(network, output, int8=photos)
+    comparison = batude_fx.export(network, output, int8=photos, dynamic_size=dynamic_size)
     files = {output, output.with_suffix(".bin") if output.suffix == ".xml" else output}
     size = sum(file.stat().st_size for file in files)
-    facts = {"output": str(output), "bytes": size, "difference": difference}
-    rows = [("size", f"{human(size)}B"), ("largest difference of an output", f"{difference:.1e}")]
-    show(facts_table(str(output), rows), facts, as_json)
+    facts = {"output": str(output), "bytes": size, **asdict(comparison), "interval": comparison.agreement_interval}
+    show(comparison_table(str(output), size, comparison, on_noise=int8 is None), facts, as_json)
 
 
 @app.command()

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,11 +65,11 @@ def _set_input_size_(network: nn.Module, name: str, side: int | None) -> None:
     """Have example inputs, photos and saved folders of a network in another size than that of its configuration."""
     if side is None:
         return
-    image, *others = example_inputs(network)
-    if others or not isinstance(image, torch.Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
+    image = example_inputs(network).image
+    if image is None:
         raise UnsupportedError(f"{name!r} does not take one batch of images; leave out --input-size.")
     remember_input_size_(network, image_of_size(network, (image.shape[1], side, side)))
-    (resized,) = cast("tuple[torch.Tensor]", example_inputs(network))
+    (resized,) = example_inputs(network).tensors()
     if tuple(resized.shape[2:]) != (side, side):
         built_for = " x ".join(map(str, resized.shape[2:]))
         raise UnsupportedError(f"{name!r} is built for {built_for} pixels, not {side}; leave out --input-size.")

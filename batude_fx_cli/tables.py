@@ -1,14 +1,15 @@
-"""The tables of `batude-fx info` and `batude-fx sweep`."""
+"""The tables of `batude-fx info`, `batude-fx export` and `batude-fx sweep`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
+from batude_fx.deploy.comparison import Comparison
 from batude_fx.graph.site_table import describe_ranks
 from batude_fx.report.sweep_points import Point
 from batude_fx.support.numbers import human
-from batude_fx.support.tables import add_row, new_table
+from batude_fx.support.tables import add_row, facts_table, new_table
 
 
 def saved_table(folder: object, facts: dict[str, Any]) -> Table:
@@ -24,6 +25,20 @@ def saved_table(folder: object, facts: dict[str, Any]) -> Table:
         "Tucker form. Ranks are out / in, per group."
     )
     return table
+
+
+def comparison_table(path: str, size: int, comparison: Comparison, *, on_noise: bool) -> Table:
+    """Return the table of an exported file: its size, and how its outputs compare with those of the network."""
+    rows = [("size", f"{human(size)}B")]
+    if on_noise:
+        rows.append(("largest difference of an output", f"{comparison.difference:.1e} of the largest output"))
+    else:
+        if comparison.agreement is not None and comparison.agreement_interval is not None:
+            low, high = comparison.agreement_interval
+            share = f"{comparison.agreement:.1%} ({low:.1%} to {high:.1%}) of {comparison.images} images"
+            rows.append(("same class as the network", share))
+        rows.append(("squared error of the outputs", f"{comparison.relative_error:.1%} of the squared outputs"))
+    return facts_table(path, rows)
 
 
 def sweep_table(name: str, points: Sequence[Point]) -> Table:

@@ -77,7 +77,8 @@ def forms(network: nn.Module, folder: Path, photos: torch.Tensor) -> dict[str, t
     """Return, for each form, its function, its bytes and its largest difference from torch."""
     paths = {form: folder / name for form, name in (("ONNX", "a.onnx"), ("OpenVINO", "b.xml"), ("int8", "c.onnx"))}
     gaps = {
-        form: batude_fx.export(network, path, int8=photos if form == "int8" else None) for form, path in paths.items()
+        form: batude_fx.export(network, path, int8=photos if form == "int8" else None).difference
+        for form, path in paths.items()
     }
     size = sum(tensor.nbytes for tensor in network.state_dict().values())
     return {

@@ -30,6 +30,7 @@ from batude_fx.budget.cost_limits import CostLimits
 from batude_fx.budget.knapsack import allocate
 from batude_fx.budget.rank_options import site_options
 from batude_fx.calibration.statistics import statistics
+from batude_fx.support.inputs import Inputs
 from batude_fx.support.timing import now
 from batude_fx.tucker.dense_layers import canonical_weight
 from batude_fx.tucker.spectra import metric_spectrum, weight_spectrum
@@ -95,7 +96,7 @@ def measure(name: str, width: int) -> dict[str, Any]:
     found = part("discover", lambda: batude_fx.discover(model, image))
     sites = [site for site in found if site.skip_reason is None]
     facts["sites"] = len(sites)
-    metrics = part("calibrate", lambda: statistics(model, sites, [(images,)]))
+    metrics = part("calibrate", lambda: statistics(model, sites, [Inputs((images,))]))
     spectra = part("decompose", lambda: {name: metric_spectrum(one) for name, one in metrics.items()})
     options = [site_options(site, 8) for site in sites]
     judged = [one.with_losses(spectra[site.name].loss()) for site, one in zip(sites, options, strict=True)]

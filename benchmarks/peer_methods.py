@@ -18,6 +18,7 @@ import batude_fx
 from batude_fx import Budget
 from batude_fx.graph.flops import count_flops
 from batude_fx.graph.surgery import copy_model
+from batude_fx.support.inputs import Inputs
 from batude_fx.support.timing import time_networks
 
 IMAGE = torch.zeros(1, 3, 224, 224)
@@ -52,7 +53,7 @@ def ours_latency(model: nn.Module, photos: Tensor, keep: float) -> Call:
     """A latency limit equal to the measured time of the calibrated row for one image; times layers anew."""
     os.environ["BATUDE_FX_CACHE"] = mkdtemp()
     flops_row = batude_fx.compress(model, keep, calibration=photos)
-    dense, small = time_networks([model, flops_row], (IMAGE,), turns=21)
+    dense, small = time_networks([model, flops_row], Inputs((IMAGE,)), turns=21)
     limit = Budget(latency=small / dense)
     return partial(batude_fx.compress, model, limit, calibration=photos, round_to="auto")
 
@@ -149,11 +150,11 @@ def fasterai(model: nn.Module, _: Tensor, keep: float) -> Call:
 
 def _largest(at: Callable[[float], nn.Module], model: nn.Module, keep: float) -> Call:
     """Return the call with the largest share that stays within the flops, or with the smallest share if none does."""
-    most = keep * count_flops(model, (IMAGE,))
+    most = keep * count_flops(model, Inputs((IMAGE,)))
     low, high = 0.02, 1.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if count_flops(at(middle), (IMAGE,)) <= most else (low, middle)
+        low, high = (middle, high) if count_flops(at(middle), Inputs((IMAGE,))) <= most else (low, middle)
     return partial(at, low)
 
 

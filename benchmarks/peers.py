@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from batude_fx.graph.flops import count_flops
 from batude_fx.support.atomic_files import write_text
+from batude_fx.support.inputs import Inputs
 from batude_fx.support.timing import time_calls
 from benchmarks.compress_time import resident
 from benchmarks.peer_methods import IMAGE, METHODS
@@ -121,7 +122,7 @@ def measure(network: str, row: str, path: Path) -> None:
     torch.manual_seed(0)
     model, method = NETWORKS[network]().eval(), METHODS[row]
     photos, held_out = inputs.shop_photos("train", 256), inputs.shop_photos("test", 400)
-    dense = count_flops(model, (IMAGE,))
+    dense = count_flops(model, Inputs((IMAGE,)))
     call = method.prepare(model, photos, KEEP)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the memory
     before, start = resident("VmRSS"), time.perf_counter()
@@ -130,7 +131,7 @@ def measure(network: str, row: str, path: Path) -> None:
     signal.alarm(0)
     facts: dict[str, Any] = {
         "row": row, "data": method.data, "seconds": time.perf_counter() - start,
-        "memory": resident("VmHWM") - before, "keep": count_flops(small, (IMAGE,)) / dense,
+        "memory": resident("VmHWM") - before, "keep": count_flops(small, Inputs((IMAGE,))) / dense,
         "bytes": sum(tensor.nbytes for tensor in small.state_dict().values()), "times": times(model, small),
     }  # fmt: skip
     if network == "ResNet-50":

@@ -23,6 +23,7 @@ from torch import nn
 
 from batude_fx import Recipe
 from batude_fx.calibration.statistics import statistics
+from batude_fx.support.inputs import Inputs
 from batude_fx.training.lagrangian import Lagrangian
 from batude_fx.training.problem import Problem
 from batude_fx.tucker.metric import Metric
@@ -49,7 +50,7 @@ def main() -> int:
     plain, penalized = steps(model, lagrangian)
     images = torch.randn(IMAGES, 3, 224, 224)
     started = time.perf_counter()
-    metrics = statistics(model, list(problem.sites.values()), ((batch,) for batch in torch.split(images, 8)))
+    metrics = statistics(model, list(problem.sites.values()), (Inputs((batch,)) for batch in torch.split(images, 8)))
     measuring = time.perf_counter() - started
     rounds = {
         name: [seconds(partial(project, lagrangian, problem, round_metrics)) for _ in range(3)]

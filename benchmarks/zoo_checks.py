@@ -19,7 +19,7 @@ from fvcore.nn import FlopCountAnalysis
 from timm.layers import DropPath  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
@@ -30,6 +30,7 @@ from batude_fx.graph import surgery
 from batude_fx.graph.example_inputs import example_inputs
 from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.decomposition import Factors
 from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight, to_canonical
 from batude_fx.tucker.modules import TuckerModule, tucker_conv
@@ -43,7 +44,6 @@ LARGEST_WHOLE = 5e9, 150e6  # most flops and parameters of networks that are com
 EXTENT = 64  # positions per axis on which single sites are compared
 TOLERANCE = 1e-9  # relative to the largest output, float64
 
-Inputs = tuple[Any, ...]
 Record = dict[str, Any]
 
 
@@ -82,7 +82,7 @@ def found(name: str, *, weightless: bool) -> Record:
     started = time.perf_counter()
     model = _built(name, weightless=weightless)
     inputs = example_inputs(model)
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    leaves = inputs.tensors()
     sites = batude_fx.discover(model, inputs, layers=LAYERS)
     convolutions = [site for site in sites if _is_convolution(site)]
     record: Record = {
@@ -128,7 +128,7 @@ def compressed(name: str) -> Record:
     reach, dense = _reach(any_plan.sites, any_plan.dense_flops), any_plan.dense_flops
     keep = (1 + reach["smallest"]) / 2
     plan = any_plan.at(keep)
-    detector = isinstance(inputs[0], list)
+    detector = isinstance(inputs.args[0], list)
     try:
         small = plan.apply(model)
     except batude_fx.BudgetError as error:
@@ -190,7 +190,7 @@ def convolution_calls(model: nn.Module, inputs: Inputs) -> Counter[str]:
         handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
     try:
         with torch.no_grad(), _CountConvolutions(running) as counted:
-            model.eval()(*inputs)
+            model.eval()(*inputs.args)
     finally:
         for handle in handles:
             handle.remove()
@@ -218,7 +218,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _count(model: nn.Module, inputs: Inputs) -> int:
     with torch.no_grad():
-        analysis = FlopCountAnalysis(model.eval(), inputs)
+        analysis = FlopCountAnalysis(model.eval(), inputs.args)
         return int(analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False).total())
 
 
@@ -246,7 +246,7 @@ def _same_structure(model: nn.Module, small: nn.Module, inputs: Inputs) -> Itera
     if type(small) is not type(model):
         yield f"the class became {type(small).__name__}"
     with torch.no_grad():
-        before, after = _structure(model.eval()(*inputs)), _structure(small.eval()(*inputs))
+        before, after = _structure(model.eval()(*inputs.args)), _structure(small.eval()(*inputs.args))
     if before != after:
         yield f"eval output {after} instead of {before}"
 
@@ -259,15 +259,15 @@ def _trains(model: nn.Module, small: nn.Module, inputs: Inputs) -> Iterator[str]
     model, small = _undropped(model), _undropped(small)
     batch = _training_batch(inputs)
     with torch.no_grad():
-        before = _structure(model(*batch))
-    output = small(*batch)
+        before = _structure(model(*batch.args))
+    output = small(*batch.args)
     if (after := _structure(output)) != before:
         yield f"train output {after} instead of {before}"
     floats = [x.float() for x in tree_leaves(_plain(output)) if isinstance(x, Tensor) and x.requires_grad]
     torch.autograd.backward(floats, [torch.randn_like(x) for x in floats])
     modules = {name: module for name, module in small.named_modules() if isinstance(module, TuckerModule)}
     parameters = {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
-    may_be_zero = isinstance(inputs[0], list)
+    may_be_zero = isinstance(inputs.args[0], list)
     without = [name for name, p in parameters.items() if not _has_gradient(p, may_be_zero=may_be_zero)]
     if without:
         yield f"no gradient reaches {', '.join(without[:3])} ({len(without)} in all)"
@@ -290,10 +290,10 @@ def _undropped(model: nn.Module) -> nn.Module:
 def _training_batch(inputs: Inputs) -> Inputs:
     """Return inputs with two images, which batch-norm needs, and with targets for detectors."""
     torch.manual_seed(0)
-    if isinstance(inputs[0], list):
-        images = [torch.rand_like(image) for image in inputs[0] * 2]
-        return images, [_target(image) for image in images]
-    return cast("Inputs", tree_map_only(Tensor, lambda x: torch.randn(2, *x.shape[1:]).to(x), inputs))
+    if isinstance(inputs.args[0], list):
+        images = [torch.rand_like(image) for image in inputs.args[0] * 2]
+        return Inputs((images, [_target(image) for image in images]))
+    return inputs.map(lambda x: torch.randn(2, *x.shape[1:]).to(x))
 
 
 def _target(image: Tensor) -> dict[str, Tensor]:
@@ -314,7 +314,7 @@ def _saves(_: nn.Module, small: nn.Module, inputs: Inputs) -> Iterator[str]:
     if state.keys() != loaded.keys() or not all(torch.equal(state[key], loaded[key]) for key in state):
         yield "the loaded weights differ"
     with torch.no_grad():
-        pairs = zip(_tensors(small.eval()(*inputs)), _tensors(again.eval()(*inputs)), strict=True)
+        pairs = zip(_tensors(small.eval()(*inputs.args)), _tensors(again.eval()(*inputs.args)), strict=True)
         if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
             yield "the loaded network gives other outputs"
 
@@ -331,8 +331,8 @@ def _exact(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs) -> It
     on a corner of the inputs that it gets in the float32 network.
     """
     small_enough = plan.dense_flops <= LARGEST_WHOLE[0] and plan.dense_params <= LARGEST_WHOLE[1]
-    whole = small_enough and not isinstance(inputs[0], list)
-    doubles = cast("Inputs", tree_map_only(Tensor, Tensor.double, inputs))
+    whole = small_enough and not isinstance(inputs.args[0], list)
+    doubles = inputs.map(Tensor.double)
     yield from (
         _exact_networks(model, small, plan, doubles)
         if whole and _runs(copy.deepcopy(model).double(), doubles)
@@ -377,7 +377,7 @@ def _exact_sites(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs)
     ]
     try:
         with torch.no_grad():
-            model.eval()(*inputs)
+            model.eval()(*inputs.args)
     finally:
         for handle in handles:
             handle.remove()
@@ -389,7 +389,7 @@ def _exact_sites(model: nn.Module, small: nn.Module, plan: Plan, inputs: Inputs)
 def _runs(model: nn.Module, inputs: Inputs) -> bool:
     try:
         with torch.no_grad():
-            model.eval()(*inputs)
+            model.eval()(*inputs.args)
     except RuntimeError:
         return False
     return True
@@ -412,7 +412,7 @@ def _full_rank(layer: nn.Module, weight: Tensor) -> TuckerModule:
 
 def _differences(expected: nn.Module, model: nn.Module, inputs: Inputs, what: str) -> Iterator[str]:
     with torch.no_grad():
-        pairs = zip(_tensors(expected(*inputs)), _tensors(model(*inputs)), strict=True)
+        pairs = zip(_tensors(expected(*inputs.args)), _tensors(model(*inputs.args)), strict=True)
         worst = max((_relative(a, b) for a, b in pairs), default=0.0)
     if worst > TOLERANCE:
         yield f"{what}: relative difference {worst:.1e}"

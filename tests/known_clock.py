@@ -9,6 +9,7 @@ from torch import nn
 import batude_fx
 from batude_fx.budget import time_table
 from batude_fx.budget.layer_timer import LayerTimer
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.modules import TuckerModule
 
 NANOSECONDS = 1e-9
@@ -77,4 +78,4 @@ def timed_net() -> nn.Module:
 def timer_of(model: nn.Module) -> LayerTimer:
     """Return the timer of the sites of a network that takes `INPUT`."""
     sites = batude_fx.discover(model, INPUT).replaceable()
-    return LayerTimer(model, sites, INPUT, adds_bias=False)
+    return LayerTimer(model, sites, Inputs(INPUT), adds_bias=False)

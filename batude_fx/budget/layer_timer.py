@@ -25,7 +25,8 @@ from batude_fx.graph.sites import ConvSite
 from batude_fx.graph.surgery import build_skeleton
 from batude_fx.support.arrays import Booleans, Floats, Integers
 from batude_fx.support.hooks import observe_calls
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import private_copy
 from batude_fx.support.progress import track
 from batude_fx.support.timing import time_networks
 from batude_fx.tucker.ranks import Ranks
@@ -49,7 +50,7 @@ class LayerTimer:
 
     model: nn.Module
     sites: Mapping[str, ConvSite]
-    inputs: tuple[object, ...]
+    inputs: Inputs
     adds_bias: bool
     calls: dict[str, Counter[LayerInput]] = field(init=False, repr=False)
     _table: TimeTable = field(init=False, repr=False)
@@ -139,9 +140,7 @@ def _rows_by_cut_modes(
             yield rows, cuts
 
 
-def _inputs_of_sites(
-    model: nn.Module, sites: Mapping[str, ConvSite], inputs: tuple[object, ...]
-) -> dict[str, Counter[LayerInput]]:
+def _inputs_of_sites(model: nn.Module, sites: Mapping[str, ConvSite], inputs: Inputs) -> dict[str, Counter[LayerInput]]:
     """Return site name to the inputs that the site gets in one run, and how often."""
     calls: dict[str, Counter[LayerInput]] = {name: Counter() for name in sites}
 
@@ -149,7 +148,8 @@ def _inputs_of_sites(
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         calls[name][LayerInput.like(first)] += 1
 
-    layers = {name: model.get_submodule(name) for name in sites}
-    with eval_and_restore(model), torch.no_grad(), observe_calls(layers, before=count_input):
-        model(*inputs)
+    with private_copy(model) as copied:
+        layers = {name: copied.get_submodule(name) for name in sites}
+        with torch.no_grad(), observe_calls(layers, before=count_input):
+            inputs.run(copied)
     return calls

@@ -15,10 +15,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from batude_fx.calibration.images import Inputs
 from batude_fx.errors import CalibrationError, first_line
 from batude_fx.graph.surgery import copy_model
-from batude_fx.support.model_state import eval_and_restore, run_on_copies
+from batude_fx.support.inputs import Inputs
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -49,9 +48,9 @@ def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
             norm.momentum = None  # running statistics are then the plain average over the batches
             norm.train()
     try:
-        with eval_and_restore(model), torch.no_grad():  # restores the random generators, which the copy may use
+        with torch.random.fork_rng(devices=()), torch.no_grad():  # the copy may draw from the random generators
             for batch in batches:
-                run_on_copies(adapted, batch)
+                batch.copies().run(adapted)
     except ValueError as error:
         if _SINGLE_VALUE in str(error):
             return model

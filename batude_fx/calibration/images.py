@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from batude_fx.errors import CalibrationError
-from batude_fx.support.model_state import exclusive
+from batude_fx.support.inputs import Inputs
 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
-Inputs = tuple[object, ...]
 BATCH = 8  # images per batch; the backward passes keep the activations of one batch
 _SAMPLE = 8  # batches in a sample of `BatchReservoir`; they pass through the compressed network later
 
@@ -55,7 +54,7 @@ def first_image_size(images: Images) -> tuple[tuple[int, ...] | None, Images]:
     """
     if isinstance(images, Tensor) or not isinstance(images, Iterable):
         return _image_size(images), images
-    with exclusive, torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()):
         iterator = iter(images)
         drawn = list(islice(iterator, 1))
     first: object = drawn[0] if drawn else None
@@ -79,7 +78,7 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
         CalibrationError: When the model takes anything but one tensor, or when a batch is no tensor, does not have the
             axes, channels and kind of dtype of the example, or is not finite.
     """
-    example = only_tensor(inputs)
+    example = inputs.only_tensor
     if example is None:
         raise CalibrationError(
             "calibration images need a model that takes one tensor (N, ...), this one takes other arguments. "
@@ -90,7 +89,7 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
     batches: Iterable[object] = (images,) if isinstance(images, Tensor) else images
     for _, images_of_one_shape in groupby(_single_images(batches, example), attrgetter("shape")):
         while batch := tuple(islice(images_of_one_shape, BATCH)):
-            yield (torch.stack(batch).to(example),)
+            yield inputs.with_tensor(torch.stack(batch).to(example))
 
 
 def _single_images(batches: Iterable[object], example: Tensor) -> Iterator[Tensor]:
@@ -121,8 +120,3 @@ def _checked_batch(batch: object, index: int, example: Tensor) -> Tensor:
     if not batch.isfinite().all():
         raise CalibrationError(f"calibration batch {index} holds NaN or infinite values; check the loader.")
     return batch
-
-
-def only_tensor(inputs: Inputs) -> Tensor | None:
-    """Return the tensor if the inputs are a single one; None otherwise."""
-    return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Tensor) else None

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from batude_fx.support.hooks import observe_calls
-from batude_fx.support.model_state import run_on_copies
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.modules import TuckerModule
 
 LEAST_GAIN, MOST_GAIN = 0.5, 2.0
 
 
 def match_moments_(
-    original: nn.Module, compressed: nn.Module, names: Collection[str], batches: Iterable[tuple[object, ...]]
+    original: nn.Module, compressed: nn.Module, names: Collection[str], batches: Iterable[Inputs]
 ) -> None:
     """Fold per-channel shifts and gains into the Tucker modules of a compressed network.
 
@@ -82,9 +82,7 @@ class _Match:
         return ((output - self.actual.mean) * self.gain() + self.target.mean).to(output.dtype)
 
 
-def _measure_targets(
-    original: nn.Module, modules: Mapping[str, TuckerModule], batch: tuple[object, ...]
-) -> dict[str, _Moments]:
+def _measure_targets(original: nn.Module, modules: Mapping[str, TuckerModule], batch: Inputs) -> dict[str, _Moments]:
     """Run the original, and return the moments of the first output of every site that it calls."""
     targets: dict[str, _Moments] = {}
 
@@ -93,7 +91,7 @@ def _measure_targets(
             targets[name] = _moments(output.movedim(_channel_axis(output, modules[name]), -1))
 
     with observe_calls({name: original.get_submodule(name) for name in modules}, after=measure):
-        run_on_copies(original, batch)
+        batch.copies().run(original)
     return targets
 
 
@@ -101,7 +99,7 @@ def _match_on_the_way(
     compressed: nn.Module,
     modules: Mapping[str, TuckerModule],
     targets: Mapping[str, _Moments],
-    batch: tuple[object, ...],
+    batch: Inputs,
 ) -> dict[str, _Match]:
     """Run the compressed network with the output of every site corrected, and return the corrections.
 
@@ -119,7 +117,7 @@ def _match_on_the_way(
         return matches[name].corrected(channels_last).movedim(-1, axis)
 
     with observe_calls(modules, after=correct):
-        run_on_copies(compressed, batch)
+        batch.copies().run(compressed)
     return matches
 
 

@@ -21,8 +21,7 @@ Transactions on Signal Processing 58(10), 2010, https://arxiv.org/abs/0907.4698,
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -30,12 +29,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import CalibrationError, first_line
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.hooks import observe_calls, on_gradient
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import private_copy
 from batude_fx.tucker.decomposition import mode_product, unfold
 from batude_fx.tucker.dense_layers import canonical_weight
 from batude_fx.tucker.metric import Metric, ModeMetric
@@ -44,7 +44,7 @@ _POSITIONS = 49  # positions that are sampled per call of a site: all of a 7 x 7
 
 
 def statistics(
-    model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[tuple[object, ...]], *, draws: int = 1
+    model: nn.Module, sites: Sequence[ConvSite], batches: Iterable[Inputs], *, draws: int = 1
 ) -> dict[str, Metric]:
     """Measure the metric of every site over batches of images.
 
@@ -61,7 +61,6 @@ def statistics(
         CalibrationError: When there is no batch at all, the model does not run on one, or statistics overflow.
     """
     sums = {site.name: _site_sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
-    layers = {name: model.get_submodule(name) for name in sums}
     generator = torch.Generator().manual_seed(0)
     without_gradient: dict[str, deque[Tensor]] = defaultdict(deque)  # site to the positions sampled in its last calls
     called_sites = set()
@@ -83,14 +82,14 @@ def statistics(
         else:
             without_gradient[name].append(positions)
 
-    with (
-        eval_and_restore(model), _frozen_parameters(model), observe_calls(layers, after=add_call), torch.enable_grad()
-    ):  # fmt: skip
-        for batch in batches:
-            images += _count_images(batch)
-            without_gradient.clear()
-            outputs = _run(model, batch)
-            _backward_random_combinations(outputs, draws, generator)
+    with private_copy(model) as copied, torch.enable_grad():
+        layers = {name: copied.get_submodule(name) for name in sums}
+        with observe_calls(layers, after=add_call):
+            for batch in batches:
+                images += _count_images(batch)
+                without_gradient.clear()
+                outputs = _run(copied, batch)
+                _backward_random_combinations(outputs, draws, generator)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
     metrics = {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if name in called_sites}
@@ -99,14 +98,14 @@ def statistics(
     return metrics
 
 
-def _run(model: nn.Module, batch: tuple[object, ...]) -> object:
+def _run(model: nn.Module, batch: Inputs) -> object:
     """Return the outputs of a model on a batch, differentiable with respect to the floating-point inputs.
 
     Raises:
         CalibrationError: When the model does not run on the batch.
     """
     try:
-        return model(*tree_map_only(Tensor, _differentiable, batch))
+        return batch.map(_differentiable).run(model)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         way_out = "Move the model to the CPU" if out_of_memory else "Resize them to what it takes"
@@ -130,13 +129,13 @@ def _refuse_overflow(name: str, metric: Metric) -> None:
             )
 
 
-def _count_images(batch: tuple[object, ...]) -> int:
+def _count_images(batch: Inputs) -> int:
     """Return the length of the first tensor with axes, 1 if there is none."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+    return next((len(tensor) for tensor in batch.tensors() if tensor.ndim), 1)
 
 
-def _shapes(batch: tuple[object, ...]) -> list[str]:
-    return [str(tuple(leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+def _shapes(batch: Inputs) -> list[str]:
+    return [str(tuple(tensor.shape)) for tensor in batch.tensors()]
 
 
 def _differentiable(x: Tensor) -> Tensor:
@@ -354,19 +353,6 @@ def shrink(moment: Tensor, count: int) -> Tensor:
     squares = (moment / mean.clamp_min(tiny)).square().sum((-2, -1), keepdim=True)
     share = ((squares + channels**2) / ((count + 1) * (squares - channels).clamp_min(tiny))).clamp_max(1)
     return moment.lerp(mean * torch.eye(channels, dtype=moment.dtype, device=moment.device), share)
-
-
-@contextmanager
-def _frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Turn off the gradients of all parameters: then a backward pass costs no more than a forward pass."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _backward_random_combinations(outputs: object, draws: int, generator: torch.Generator) -> None:

@@ -1,14 +1,13 @@
 """Synthetic inputs of the structure that a model takes, for calibration without images of the user."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from batude_fx.calibration.dead_leaves import dead_leaves
-from batude_fx.calibration.images import BATCH, Inputs, only_tensor
+from batude_fx.calibration.images import BATCH
+from batude_fx.support.inputs import Inputs
 
 SYNTHETIC_IMAGES = 96
 SYNTHETIC_CLIPS = 16
@@ -31,11 +30,11 @@ def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> lis
     Returns:
         Batches of a model that takes one tensor; for any other, 8 inputs of the size of the example.
     """
-    example = only_tensor(inputs)
+    example = inputs.only_tensor
     if example is not None and example.is_floating_point():
         count = SYNTHETIC_CLIPS if example.ndim > 4 else SYNTHETIC_IMAGES  # noqa: PLR2004 - (N, C, frames, H, W)
         images = _synthetic_tensor(model, count, example.shape[1:], seed).to(example)
-        return [(batch,) for batch in torch.split(images, BATCH)]
+        return [inputs.with_tensor(batch) for batch in torch.split(images, BATCH)]
 
     def synthetic_inputs(seed: int) -> Inputs:
         def synthesize(tensor: Tensor) -> Tensor:
@@ -43,17 +42,17 @@ def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> lis
                 return tensor
             return _synthetic_tensor(model, *_count_and_shape(tensor), seed).view(tensor.shape).to(tensor)
 
-        return cast("Inputs", tree_map_only(Tensor, synthesize, inputs))
+        return inputs.map(synthesize)
 
     return [synthetic_inputs(seed + run) for run in range(BATCH)]
 
 
 def falls_back_to_noise(inputs: Inputs) -> bool:
     """Return whether no synthetic image fits a tensor of the example, so that `synthetic_batches` gives noise there."""
-    example = only_tensor(inputs)
+    example = inputs.only_tensor
     if example is not None:
         return not (example.is_floating_point() and _is_image_or_clip(example.shape[1:]))
-    floats = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    floats = (tensor for tensor in inputs.tensors() if tensor.is_floating_point())
     return any(not _is_image_or_clip(_count_and_shape(tensor)[1]) for tensor in floats)
 
 

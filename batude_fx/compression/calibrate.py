@@ -8,12 +8,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from batude_fx.calibration.batch_norm import renormalize, running_statistics
-from batude_fx.calibration.images import BatchReservoir, Images, Inputs, first_image_size, image_batches, only_tensor
+from batude_fx.calibration.images import BatchReservoir, Images, first_image_size, image_batches
 from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_to_noise, synthetic_batches
 from batude_fx.errors import DiscoveryError
 from batude_fx.graph.example_inputs import image_of_size, resolve_inputs
 from batude_fx.graph.sites import ConvSite
+from batude_fx.support.inputs import ExampleInputs, Inputs
 from batude_fx.support.progress import track
 from batude_fx.tucker.metric import Metric
 
@@ -37,7 +38,7 @@ class Measurements:
 
 
 def match_example(
-    model: nn.Module, example_inputs: Tensor | Inputs | None, calibration: Calibration
+    model: nn.Module, example_inputs: ExampleInputs | None, calibration: Calibration
 ) -> tuple[Inputs, Calibration]:
     """Return the example input, which has the size of the calibration images where none is given.
 
@@ -66,7 +67,7 @@ def match_example(
         inputs = resolve_inputs(model, example_inputs)
     except DiscoveryError:  # the images are all that is known of the input
         return image_of_size(model, size), calibration
-    example = only_tensor(inputs)
+    example = inputs.only_tensor
     if example is None or example.ndim != 1 + len(size) or tuple(example.shape[2:]) == size[1:]:
         return inputs, calibration
     if example_inputs is None:

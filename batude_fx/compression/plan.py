@@ -9,7 +9,6 @@ from torch import nn
 
 from batude_fx.budget.budget import Budget
 from batude_fx.budget.cost_limits import CostLimits
-from batude_fx.calibration.images import Inputs
 from batude_fx.calibration.moment_matching import match_moments_
 from batude_fx.compression.calibrate import Measurements
 from batude_fx.compression.checks import check_model
@@ -20,9 +19,10 @@ from batude_fx.graph.flops import count_flops, dense_cost, site_cost
 from batude_fx.graph.provenance import attach_
 from batude_fx.graph.shared_parts import refuse_shared_parts
 from batude_fx.graph.site_table import Sites, add_site_row, describe_ranks, new_site_table, skip_notes
-from batude_fx.graph.surgery import copy_model, replace_modules
+from batude_fx.graph.surgery import replace_modules
 from batude_fx.report.record import LIBRARIES, Record, site_records
-from batude_fx.support.model_state import eval_and_restore, exclusive
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import private_copy
 from batude_fx.support.numbers import human, milliseconds, percent
 from batude_fx.support.progress import track
 from batude_fx.support.tables import as_text, set_caption
@@ -77,7 +77,6 @@ class Plan:
     _measurements: Measurements = field(repr=False, compare=False)
     _inputs: Inputs = field(repr=False, compare=False)
 
-    @exclusive
     def apply(self, model: ModelT) -> ModelT:
         """Build the compressed copy of the model that this plan was made for.
 
@@ -146,16 +145,14 @@ class Plan:
 
     def _match_moments_(self, model: nn.Module, replacements: dict[str, TuckerModule]) -> None:
         """Fold into the replacements what gives their outputs the mean and variance that the original's have."""
-        if self._measurements.norm_statistics:
-            model = copy_model(model)
-            for name, value in self._measurements.norm_statistics.items():
-                model.get_buffer(name).copy_(value)
         training = {part: part.training for module in replacements.values() for part in module.modules()}
-        with eval_and_restore(model):
-            small = replace_modules(model, replacements)
+        with private_copy(model) as original:
+            for name, value in self._measurements.norm_statistics.items():
+                original.get_buffer(name).copy_(value)
+            small = replace_modules(original, replacements)
             small.eval()
             batches = track(self._measurements.batches, "matching moments")
-            match_moments_(model, small, replacements, batches)
+            match_moments_(original, small, replacements, batches)
         for part, flag in training.items():
             part.training = flag
 

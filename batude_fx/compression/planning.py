@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from batude_fx.budget.budget import Budget
 from batude_fx.budget.cost_limits import SearchSpace, make_search_space
 from batude_fx.budget.layer_timer import LayerTimer
 from batude_fx.budget.rank_options import FLOPS, PARAMS
-from batude_fx.calibration.images import Inputs
 from batude_fx.compression.calibrate import Calibration, calibration_label, match_example, measure
 from batude_fx.compression.checks import check_constant_sizes, check_model, check_options
 from batude_fx.compression.latency_search import refine_by_timing, with_latency
@@ -20,16 +19,16 @@ from batude_fx.errors import BudgetError
 from batude_fx.graph.discovery import discover
 from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
-from batude_fx.support.model_state import exclusive
+from batude_fx.graph.surgery import refuse_links
+from batude_fx.support.inputs import ExampleInputs
 from batude_fx.tucker.ranks import Ranks
 
 
-@exclusive
 def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     model: nn.Module,
     budget: Budget | float | str,
     *,
-    example_inputs: Tensor | Inputs | None = None,
+    example_inputs: ExampleInputs | None = None,
     calibration: Calibration = "synthetic",
     layers: str = "conv",
     include: str | Iterable[str] = (),
@@ -44,9 +43,9 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         budget: The fraction of flops that remains (0.5), a factor ("2.5x"), a percentage ("40%"), an absolute count
             ("0.9GFLOPs"), or a `Budget` with several limits, latency among them. Flops are fvcore's: one multiply-add
             is one. Latency is the wall time of the model in eval mode on its device, with torch's current threads.
-        example_inputs: Arguments of one run, (1, C, H, W) for an image model, whose batch and memory format count
-            for latency. By default an image of the size of the calibration images, or else what timm or torchvision
-            knows of the model.
+        example_inputs: Arguments of one run: a single tensor, (1, C, H, W) for an image model, a tuple of positional
+            arguments, or a dict of keyword arguments. Batch and memory format count for latency. By default an image
+            of the size of the calibration images, or else what timm or torchvision knows of the model.
         calibration: Unlabelled images, normalized as for evaluation: a tensor (N, C, H, W), an iterable of batches or
             a DataLoader. "synthetic" generates images; None uses the weights alone.
         layers: "conv", or "conv+linear" to replace linear layers too.
@@ -73,6 +72,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     budget = Budget.parse(budget)
     check_options(round_to, calibration)
     check_model(model)
+    refuse_links(model)
     inputs, calibration = match_example(model, example_inputs, calibration)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
     replaceable, adds_bias = sites.replaceable(), calibration is not None

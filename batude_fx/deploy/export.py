@@ -10,30 +10,31 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from batude_fx.calibration.images import Images, image_batches
+from batude_fx.deploy.comparison import Comparison, Runner, compare
 from batude_fx.deploy.fold import fold
 from batude_fx.deploy.int8 import equalize_, quantize
 from batude_fx.errors import CalibrationError, ExportError, first_line
 from batude_fx.graph.example_inputs import resolve_inputs
-from batude_fx.graph.surgery import copy_model
-from batude_fx.support.model_state import exclusive
+from batude_fx.support.atomic_files import check_writable, move, temporary_folder
+from batude_fx.support.inputs import ExampleInputs, Inputs
+from batude_fx.support.model_state import exclusive, private_copy
 from batude_fx.support.progress import track
 
 TOLERANCE = 1e-4  # largest difference of outputs that is allowed without int8, relative to the largest output
 _BATCH_SIZES = (1, 3)  # batch sizes that the file is checked with
+_MULTIPLES = (1, 32)  # of height and width, where these may change: some networks halve them five times
 _REQUIRED_PACKAGES = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
     ".xml": ("onnx", "onnxscript", "onnxruntime", "openvino"),
@@ -44,36 +45,37 @@ _DTYPES = {
     ".xml": {torch.float32},
     ".pt2": {torch.float32, torch.float64},  # half precision rounds by more than TOLERANCE
 }
-Arrays = list[NDArray[Any]]
-Runner = Callable[[Sequence[NDArray[Any]]], Arrays]
 
 
-@exclusive
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    example_inputs: Tensor | tuple[object, ...] | None = None,
+    example_inputs: ExampleInputs | None = None,
     int8: Images | None = None,
-) -> float:
+    dynamic_size: bool = False,
+) -> Comparison:
     """Write a network, compressed or not, as a file for deployment.
 
     Args:
         model: Any module whose arguments are tensors; it is left as it is.
         path: The file; its ending chooses the format: ".onnx", ".xml" (OpenVINO; the weights are written to a ".bin"
             file beside it) or ".pt2" (torch.export).
-        example_inputs: Arguments of one forward pass. By default, those that timm or torchvision declare for the model.
-            If they are a single tensor, its first axis is the batch, which may have any size in the file.
-        int8: Unlabelled images, normalized as for evaluation. Weights and activations become 8-bit integers; the
+        example_inputs: Arguments of one forward pass: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. By default, those that timm or torchvision declare for the model. If they are a single tensor,
+            its first axis is the batch, which may have any size in the file.
+        int8: Unlabelled images, normalized as for evaluation. Weights and activations become integers of 8 bits; the
             ranges of the activations are measured on these images. For ONNX only.
+        dynamic_size: Let height and width of the images have any size in the file, or any multiple of 32 where the
+            network needs that.
 
     Returns:
-        The largest difference between outputs of the file and of the network, relative to the largest output. It is at
-        most 1e-4, except with int8, where it is not limited: evaluate such a file on images of your own.
+        How the outputs of the file compare with those of the network: with int8 on the given images, else on noise.
+        The largest difference is at most 1e-4 of the largest output, except with int8, where it is not limited.
 
     Raises:
-        ExportError: The ending is unknown, a package is missing, the network cannot be exported, or the file computes
-            something else.
+        ExportError: The ending is unknown, a package is missing, the network cannot be exported, it needs images of one
+            size, or the file computes something else.
         DiscoveryError: No `example_inputs` are given, and none are declared for the model.
         CalibrationError: The images are empty, not finite or of the wrong shape.
 
@@ -81,43 +83,40 @@ def export(
     """
     path = Path(path)
     check_path(path, int8=int8 is not None)
-    example = resolve_inputs(model, example_inputs)
-    # Files have no memory format: the exporter would write views of channels-last tensors as gathers.
-    inputs = tuple(argument.cpu().contiguous() for argument in example if isinstance(argument, Tensor))
-    if not inputs or len(inputs) < len(example):
-        raise ExportError(
-            f"{type(model).__name__} takes other arguments than tensors; export the part that takes only tensors."
-        )
+    request = _Request(_cpu_inputs(model, example_inputs))
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if unsupported := dtypes - _DTYPES[path.suffix]:
         raise ExportError(
             f"{path}: {type(model).__name__} holds {unsupported.pop()}, which cannot be written; use model.float()."
         )
-    images = None if int8 is None else _image_arrays(int8, inputs)
-    with _temporary_folder_beside(path) as folder, _quiet():
-        written = folder / path.name
+    if dynamic_size and request.inputs.image is None:
+        raise ExportError(f"{type(model).__name__} does not take one batch of images; leave out dynamic_size.")
+    images = [] if int8 is None else _checked_images(int8, request.inputs)
+    with _temporary_folder_beside(path) as folder:
         try:
-            network = fold(model, example).cpu().requires_grad_(requires_grad=False)
-            if images is not None:
-                equalize_(network, track(map(torch.from_numpy, images), "equalizing", len(images)))
-            run = _WRITERS[path.suffix](network, inputs, written, images)
-            original = copy_model(model).cpu()  # not the folded network, so that folding is checked too
-            original.eval()
-            differences = [_difference(original, run, _batch(inputs, size)) for size in _batch_sizes(inputs)]
-            difference = float(np.max(differences))  # NaN if one of them is NaN
+            network = fold(model, request.inputs).cpu().requires_grad_(requires_grad=False)
+            if images:
+                equalize_(network, track(images, "equalizing", len(images)))
+            with exclusive, _quiet():
+                request, run = _write(network, request, folder / path.name, images, dynamic_size=dynamic_size)
+            with private_copy(model) as original:  # not the folded network, so that folding is checked too
+                comparison = compare(original.cpu(), run, request.examples())
+                if images:
+                    comparison = compare(original, run, track(images, "comparing", len(images)))
+        except ExportError:
+            raise
         except Exception as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be written as {path}: {type(error).__name__}: {first_line(error)}. "
                 "If its control flow depends on values, export the part that does not."
             ) from error
-        if int8 is None and not difference <= TOLERANCE:
+        if int8 is None and not comparison.difference <= TOLERANCE:
             raise ExportError(
-                f"{path}: its outputs differ from those of {type(model).__name__} by {difference:.1e} of the largest, "
-                f"{TOLERANCE:.0e} is allowed; nothing was written. Try another format."
+                f"{path}: its outputs differ from those of {type(model).__name__} by {comparison.difference:.1e} of "
+                f"the largest, {TOLERANCE:.0e} is allowed; nothing was written. Try another format."
             )
-        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix):  # weights first
-            file.replace(path.parent / file.name)
-    return difference
+        _move_all(folder, path)
+    return comparison
 
 
 def check_path(path: Path, *, int8: bool) -> None:
@@ -128,7 +127,8 @@ def check_path(path: Path, *, int8: bool) -> None:
         int8: Whether the network will be quantized.
 
     Raises:
-        ExportError: The ending is unknown or has no int8 form, a package is missing, or the path is a folder.
+        ExportError: The ending is unknown or has no int8 form, a package is missing, or the path is a folder or cannot
+            be written.
     """
     ending = path.suffix
     if ending not in _WRITERS:
@@ -139,6 +139,10 @@ def check_path(path: Path, *, int8: bool) -> None:
         raise ExportError(f"{path}: int8 is written as ONNX only, which OpenVINO reads too; use the ending .onnx.")
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give a file.")
+    try:
+        check_writable(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 @contextmanager
@@ -146,133 +150,198 @@ def _temporary_folder_beside(path: Path) -> Iterator[Path]:
     """Make a temporary folder on the disk that the file will be on, so that the file can be moved in one step."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+        with temporary_folder(path) as folder:
+            yield folder
     except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror}. Choose another place.") from error
-    with folder as name:
-        yield Path(name)
+        raise _cannot_write(path, error) from error
 
 
-def _image_arrays(images: Images, inputs: tuple[Tensor, ...]) -> Arrays:
-    """Return batches of images; refuse images of another size than the file will take."""
-    arrays = []
-    for (batch,) in image_batches(images, inputs):
-        shape = tuple(cast("Tensor", batch).shape[1:])
-        if shape != tuple(inputs[0].shape[1:]):
-            raise CalibrationError(
-                f"int8 images are {shape}, the file takes {tuple(inputs[0].shape[1:])}; resize them, or give "
-                "example_inputs= of their size."
-            )
-        arrays.append(cast("Tensor", batch).cpu().numpy())
-    if not arrays:
-        raise CalibrationError("int8 got no images; give some dozens, unlabelled.")
-    return arrays
+def _cannot_write(path: Path, error: OSError) -> ExportError:
+    return ExportError(f"{path} cannot be written: {error.strerror}. Choose another place.")
 
 
-def _has_batch_axis(inputs: tuple[Tensor, ...]) -> bool:
-    """Return whether the first axis is a batch; the first axes of several tensors need not be the same batch."""
-    return len(inputs) == 1 and inputs[0].ndim > 1
+def _move_all(folder: Path, path: Path) -> None:
+    """Move the written files to their places.
 
-
-def _batch_sizes(inputs: tuple[Tensor, ...]) -> Sequence[int]:
-    return _BATCH_SIZES if _has_batch_axis(inputs) else (0,)  # `_batch` needs no size then
-
-
-def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
-    """Return example inputs (size, ...) with noise, different for each image; copies if there is no batch axis."""
-    if not _has_batch_axis(inputs):
-        return tuple(tensor.clone() for tensor in inputs)
-    image = inputs[0][:1]
-    noise = torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu").to(image)
-    return (image + noise,) if image.is_floating_point() else (image.expand(size, *image.shape[1:]),)
-
-
-def _difference(network: nn.Module, run: Runner, inputs: tuple[Tensor, ...]) -> float:
-    """Return the largest difference between outputs of a network and of its file, relative to the largest output."""
-    arrays = [tensor.numpy().copy() for tensor in inputs]  # a network may work on its input in place
-    with torch.no_grad():
-        expected = [leaf for leaf in tree_leaves(network(*inputs)) if isinstance(leaf, Tensor)]
-    outputs = [torch.from_numpy(np.asarray(array)) for array in run(arrays)]
-    shapes, expected_shapes = ([tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, expected))
-    if shapes != expected_shapes:
-        raise ExportError(f"outputs are {shapes}, not {expected_shapes}")
-    return float(np.max([_relative_difference(*pair) for pair in zip(expected, outputs, strict=True)]))
-
-
-def _relative_difference(expected: Tensor, output: Tensor) -> float:
-    """Return the largest difference of two tensors, relative to the largest finite value that is expected.
-
-    Infinities and NaN differ by 0 from the same, and by infinity or NaN from anything else.
+    A file of weights without its .xml is no network; the .xml with the weights of another one would be a wrong one.
     """
-    expected, output = expected.double(), output.double()
-    same = (expected == output) | (expected.isnan() & output.isnan())
-    difference = torch.where(same, 0, (expected - output).abs())
-    magnitudes = expected[expected.isfinite()].abs()
-    return float(difference.max()) / max(float(magnitudes.max()) if len(magnitudes) else 0, 1e-12)
+    files = sorted(folder.iterdir(), key=lambda file: file.suffix == path.suffix)
+    if len(files) > 1:
+        path.unlink(missing_ok=True)
+    for file in files:
+        move(file, path.parent / file.name)
 
 
-def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, _: Arrays | None) -> Runner:
-    torch.export.save(_trace(network, inputs), path)
+def _cpu_inputs(model: nn.Module, given: ExampleInputs | None) -> Inputs:
+    """Return the example input on the CPU; refuse arguments that are no tensors."""
+    inputs = resolve_inputs(model, given)
+    values = (*inputs.args, *inputs.kwargs.values())
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise ExportError(
+            f"{type(model).__name__} takes other arguments than tensors; export the part that takes only tensors."
+        )
+    # Files have no memory format: the exporter would write views of channels-last tensors as gathers.
+    return inputs.map(lambda tensor: tensor.cpu().contiguous())
+
+
+def _checked_images(images: Images, inputs: Inputs) -> list[Inputs]:
+    """Return batches of images; refuse images of another size than the file will take."""
+    batches, (example,) = [], inputs.tensors()
+    for batch in image_batches(images, inputs):
+        shape, expected = (tuple(tensor.shape[1:]) for tensor in (*batch.tensors(), example))
+        if shape != expected:
+            raise CalibrationError(
+                f"int8 images are {shape}, the file takes {expected}; resize them, or give example_inputs= of their "
+                "size."
+            )
+        batches.append(batch)
+    if not batches:
+        raise CalibrationError("int8 got no images; give some dozens, unlabelled.")
+    return batches
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the file will take.
+
+    Attributes:
+        inputs: Example input; tensors on the CPU.
+        multiple: Number that height and width may be any multiple of; None where they are fixed.
+    """
+
+    inputs: Inputs
+    multiple: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the file's inputs."""
+        return [*(f"input{index or ''}" for index in range(len(self.inputs.args))), *self.inputs.kwargs]
+
+    @property
+    def _batch_tensor(self) -> Tensor | None:
+        """The tensor whose first axis is a batch; the first axes of several tensors need not be the same batch."""
+        tensor = self.inputs.only_tensor
+        return tensor if tensor is not None and tensor.ndim > 1 else None
+
+    def axes(self) -> Any:  # noqa: ANN401 - torch.export's
+        """Return the axes that may have any size, each with its name in the file; None if there are none."""
+        if self._batch_tensor is None:
+            return None
+        dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+        if self.multiple is not None:
+            dims |= {2: self.multiple * torch.export.Dim("height"), 3: self.multiple * torch.export.Dim("width")}
+        return dict.fromkeys(self.inputs.kwargs, dims) if self.inputs.kwargs else (dims,)
+
+    def examples(self) -> Iterator[Inputs]:
+        """Yield inputs to check the file with, of several sizes where these are free."""
+        if self._batch_tensor is None:
+            yield self.inputs
+            return
+        yield from (self.noise(size) for size in _BATCH_SIZES)
+        if self.multiple is not None:
+            yield self.noise(1, larger=2 * self.multiple if self.multiple > 1 else 32)
+
+    def noise(self, size: int, larger: int = 0) -> Inputs:
+        """Return a batch of images (size, ...) with noise, different for each image; copies if they are no floats.
+
+        Args:
+            size: Number of images.
+            larger: Pixels by which the images are larger than the example, in height; twice as many in width.
+        """
+        image = cast("Tensor", self._batch_tensor)[:1]
+        if larger:
+            _, _, height, width = image.shape
+            image = nn.functional.interpolate(image, (height + larger, width + 2 * larger))
+        noise = torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu").to(image)
+        return self.inputs.with_tensor(
+            image + noise if image.is_floating_point() else image.expand(size, *image.shape[1:]).clone()
+        )
+
+    def trace(self, network: nn.Module) -> torch.export.ExportedProgram:
+        """Trace a network with a batch of two, as torch.export takes an axis of length one to be fixed."""
+        example = self.inputs if self._batch_tensor is None else self.noise(2)
+        return torch.export.export(network, example.args, dict(example.kwargs), dynamic_shapes=self.axes())
+
+
+def _write(
+    network: nn.Module, request: _Request, path: Path, images: Sequence[Inputs], *, dynamic_size: bool
+) -> tuple[_Request, Runner]:
+    """Write the file, with the least restriction on the size of the images that the network allows."""
+    write = _WRITERS[path.suffix]
+    if not dynamic_size:
+        return request, write(network, request, path, images)
+    reason = ""
+    for multiple in _MULTIPLES:
+        wider = _Request(request.inputs, multiple)
+        try:
+            return wider, write(network, wider, path, images)
+        except Exception as error:  # noqa: BLE001 - torch.export raises many kinds
+            reason = first_line(error)
+    size = " x ".join(map(str, cast("Tensor", request.inputs.image).shape[2:]))
+    raise ExportError(
+        f"{type(network).__name__} cannot be written for images of any size: {reason}. Leave out dynamic_size; then "
+        f"the file takes images of {size} pixels."
+    )
+
+
+def _write_pt2(network: nn.Module, request: _Request, path: Path, _: Sequence[Inputs]) -> Runner:
+    # By way of the memory, as torch's own writer ends the process when the disk is full.
+    content = BytesIO()
+    torch.export.save(request.trace(network), content)
+    path.write_bytes(content.getbuffer())
     program = torch.export.load(path).module()
+    return lambda inputs: [leaf for leaf in tree_leaves(inputs.run(program)) if isinstance(leaf, Tensor)]
 
-    def run(arrays: Sequence[NDArray[Any]]) -> Arrays:
-        leaves = tree_leaves(program(*map(torch.from_numpy, arrays)))
-        return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+
+def _write_onnx(network: nn.Module, request: _Request, path: Path, images: Sequence[Inputs]) -> Runner:
+    network.to(memory_format=torch.contiguous_format)
+    program = torch.onnx.export(
+        request.trace(network), input_names=request.names, dynamic_shapes=request.axes(), dynamo=True, verbose=False
+    )
+    cast("Any", program).save(path, external_data=False)
+    if images:
+        quantize(path, request.names[0], [batch.tensors()[0].numpy() for batch in images])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        arrays = [tensor.numpy() for tensor in inputs.tensors()]
+        return [torch.as_tensor(array) for array in session.run(None, dict(zip(request.names, arrays, strict=True)))]
 
     return run
 
 
-def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:
-    network.to(memory_format=torch.contiguous_format)
-    program = torch.onnx.export(
-        _trace(network, inputs), input_names=[f"input{index or ''}" for index in range(len(inputs))],
-        dynamic_shapes=_dynamic_axes(inputs), dynamo=True, verbose=False,
-    )  # fmt: skip
-    cast("Any", program).save(path, external_data=False)
-    if images is not None:
-        quantize(path, images)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [argument.name for argument in session.get_inputs()]
-    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
-
-
-def _write_openvino(network: nn.Module, inputs: tuple[Tensor, ...], path: Path, images: Arrays | None) -> Runner:
+def _write_openvino(network: nn.Module, request: _Request, path: Path, images: Sequence[Inputs]) -> Runner:
     import openvino
 
     source = path.with_suffix(".onnx")
-    _write_onnx(network, inputs, source, images)
+    _write_onnx(network, request, source, images)
     openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
     source.unlink()
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda arrays: list(compiled(list(arrays)).values())
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        outputs = compiled([tensor.numpy() for tensor in inputs.tensors()]).values()
+        return [torch.from_numpy(output.copy()) for output in outputs]
+
+    return run
 
 
-_WRITERS: Mapping[str, Callable[[nn.Module, tuple[Tensor, ...], Path, Arrays | None], Runner]] = {
+_WRITERS: Mapping[str, Callable[[nn.Module, _Request, Path, Sequence[Inputs]], Runner]] = {
     ".onnx": _write_onnx,
     ".xml": _write_openvino,
     ".pt2": _write_pt2,
 }
 
 
-def _trace(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    # A batch of two, as torch.export takes an axis of length one to be fixed.
-    return torch.export.export(network, _batch(inputs, 2), dynamic_shapes=_dynamic_axes(inputs))
-
-
-def _dynamic_axes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any]] | None:
-    """Return the axes that may have any size, each with its name in the file; None if there are none."""
-    return ({0: torch.export.Dim("batch")},) if _has_batch_axis(inputs) else None
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the log messages, warnings and printed lines of the exporters."""
+    """Silence the log messages and warnings of the exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -26,7 +26,8 @@ from batude_fx.graph.call_recorder import TorchCallHook
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.surgery import replace_modules
 from batude_fx.support.hooks import observe_calls
-from batude_fx.support.model_state import eval_and_restore, exclusive
+from batude_fx.support.inputs import ExampleInputs, Inputs
+from batude_fx.support.model_state import private_copy
 from batude_fx.tucker.dense_layers import convolves_as_stored, from_canonical, to_canonical, user_modification
 from batude_fx.tucker.modules import TuckerModule
 
@@ -37,8 +38,7 @@ _METADATA = {"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floa
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d, *_WITH_ACTIVATION)
 
 
-@exclusive
-def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = None) -> ModelT:
+def fold(model: ModelT, example_inputs: ExampleInputs | None = None) -> ModelT:
     """Return a copy of a network, compressed or not, whose batch-norms are folded into the layers before them.
 
     Args:
@@ -55,12 +55,14 @@ def fold(model: ModelT, example_inputs: Tensor | tuple[object, ...] | None = Non
 
     Source: B. Jacob et al., CVPR 2018, section 3.2; torch's `fuse_conv_bn_eval` folds one given pair.
     """
-    foldable_pairs = _OutputTracker(model).run(resolve_inputs(model, example_inputs))
-    names = {module: name for name, module in model.named_modules()}
+    with private_copy(model) as copied:
+        names = {module: name for name, module in copied.named_modules()}
+        foldable_pairs = _OutputTracker(copied).run(resolve_inputs(model, example_inputs))
     modules: dict[str, nn.Module] = {}
-    for layer, norm in foldable_pairs:
-        modules[names[layer]] = _folded(layer, norm)
-        modules[names[norm]] = _rest_of_norm(norm)
+    for layer_name, norm_name in ((names[layer], names[norm]) for layer, norm in foldable_pairs):
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        modules[layer_name] = _folded(layer, norm)
+        modules[norm_name] = _rest_of_norm(norm)
     folded = replace_modules(model, modules)
     folded.eval()
     return folded
@@ -75,7 +77,7 @@ class _OutputTracker:
     keys keep all of these tensors alive during the run, so that no identity is given to a second tensor.
 
     Attributes:
-        model: The model.
+        model: The model, in eval mode.
         layer_of: Output to the layer that returned it.
         norm_of: Output to the batch-norm that was called with it.
         uses: Number of torch functions that computed with each output and each parameter.
@@ -90,16 +92,16 @@ class _OutputTracker:
     calls: Counter[nn.Module] = field(default_factory=Counter, init=False)
     returned: set[Tensor] = field(default_factory=set, init=False)
 
-    def run(self, inputs: tuple[object, ...]) -> list[tuple[nn.Module, nn.Module]]:
-        """Run the model once in eval mode; return every layer that a batch-norm can be folded into, with the latter."""
+    def run(self, inputs: Inputs) -> list[tuple[nn.Module, nn.Module]]:
+        """Run the model once; return every layer that a batch-norm can be folded into, with the latter."""
         self.uses.update(dict.fromkeys(self.model.parameters(), 0))
         layers = {module: module for module in self.model.modules() if _is_layer(module)}
         norms = {module: module for module in self.model.modules() if _is_norm(module)}
         with (
-            eval_and_restore(self.model), torch.no_grad(), TorchCallHook(self._count_uses),
+            torch.no_grad(), TorchCallHook(self._count_uses),
             observe_calls(layers, after=self._after_layer), observe_calls(norms, before=self._before_norm),
         ):  # fmt: skip
-            self.returned = _tensors(self.model(*inputs))
+            self.returned = _tensors(inputs.run(self.model))
         pairs = [(self.layer_of[output], norm) for output, norm in self.norm_of.items() if self._has_one_use(output)]
         return [
             (layer, norm)

@@ -6,9 +6,15 @@ activation function lies between two parts, so a channel may be divided by any s
 it: with z the first part's output and V the weight of the second, V z = (V diag(s)) (diag(1 / s) z). SmoothQuant takes
 s = sqrt(max |z| / max |V|) per channel: then both ranges become sqrt(max |z| max |V|).
 
+Weights get 7 bits, from -64 to 64. On x86 processors without VNNI, onnxruntime multiplies by the instruction
+`vpmaddubsw`, which adds two products of 8-bit activations and weights in 16 bits and cuts off what is more: up to
+2 * 255 * 127 = 64,770, where 16 bits end at 32,767. With 7 bits the sum is at most 2 * 255 * 64 = 32,640, so that the
+file gives the same outputs on every processor.
+
 Source: G. Xiao et al., "SmoothQuant", ICML 2023, https://arxiv.org/abs/2211.10438, section 4, equation 4 with
 alpha 0.5; M. Nagel et al., ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.1. Quantization: B. Jacob et al.,
-CVPR 2018, https://arxiv.org/abs/1712.05877, by `onnxruntime.quantization`.
+CVPR 2018, https://arxiv.org/abs/1712.05877, by `onnxruntime.quantization`; 7 bits: its documentation, "When to use
+reduce-range".
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from batude_fx.support.hooks import observe_calls
+from batude_fx.support.inputs import Inputs
 from batude_fx.support.progress import track
 from batude_fx.tucker.dense_layers import to_canonical
 from batude_fx.tucker.modules import TuckerModule
@@ -31,12 +38,12 @@ _PERCENTILE = 99.999  # of the values of an activation; a range holds all but on
 
 
 @torch.no_grad()
-def equalize_(network: nn.Module, batches: Iterable[Tensor]) -> None:
+def equalize_(network: nn.Module, batches: Iterable[Inputs]) -> None:
     """Equalize the ranges of activations and weights inside all Tucker modules; the outputs stay the same.
 
     Args:
         network: In eval mode; the Tucker modules that are called are changed in place.
-        batches: Images (N, C, H, W) that the ranges are measured on.
+        batches: Images that the ranges are measured on.
     """
     pairs = [pair for module in network.modules() if isinstance(module, TuckerModule) for pair in _pairs(module)]
     largest: dict[nn.Module, Tensor] = {}
@@ -48,7 +55,7 @@ def equalize_(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
     with observe_calls({first: first for first, _ in pairs}, after=update_largest):
         for batch in batches:
-            network(batch)
+            batch.copies().run(network)
     for first, second in pairs:
         if first in largest:
             _equalize_pair_(first, second, largest[first])
@@ -77,13 +84,14 @@ def _equalize_pair_(first: nn.Module, second: nn.Module, largest: Tensor) -> Non
     after.mul_(scale.view(groups, 1, channels, *[1] * (after.ndim - 3)))
 
 
-def quantize(path: Path, images: Sequence[NDArray[Any]]) -> None:
+def quantize(path: Path, name: str, images: Sequence[NDArray[Any]]) -> None:
     """Quantize an ONNX file in place: weights per channel, activations per tensor.
 
     The ranges of activations leave out the largest of 100,000 values, which gives all others finer steps.
 
     Args:
-        path: The file; its input is called "input".
+        path: The file.
+        name: Name of its input.
         images: Batches (N, C, H, W) that the ranges of activations are measured on.
     """
     from onnxruntime import quantization
@@ -104,12 +112,13 @@ def quantize(path: Path, images: Sequence[NDArray[Any]]) -> None:
 
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
             self.batches_left -= 1
-            return None if self.batches_left < 0 else {"input": next(self.batches)}
+            return None if self.batches_left < 0 else {name: next(self.batches)}
 
     quant_pre_process(path, path, skip_symbolic_shape=True)
     reader = Reader()
     with closing(reader.batches):
         quantization.quantize_static(
-            path, path, reader, per_channel=True, calibrate_method=quantization.CalibrationMethod.Percentile,
+            path, path, reader, per_channel=True, reduce_range=True,
+            calibrate_method=quantization.CalibrationMethod.Percentile,
             extra_options={"CalibPercentile": _PERCENTILE, "CalibStridedMinMax": 1},
         )  # fmt: skip

@@ -17,7 +17,7 @@ from batude_fx.errors import CalibrationError
 from batude_fx.graph.example_inputs import example_inputs
 
 BATCH = 16
-_NDIM = 4  # (N, C, H, W)
+_COLOURS = 3
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 _MOST_ASPECT = 100
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -82,13 +82,13 @@ def batches(model: nn.Module, paths: Sequence[Path]) -> Iterator[Tensor]:
 
 
 def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transform, which is untyped
-    example, *more = example_inputs(model)
-    if more or not isinstance(example, Tensor) or example.shape[1:2] != (3,) or example.ndim != _NDIM:
+    image = example_inputs(model).image
+    if image is None or image.shape[1] != _COLOURS:
         raise CalibrationError(
             f"{type(model).__name__} does not take one colour image, so it cannot be run on photos; "
             "plan and compress do not need any with --calibration synthetic or none."
         )
-    config = resolve_data_config({"input_size": tuple(example.shape[1:])}, model=model)  # type: ignore[no-untyped-call]
+    config = resolve_data_config({"input_size": tuple(image.shape[1:])}, model=model)  # type: ignore[no-untyped-call]
     return create_transform(**config, is_training=False)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from batude_fx.errors import UnsupportedError
 from batude_fx.evaluation import image_folder
 from batude_fx.graph.example_inputs import example_inputs
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.model_state import private_copy
 from batude_fx.support.progress import track
 from batude_fx.support.timing import time_networks
 
@@ -69,9 +69,9 @@ def logits(network: nn.Module, paths: Sequence[Path]) -> Tensor:
         CalibrationError: When a file cannot be read as an image, or the network does not take one colour image.
     """
     like = next(network.parameters())
-    with eval_and_restore(network), torch.no_grad():
+    with private_copy(network) as copied, torch.no_grad():
         batches = track(image_folder.batches(network, paths), "evaluating", math.ceil(len(paths) / image_folder.BATCH))
-        outputs = [network(batch.to(like)) for batch in batches]
+        outputs = [copied(batch.to(like)) for batch in batches]
     if not isinstance(outputs[0], Tensor) or outputs[0].ndim != _NDIM:
         raise UnsupportedError(
             f"{type(network).__name__} is no classifier: it does not give one row of scores per image."

@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import DiscoveryError, first_line
-from batude_fx.graph.sites import ConvSite, FoundBy
+from batude_fx.graph.sites import ConvSite
 from batude_fx.support.hooks import observe_calls
+from batude_fx.support.inputs import Inputs
 
 _TRANSPOSED_FUNCTIONS = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d} | _TRANSPOSED_FUNCTIONS
@@ -31,14 +32,12 @@ class LayerEntry:
     Attributes:
         layer: The layer.
         names: All of its qualified names; the first one is the name of its site.
-        found_by: How discovery reached it, as in `ConvSite`.
         parameter_sharers: Names of other modules that hold one of its parameters.
         parent_reason: Why its parent module forbids to replace it, or None.
     """
 
     layer: nn.Module
     names: tuple[str, ...]
-    found_by: FoundBy
     parameter_sharers: tuple[str, ...]
     parent_reason: str | None
 
@@ -217,7 +216,7 @@ def with_calls(site: ConvSite, counts: CallCounts) -> ConvSite:
     return replace(site, positions_in=counts.positions_in, positions_out=counts.positions_out, calls=counts.calls)
 
 
-def record_calls(model: nn.Module, entries: list[LayerEntry], inputs: tuple[object, ...]) -> CallRecorder:
+def record_calls(model: nn.Module, entries: list[LayerEntry], inputs: Inputs) -> CallRecorder:
     """Run a model once and record its calls.
 
     Args:
@@ -236,9 +235,9 @@ def record_calls(model: nn.Module, entries: list[LayerEntry], inputs: tuple[obje
             torch.no_grad(), TorchCallHook(recorder.after_function),
             observe_calls(modules, before=recorder.before_layer, after=recorder.after_layer),
         ):  # fmt: skip
-            model(*inputs)
+            inputs.run(model)
     except Exception as error:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _tensors(inputs))
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in inputs.tensors())
         raise DiscoveryError(
             f"{type(model).__name__} does not run on the example input of shape {shapes}: "
             f"{type(error).__name__}: {first_line(error)}. Pass example_inputs= with what its forward takes."

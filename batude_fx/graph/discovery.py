@@ -9,37 +9,36 @@ that must not be traced.
 """
 
 import difflib
-import threading
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import chain
+from types import FunctionType
 from typing import Any, cast
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # type: ignore[attr-defined]
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.fx import _symbolic_trace
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from batude_fx.errors import BatudeError, DiscoveryError, SelectionError
+from batude_fx.errors import DiscoveryError, SelectionError
 from batude_fx.graph.call_recorder import CallRecorder, LayerEntry, record_calls, with_calls
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.sites import ConvSite, FoundBy
-from batude_fx.graph.surgery import copy_model
-from batude_fx.support.model_state import eval_and_restore, exclusive
+from batude_fx.support.inputs import ExampleInputs
+from batude_fx.support.model_state import exclusive, private_copy
 from batude_fx.tucker import dense_layers
 from batude_fx.tucker.modules import TuckerModule
 
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (_ConvNd,), "conv+linear": (_ConvNd, nn.Linear)}
 
 
-@exclusive
 def discover(
     model: nn.Module,
-    example_inputs: Tensor | tuple[object, ...] | None = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     layers: str = "conv",
     include: str | Iterable[str] = (),
@@ -49,8 +48,8 @@ def discover(
 
     Args:
         model: Any module; it is not changed, also when an error is raised.
-        example_inputs: Arguments of one run, or a single tensor. By default noise of the size that timm or torchvision
-            gives for the model.
+        example_inputs: Arguments of one run: a single tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. By default noise of the size that timm or torchvision gives for the model.
         layers: "conv", or "conv+linear" to list linear layers too.
         include: Glob patterns of qualified names; sites that match none are listed, with that as the reason to stay
             dense.
@@ -70,13 +69,16 @@ def discover(
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
     _refuse_lazy(model)
-    with eval_and_restore(model):
-        called_modules = _called_modules(model, _LAYERS[layers])
-        entries = _find_layers(model, _LAYERS[layers], called_modules)
+    with private_copy(model) as copied:
+        entries = _find_layers(copied, _LAYERS[layers])
         if not entries and example_inputs is None:
             raise _no_sites_error(model, layers)
-        recorder = record_calls(model, entries, resolve_inputs(model, example_inputs))
-    sites = [*(_site(entry, recorder) for entry in entries), *recorder.functional_sites()]
+        recorder = record_calls(copied, entries, resolve_inputs(model, example_inputs))
+    # After the run, so that caches which outlive the copy hold values, and no proxies of the tracer.
+    with private_copy(model) as to_trace:
+        called_modules = _called_modules(to_trace, _LAYERS[layers])
+    sites = [*(_site(entry, _found_by(entry, called_modules), recorder) for entry in entries)]
+    sites += recorder.functional_sites()
     if not sites:
         raise _no_sites_error(model, layers)
     sites.sort(key=lambda site: recorder.counts[site.name].first_call)
@@ -85,50 +87,53 @@ def discover(
 
 
 class _Tracer(fx.Tracer):
-    """A tracer whose leaves are the layers of some classes, and the modules that timm says must not be traced.
-
-    While it traces, torch.fx has patched `nn.Module.__call__` and `__getattr__` for the whole process. Whatever another
-    thread does with its modules meanwhile is done as ever.
-    """
+    """A tracer whose leaves are the layers of some classes, and the modules that timm says must not be traced."""
 
     def __init__(self, layer_types: tuple[type[nn.Module], ...]) -> None:
         functions = get_notrace_functions()  # type: ignore[no-untyped-call]
         super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
-        self._thread = threading.get_ident()
-        self._autowrap_function_ids = _SetOfOneThread(self._autowrap_function_ids)
         self._leaves = (*layer_types, *get_notrace_modules())  # type: ignore[no-untyped-call]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:  # noqa: ANN401 - what the module returns
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+    def trace_privately(self, root: nn.Module) -> fx.Graph:
+        """Return the graph of a module, while all other modules of the process do what they always do.
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: ANN401 - any
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
-class _SetOfOneThread(set[int]):
-    """Ids of functions that torch.fx wraps where it sees them; empty for all threads but the one that made it."""
-
-    def __init__(self, ids: Iterable[int]) -> None:
-        super().__init__(ids)
-        self._thread = threading.get_ident()
-
-    def __contains__(self, item: object) -> bool:
-        return threading.get_ident() == self._thread and super().__contains__(item)
+        `fx.Tracer.trace` patches `nn.Module.__call__` and `__getattr__` for the whole process, so that a model that
+        another thread runs meanwhile would fail. Here the same function is called with another `_new_patcher`.
+        """
+        original: Any = inspect.unwrap(fx.Tracer.trace)  # torch.compile wraps it
+        namespace = {**vars(_symbolic_trace), "_new_patcher": lambda: _PatcherOfModules(root)}
+        trace = FunctionType(original.__code__, namespace, argdefs=original.__defaults__, closure=original.__closure__)
+        graph: fx.Graph = trace(self, root)
+        return graph
 
 
-def _find_layers(
-    model: nn.Module, layer_types: tuple[type[nn.Module], ...], called_modules: Mapping[str, str]
-) -> list[LayerEntry]:
-    """Return every layer in the module tree, with how the traced graph reaches it."""
+class _PatcherOfModules(_symbolic_trace._Patcher):  # noqa: SLF001 - there is no public way
+    """Patches methods of `nn.Module` for the modules of one network only, by a subclass of the class of each.
+
+    The modules keep these subclasses; they are those of a private copy.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self._root = root
+
+    def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:  # noqa: FBT001, FBT002
+        if cls is not nn.Module:
+            super().patch_method(cls, name, new_fn, deduplicate)
+            return
+        for module in self._root.modules():
+            own: Any = type(module)
+            patched: frozenset[str] = getattr(own, "_patched_by_tracer", frozenset())
+            if name in patched or getattr(own, name) is getattr(nn.Module, name):  # else it has a method of its own
+                members = {name: new_fn, "__module__": own.__module__, "_patched_by_tracer": patched | {name}}
+                object.__setattr__(module, "__class__", type(own)(own.__name__, (own,), members))
+
+
+def _find_layers(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> list[LayerEntry]:
+    """Return every layer in the module tree."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -140,14 +145,9 @@ def _find_layers(
     entries = []
     for layer, layer_names in names.items():
         if isinstance(layer, layer_types):
-            found_by = next((how for name in layer_names if (how := _reached_by(name, called_modules))), "tree")
             holders = (name for parameter in layer.parameters(recurse=False) for name in owners[id(parameter)])
             parameter_sharers = tuple(name for name in holders if name != layer_names[0])
-            entries.append(
-                LayerEntry(
-                    layer, tuple(layer_names), cast("FoundBy", found_by), parameter_sharers, parent_reasons.get(layer)
-                )
-            )
+            entries.append(LayerEntry(layer, tuple(layer_names), parameter_sharers, parent_reasons.get(layer)))
     return entries
 
 
@@ -163,6 +163,12 @@ def _parent_reasons(model: nn.Module) -> dict[nn.Module, str]:
     return reasons
 
 
+def _found_by(entry: LayerEntry, called_modules: Mapping[str, str]) -> FoundBy:
+    """Return how the traced graph reaches a layer."""
+    reached = (how for name in entry.names if (how := _reached_by(name, called_modules)))
+    return cast("FoundBy", next(reached, "tree"))
+
+
 def _reached_by(name: str, called_modules: Mapping[str, str]) -> str | None:
     """Return how the graph reaches a layer, as a node of its own or inside a leaf module; None where it does not."""
     if name in called_modules:
@@ -174,17 +180,17 @@ def _reached_by(name: str, called_modules: Mapping[str, str]) -> str | None:
 def _called_modules(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> dict[str, str]:
     """Trace the model or, where that fails, its children, as deep as needed.
 
-    A copy without hooks is traced, which shares the tensors of the model. Otherwise the proxies of the tracer could
-    stay in the model's own caches and in objects that the user's hooks hold.
+    Args:
+        model: A private copy, whose hooks are removed, as they may belong to the original. Its modules cannot be run
+            afterwards.
+        layer_types: Classes that are leaves of the graph.
 
     Returns:
         Qualified name of every module that is a node of a graph: to "fx" if the whole model was traced, else "child".
     """
     called_modules: dict[str, str] = {}
-    with suppress(BatudeError):  # where the model cannot be copied, it is traced itself
-        model = copy_model(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
     for part in model.modules():
-        part._forward_hooks.clear()  # noqa: SLF001 - where this is no copy, `eval_and_restore` puts the hooks back
+        part._forward_hooks.clear()  # noqa: SLF001 - there is no public way
         part._forward_pre_hooks.clear()  # noqa: SLF001
     queue: list[tuple[str, nn.Module]] = [("", model)]
     while queue:
@@ -204,15 +210,15 @@ def _called_modules(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) 
 def _trace(module: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> fx.Graph | None:
     """Return the graph of a module, or None where it cannot be traced."""
     try:
-        with warnings.catch_warnings():
+        with exclusive, warnings.catch_warnings():
             # The user asked for a list of layers; warnings about tracing would only confuse.
             warnings.simplefilter("ignore")
-            return _Tracer(layer_types).trace(module)
+            return _Tracer(layer_types).trace_privately(module)
     except Exception:  # noqa: BLE001 - tracing runs the model's own code, which may fail in any way
         return None
 
 
-def _site(entry: LayerEntry, recorder: CallRecorder) -> ConvSite:
+def _site(entry: LayerEntry, found_by: FoundBy, recorder: CallRecorder) -> ConvSite:
     """Return the site of a layer, with its calls and, where it must stay dense, the reason."""
     layer, conv = entry.layer, cast("nn.Conv2d", entry.layer)
     if isinstance(layer, nn.Linear):
@@ -228,7 +234,7 @@ def _site(entry: LayerEntry, recorder: CallRecorder) -> ConvSite:
         positions_in=0,
         positions_out=0,
         calls=0,
-        found_by=entry.found_by,
+        found_by=found_by,
         aliases=entry.names[1:],
         has_bias=layer.bias is not None,
     )

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from batude_fx.errors import DiscoveryError
 from batude_fx.graph.flops import count_params
 from batude_fx.graph.provenance import attached_record
+from batude_fx.support.inputs import ExampleInputs, Inputs
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -22,7 +22,7 @@ _FLOW_SIDE = 128
 _FRAMES = 16
 
 
-def example_inputs(model: nn.Module) -> tuple[object, ...]:
+def example_inputs(model: nn.Module) -> Inputs:
     """Return arguments to run a timm or torchvision model with: an image, video or image pair of seeded noise.
 
     Args:
@@ -36,43 +36,45 @@ def example_inputs(model: nn.Module) -> tuple[object, ...]:
     """
     package = type(model).__module__.partition(".")[0]
     if getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None):
-        return (_noise(model, 1, *_timm_size(model)),)
+        return image_of_size(model, _timm_size(model))
     if package == "torchvision":
-        return _torchvision_inputs(model)
+        return Inputs(_torchvision_inputs(model))
     raise DiscoveryError(
         f"{type(model).__name__} is no timm or torchvision model, so its input is not known. "
         "Pass example_inputs=, for an image model torch.zeros(1, 3, 224, 224)."
     )
 
 
-def resolve_inputs(model: nn.Module, inputs: Tensor | tuple[object, ...] | None) -> tuple[object, ...]:
-    """Return copies of a user's example inputs as a tuple of arguments, or by default the inputs for the model.
+def resolve_inputs(model: nn.Module, given: ExampleInputs | None) -> Inputs:
+    """Return copies of a user's example inputs, or by default the inputs for the model.
 
     Args:
         model: Any module.
-        inputs: The arguments of one run, or a single tensor; None for the default of `example_inputs`.
+        given: A tensor, a tuple of positional arguments, or a dict of keyword arguments; None for the default of
+            `example_inputs`.
 
     Raises:
-        DiscoveryError: `inputs` is None, and the model is from neither timm nor torchvision.
+        DiscoveryError: `given` is none of these; or it is None, and the model is from neither timm nor torchvision.
     """
-    if inputs is None:
+    if given is None:
         return example_inputs(model)
-    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    copies: tuple[object, ...] = tree_map_only(Tensor, Tensor.clone, arguments)  # a model may work in place on them
-    return copies
+    try:
+        return Inputs.parse(given).copies()
+    except TypeError as error:
+        raise DiscoveryError(f"example_inputs cannot be passed to {type(model).__name__}: {error}") from None
 
 
-def image_of_size(model: nn.Module, size: Sequence[int]) -> tuple[Tensor]:
+def image_of_size(model: nn.Module, size: Sequence[int]) -> Inputs:
     """Return an image (1, C, H, W) of seeded noise as the arguments of a model, on its device and in its dtype.
 
     Args:
         model: Any module.
         size: C, H and W.
     """
-    return (_noise(model, 1, *size),)
+    return Inputs((_noise(model, 1, *size),))
 
 
-def remember_input_size_(model: nn.Module, inputs: tuple[object, ...]) -> None:
+def remember_input_size_(model: nn.Module, inputs: Inputs) -> None:
     """Write the size of the images that a network is used on into the config that timm keeps in its models.
 
     Whoever saves, loads, evaluates or exports the network finds it there. Nothing is written if the inputs are no
@@ -88,10 +90,9 @@ def remember_input_size_(model: nn.Module, inputs: tuple[object, ...]) -> None:
         vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
 
 
-def _image_size(inputs: tuple[object, ...]) -> tuple[int, ...] | None:
+def _image_size(inputs: Inputs) -> tuple[int, ...] | None:
     """Return (C, H, W) of inputs that are a batch of images, else None."""
-    image = inputs[0] if len(inputs) == 1 else None
-    return tuple(image.shape[1:]) if isinstance(image, Tensor) and image.ndim == 4 else None  # noqa: PLR2004 - batch
+    return None if inputs.image is None else tuple(inputs.image.shape[1:])
 
 
 def published_images(name: str) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from math import prod
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import DiscoveryError, first_line
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.arrays import Integers
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import exclusive, private_copy
 from batude_fx.tucker.ranks import Ranks
 
 # The formulas hold for integers and, element by element, for arrays of them.
@@ -73,7 +75,7 @@ def _core_positions(site: ConvSite) -> int:
     return site.positions_in if site.transposed else site.positions_out
 
 
-def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
+def count_flops(model: nn.Module, example_inputs: Inputs) -> int:
     """Count the flops of one run of the example input with fvcore, in eval mode.
 
     Args:
@@ -83,19 +85,37 @@ def count_flops(model: nn.Module, example_inputs: tuple[object, ...]) -> int:
     Raises:
         DiscoveryError: torch.jit, which fvcore counts with, cannot trace the model on the example input.
     """
-    with eval_and_restore(model), _without_warnings(), _without_fused_attention(), torch.no_grad():
+    with private_copy(model) as copied, exclusive, _without_warnings(), _without_fused_attention(), torch.no_grad():
         from fvcore.nn import FlopCountAnalysis  # imported here, so that `import batude_fx` stays light
 
-        analysis = FlopCountAnalysis(model, example_inputs)
+        analysis = FlopCountAnalysis(_OfTensors(copied, example_inputs).eval(), tuple(example_inputs.tensors()))
         analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
         try:
             return int(analysis.total())
         except Exception as error:
             raise DiscoveryError(
                 f"fvcore cannot count the flops of {type(model).__name__}, as torch.jit cannot trace it: "
-                f"{type(error).__name__}: {first_line(error)}. Its forward may have to take and return plain tensors; "
-                "pass those that it takes as example_inputs=."
+                f"{type(error).__name__}: {first_line(error)}. Pass example_inputs= that its forward takes; it may "
+                "have to return plain tensors, or containers of them."
             ) from error
+
+
+class _OfTensors(nn.Module):
+    """A model as a function of tensors alone, which torch.jit traces: it refuses keywords, and values of other types.
+
+    Args:
+        model: Any module.
+        inputs: Its arguments; all but the tensors stay what they are here.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, *tensors: Tensor) -> object:
+        remaining = iter(tensors)
+        output = self.inputs.map(lambda _: next(remaining)).run(self.model)
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)] or output
 
 
 def count_params(model: nn.Module) -> int:
@@ -103,7 +123,7 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_costs(model: nn.Module, example_inputs: tuple[object, ...]) -> tuple[int, int]:
+def count_costs(model: nn.Module, example_inputs: Inputs) -> tuple[int, int]:
     """Return the flops of one run of the example input and the number of parameters of a model.
 
     Raises:

@@ -5,23 +5,26 @@ modules stay shared, references from parents, lists and bound hooks all lead to 
 replaced modules are never copied.
 """
 
-import copy
+import dis
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
-from batude_fx.support.model_state import exclusive
+from batude_fx.support.model_state import deep_copy
 from batude_fx.tucker.modules import TuckerModule, build
 from batude_fx.tucker.ranks import Ranks
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_MOST_OBJECTS = 100_000  # a model may hold the whole program, as a Lightning module holds its trainer
+_ATOMS = (str, bytes, int, float, complex, type, type(None), ModuleType, BuiltinFunctionType)
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm.utils.reparameterize_model calls
 _WRAPPERS = {
     "DataParallel": "its `module`",
@@ -74,68 +77,85 @@ def copy_model(model: ModelT, memo: dict[int, Any] | None = None) -> ModelT:
     Raises:
         BatudeError: When a part of the model cannot be copied, or a function in it closes over its modules.
     """
-    try:
-        with exclusive:  # another thread may hold the model in eval mode, with hooks
-            copied = copy.deepcopy(model, memo)
-    except Exception as error:  # whatever the model's parts raise
-        raise BatudeError(
-            f"{type(model).__name__} cannot be copied: {error}. Undo torch's older weight_norm and prune "
-            "(`remove_weight_norm`, `prune.remove`), detach other tensors that are the result of a computation "
-            "(`tensor.detach()`), and drop handles to files, locks and processes, then try again."
-        ) from error
-    flags = {name: module.training for name, module in model.named_modules()}
-    for name, module in copied.named_modules():  # graph modules are in training mode after a copy
-        module.training = flags.get(name, module.training)
-    _refuse_links(copied, model)
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if type(value) in weakref.ProxyTypes:  # deepcopy would make a second copy of what it stands for
+                raise UnsupportedError(
+                    f"{'.'.join(filter(None, (name, attribute)))} is a weakref.proxy, which cannot be copied; use "
+                    "weakref.ref, and set it anew in the copy."
+                )
+    memo = {} if memo is None else memo
+    copied = deep_copy(model, memo)
+    _refuse_links(copied, model, memo)
     return copied
 
 
-def _refuse_links(copied: nn.Module, model: nn.Module) -> None:
+def refuse_links(model: nn.Module) -> None:
+    """Refuse a model whose copy would go on to use it, before anything is computed on copies.
+
+    Raises:
+        UnsupportedError: When an attribute or a hook of a module is a function that leads back to the model.
+    """
+    copy_model(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _refuse_links(copied: nn.Module, model: nn.Module, memo: Mapping[int, object]) -> None:
     """Refuse a copy that holds functions which would go on to use the original.
 
     `copy.deepcopy` copies bound methods, but neither functions nor weak references: what they close over, or refer to,
     stays that of the original. Modules that rebuild such functions in their copies, as torchmetrics' do, pass.
 
+    Args:
+        copied: The copy.
+        model: The original.
+        memo: The memo of `copy.deepcopy`: `id` of every object of the original that was copied, to its copy.
+
     Raises:
         UnsupportedError: When an attribute or a hook of a module is such a function.
     """
-    originals = {id(module) for module in model.modules()} - {id(module) for module in copied.modules()}
-    for module in model.modules():
-        originals |= {id(value) for value in vars(module).values() if isinstance(value, dict | list | deque | set)}
+    originals = {key for key, value in memo.items() if id(value) != key and key != id(memo)}
+    modules = {id(module) for module in model.modules()} - {id(module) for module in copied.modules()}
+    values = {storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())} - {None}
     for name, module in copied.named_modules():
         for attribute, value in vars(module).items():
-            held = _held_by_functions(value, of_hooks=attribute.endswith("hooks"))
-            if attribute != "_compiled_call_impl" and not originals.isdisjoint(map(id, held)):
-                raise UnsupportedError(
-                    f"{'.'.join(filter(None, (name, attribute.strip('_'))))} is or holds a function that closes over "
-                    f"modules or attributes of {type(model).__name__}, so a copy would go on to use those of the "
-                    "original. Make it a method that takes what it needs from self."
-                )
+            for held, is_listed in _held_by_functions(value):
+                notes = attribute.endswith("hooks") and is_listed  # hooks note in a list which modules they saw
+                is_original = id(held) in modules if isinstance(held, nn.Module) else id(held) in originals
+                if (is_original and not (notes and isinstance(held, nn.Module))) or storage_of(held) in values:
+                    raise UnsupportedError(
+                        f"{'.'.join(filter(None, (name, attribute.strip('_'))))} is or holds a function that closes "
+                        f"over modules or attributes of {type(model).__name__}, so a copy would go on to use those of "
+                        "the original. Make it a method that takes what it needs from self."
+                    )
 
 
-def _held_by_functions(value: object, *, of_hooks: bool) -> Iterator[object]:
-    """Yield what the functions in an attribute hold: what they close over, are bound to, or refer to, at any depth.
+def _held_by_functions(value: object) -> Iterator[tuple[object, bool]]:
+    """Yield what functions hold that can be reached from an attribute: what they close over, are bound to or refer to.
 
-    A list or dict that a hook closes over is not looked into: hooks note in it which modules they saw.
+    Callable objects count as functions. Yielded with each object is whether it lies in a list or dict that is held.
     """
-    queue, visited = deque([(value, False)]), set[int]()
-    while queue:
-        item, inside_function = queue.popleft()
-        if id(item) in visited:
+    queue, visited = deque([(value, False, False)]), set[int]()
+    while queue and len(visited) < _MOST_OBJECTS:
+        item, is_held, is_listed = queue.popleft()
+        if id(item) in visited or isinstance(item, _ATOMS):
             continue
         visited.add(id(item))
-        if inside_function:
-            yield item
+        if is_held:
+            yield item, is_listed
         if isinstance(item, FunctionType):
-            queue += ((inner, True) for inner in _variables(item))
+            queue += ((inner, True, is_listed) for inner in _variables(item))
         elif isinstance(item, MethodType):
-            queue += [(item.__func__, inside_function), (item.__self__, True)]
+            queue += [(item.__func__, is_held, is_listed), (item.__self__, True, is_listed)]
         elif isinstance(item, partial):
-            queue += ((inner, inside_function) for inner in (item.func, *item.args, *item.keywords.values()))
+            queue += ((inner, is_held, is_listed) for inner in (item.func, *item.args, *item.keywords.values()))
         elif isinstance(item, weakref.ref):
-            queue.append((item(), True))
-        elif isinstance(item, dict | list | tuple | set | deque) and not (of_hooks and inside_function):
-            queue += ((inner, inside_function) for inner in (item.values() if isinstance(item, dict) else item))
+            queue.append((item(), True, is_listed))
+        elif isinstance(item, dict | list | tuple | set | deque):
+            inner_items = item.values() if isinstance(item, dict) else item
+            queue += ((inner, is_held, is_held) for inner in inner_items if not isinstance(inner, _ATOMS))
+        elif not isinstance(item, nn.Module | Tensor):
+            with suppress(Exception):  # objects without attributes, or that compute them
+                queue += ((inner, is_held or callable(item), is_listed) for inner in vars(item).values())
 
 
 def _variables(function: FunctionType) -> Iterator[object]:
@@ -145,8 +165,16 @@ def _variables(function: FunctionType) -> Iterator[object]:
             yield cell.cell_contents
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    yield from (value for value in named if isinstance(value, nn.Module | MethodType | partial))
+    named = {entry.argval for entry in dis.get_instructions(function.__code__) if entry.opname == "LOAD_GLOBAL"}
+    variables = (function.__globals__.get(name) for name in named)
+    yield from (value for value in variables if isinstance(value, nn.Module | MethodType | partial))
+
+
+def storage_of(value: object) -> int | None:
+    """Return the address of the memory of a tensor, which its views share; None where there is none."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return None
+    return value.untyped_storage().data_ptr() or None
 
 
 def refuse_wrappers(model: nn.Module, verb: str) -> None:

@@ -20,7 +20,8 @@ from batude_fx.graph.example_inputs import example_inputs
 from batude_fx.saving.architecture import Architecture, ArgumentValue, is_registered
 from batude_fx.saving.config import FactoryArgs, SavedArchitecture
 from batude_fx.saving.weights import has_channels_last, load_weights_, read_weights, to_channels_last_
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import exclusive, private_copy
 from batude_fx.tucker.modules import TuckerModule
 
 
@@ -29,11 +30,11 @@ class ExampleRun:
     """A forward pass of a model on its example input.
 
     Attributes:
-        inputs: Arguments of the pass; empty where the model has no example input, or does not run on it.
+        inputs: Arguments of the pass; None where the model has no example input, or does not run on it.
         outputs: All tensors and other values that the pass returned; empty where there was none.
     """
 
-    inputs: tuple[object, ...]
+    inputs: Inputs | None
     outputs: list[object]
 
     @classmethod
@@ -43,13 +44,13 @@ class ExampleRun:
             inputs = example_inputs(model)
             return cls(inputs, _outputs(model, inputs))
         except Exception:  # noqa: BLE001 - models fail in many ways on inputs that they do not take
-            return cls((), [])
+            return cls(None, [])
 
     @property
     def channels(self) -> int | None:
-        """The channels of the first input, where it is a tensor."""
-        first = self.inputs[0] if self.inputs else None
-        return first.shape[1] if isinstance(first, Tensor) else None
+        """The channels of the input, where it is one tensor."""
+        image = self.inputs.only_tensor if self.inputs else None
+        return None if image is None else image.shape[1]
 
     @property
     def classes(self) -> int | None:
@@ -192,10 +193,11 @@ def _layer_class(module: nn.Module) -> type[nn.Module]:
     return nn.BatchNorm2d if isinstance(module, nn.SyncBatchNorm) else type(module)
 
 
-def _outputs(model: nn.Module, inputs: tuple[object, ...]) -> list[object]:
+def _outputs(model: nn.Module, inputs: Inputs) -> list[object]:
     # Without benchmarking, cuDNN chooses the same algorithm every time.
-    with eval_and_restore(model), torch.no_grad(), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
-        return list(tree_leaves(model(*inputs)))
+    flags = torch.backends.cudnn.flags(benchmark=False, deterministic=True)
+    with private_copy(model) as copied, torch.no_grad(), exclusive, flags:
+        return list(tree_leaves(inputs.run(copied)))
 
 
 def _equal(a: object, b: object) -> bool:

@@ -40,13 +40,11 @@ from batude_fx.support.atomic_files import (
     visible_entries,
     write_text,
 )
-from batude_fx.support.model_state import exclusive
 from batude_fx.support.validation import first_mistake
 from batude_fx.support.versions import library_versions
 from batude_fx.tucker.modules import TuckerModule
 
 
-@exclusive
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a compressed network to a folder: `model.safetensors`, `config.json`, and its report for the browser.
 
@@ -200,11 +198,12 @@ def _make_config(model: nn.Module, weights: Path) -> SavedConfig:
 def _torchvision_metadata(model: nn.Module, run: ExampleRun) -> dict[str, Any]:
     """Return what timm needs in order to load a classifier of torchvision: its input size and its last layer."""
     is_torchvision = type(model).__module__.startswith("torchvision.")
-    if not is_torchvision or not run.inputs or not isinstance(run.inputs[0], Tensor) or run.classes is None:
+    image = run.inputs.only_tensor if run.inputs else None
+    if not is_torchvision or image is None or run.classes is None:
         return {}
     heads = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == run.classes
     ]
-    return {"input_size": tuple(run.inputs[0].shape[1:]), "classifier": heads[-1] if heads else None}
+    return {"input_size": tuple(image.shape[1:]), "classifier": heads[-1] if heads else None}

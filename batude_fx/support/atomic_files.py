@@ -49,6 +49,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def move(source: Path, path: Path) -> None:
+    """Replace a file by one that was written to a temporary folder on the same disk."""
+    _sync(source)
+    source.replace(path)
+    _sync(path.parent)
+
+
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Make an empty folder beside a file, on the same disk, so that what is written there can be moved to its place."""

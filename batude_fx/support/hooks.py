@@ -3,7 +3,6 @@
 No other file registers hooks.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,8 +21,6 @@ def observe_calls(
 ) -> Iterator[None]:
     """Call functions before and after every forward pass of some modules; remove their hooks when the block ends.
 
-    Forward passes in other threads are not observed: they are those of somebody else, who uses the same model.
-
     Args:
         modules: Key to module; the functions receive the key in place of the module.
         before: Called as `before(key, args, kwargs)` with the arguments of the forward pass.
@@ -34,21 +31,20 @@ def observe_calls(
     try:
         for key, module in modules.items():
             if before is not None:
-                handles.append(module.register_forward_pre_hook(_in_this_thread(before, key), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(_with_key(before, key), with_kwargs=True))
             if after is not None:
-                handles.append(module.register_forward_hook(_in_this_thread(after, key), with_kwargs=True))
+                handles.append(module.register_forward_hook(_with_key(after, key), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _in_this_thread(function: Callable[..., Any], key: object) -> Callable[..., Any]:
-    """Return a hook that calls a function with the key in place of the module, and does nothing in other threads."""
-    thread = threading.get_ident()
+def _with_key(function: Callable[..., Any], key: object) -> Callable[..., Any]:
+    """Return a hook that calls a function with the key in place of the module."""
 
     def hook(_module: nn.Module, *arguments: object) -> Any:  # noqa: ANN401 - what the function returns
-        return function(key, *arguments) if threading.get_ident() == thread else None
+        return function(key, *arguments)
 
     return hook
 

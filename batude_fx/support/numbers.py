@@ -1,4 +1,6 @@
-"""Numbers as text: counts with a metric prefix, percentages, milliseconds."""
+"""Numbers as text: counts with a metric prefix, percentages, milliseconds; and the interval of a share."""
+
+import math
 
 
 def human(count: float) -> str:
@@ -17,3 +19,15 @@ def percent(part: float, whole: float) -> str:
 def milliseconds(seconds: float) -> str:
     """Format seconds as milliseconds without a unit: 0.0441 becomes "44.1"."""
     return f"{1000 * seconds:.3g}"
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of which some trials were seen.
+
+    Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", Journal of the
+    American Statistical Association 22, 1927.
+    """
+    z2 = 1.959964**2 / trials
+    share = successes / trials
+    centre, width = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    return max(0.0, (centre - width) / (1 + z2)), min(1.0, (centre + width) / (1 + z2))

@@ -9,7 +9,8 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import private_copy
 
 _WARM_UP = 2
 _CPU = torch.device("cpu")
@@ -22,9 +23,7 @@ def now(device: torch.device = _CPU) -> float:
     return perf_counter()
 
 
-def time_networks(
-    networks: Sequence[nn.Module], inputs: tuple[object, ...], *, turns: int, seconds: float = 0
-) -> list[float]:
+def time_networks(networks: Sequence[nn.Module], inputs: Inputs, *, turns: int, seconds: float = 0) -> list[float]:
     """Return the median time of a forward pass of each network in eval mode, in seconds.
 
     Args:
@@ -34,9 +33,8 @@ def time_networks(
         seconds: Least total time; more turns follow until it has passed.
     """
     with ExitStack() as stack, torch.no_grad():
-        for network in networks:
-            stack.enter_context(eval_and_restore(network))
-        calls = [partial(network, *inputs) for network in networks]
+        copies = [stack.enter_context(private_copy(network)) for network in networks]
+        calls = [partial(inputs.run, network) for network in copies]
         return time_calls(calls, turns, seconds, next(networks[0].parameters(), torch.empty(0)).device)
 
 

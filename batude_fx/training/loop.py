@@ -20,6 +20,7 @@ from batude_fx.graph.flops import count_flops, count_params
 from batude_fx.graph.provenance import attach_
 from batude_fx.graph.surgery import build_skeleton
 from batude_fx.report.record import LIBRARIES, Record, TrainingRecord, site_records
+from batude_fx.support.inputs import Inputs
 from batude_fx.support.versions import library_versions
 from batude_fx.training.data import Data, check_first, first_images, image_data, seed_all
 from batude_fx.training.factorize import factorize
@@ -77,7 +78,8 @@ def _train(session: Session, data: Data | None) -> Result:
     problem = Problem.of(model, recipe)  # raises before any training if the budget is out of reach
     session.classes = problem.classes
     model.to(session.accelerator.device)
-    size = problem.inputs[0].shape[1:]
+    (example,) = problem.inputs.tensors()
+    size = example.shape[1:]
     with session.accelerator.main_process_first():
         data = data or image_data(recipe, model, size, problem.classes, session.accelerator)
     check_first(data, size, problem.classes, recipe.data.accumulate)
@@ -90,7 +92,7 @@ def _train(session: Session, data: Data | None) -> Result:
     original_accuracy = session.compute_once("original_accuracy", lambda: accuracy(session, model))
     teacher = None
     if recipe.one_shot.distillation or recipe.finalize.distillation:
-        teacher = fold(model, session.to_device(*problem.inputs)).requires_grad_(requires_grad=False)
+        teacher = fold(model, session.to_device(example)).requires_grad_(requires_grad=False)
 
     if session.is_pending("one_shot"):
         rounds = Rounds(session, recipe.one_shot, problem, model)
@@ -124,7 +126,7 @@ def _with_fresh_statistics(session: Session, model: nn.Module) -> nn.Module:
         return model
     with session.explaining(lambda: "reading images for batch-norm statistics"):
         images = first_images(session.data, count, session.accelerator)
-    return renormalize(model, [(batch,) for batch in images.tensor_split(math.ceil(len(images) / size))])
+    return renormalize(model, [Inputs((batch,)) for batch in images.tensor_split(math.ceil(len(images) / size))])
 
 
 def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:

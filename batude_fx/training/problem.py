@@ -28,7 +28,8 @@ from batude_fx.graph.site_table import Sites
 from batude_fx.graph.sites import ConvSite
 from batude_fx.saving.weights import load_weights_, read_weights
 from batude_fx.support.arrays import Integers
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import private_copy
 from batude_fx.training.lagrangian import Constraint
 from batude_fx.training.recipe import DataSection, Recipe
 from batude_fx.zoo.create import create
@@ -70,7 +71,7 @@ class Problem:
     """The sites of a network, their possible ranks, and the costs that they may have together.
 
     Attributes:
-        inputs: Example input on which flops are counted.
+        inputs: Example input, one image, on which flops are counted.
         all_sites: All convolutions, including those that stay dense.
         sites: Site name to site, of the sites that can be replaced.
         options: Site name to the possible ranks of the site.
@@ -79,7 +80,7 @@ class Problem:
         capacity: (2,) most flops and most parameters of all replaceable sites together.
     """
 
-    inputs: tuple[Tensor]
+    inputs: Inputs
     all_sites: Sites
     sites: Mapping[str, ConvSite]
     options: Mapping[str, RankOptions]
@@ -146,13 +147,13 @@ class Problem:
         return total
 
 
-def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
+def _inputs_(model: nn.Module, data: DataSection) -> Inputs:
     """Return one image (1, C, H, W), and write its size and normalization into the config that timm keeps in a model.
 
     Whoever loads, evaluates or exports the network later finds them there.
     """
-    image, *further_inputs = example_inputs(model)
-    if further_inputs or not isinstance(image, Tensor) or image.ndim != 4:  # noqa: PLR2004 - (1, C, H, W)
+    image = example_inputs(model).image
+    if image is None:
         raise TrainingError(f"{type(model).__name__} takes no batch of images; recipes train image classifiers.")
     side = data.image_size
     image = F.interpolate(image, (side, side)) if side else image
@@ -164,7 +165,7 @@ def _inputs_(model: nn.Module, data: DataSection) -> tuple[Tensor]:
     if side or changes:
         config = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(image.shape[1:]), **changes}
         vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
-    return (image,)
+    return Inputs((image,))
 
 
 def _check_head(model: nn.Module, recipe: Recipe, classes: int) -> None:
@@ -181,15 +182,15 @@ def _check_head(model: nn.Module, recipe: Recipe, classes: int) -> None:
 
 
 @torch.no_grad()
-def _classes(model: nn.Module, inputs: tuple[Tensor]) -> int:
+def _classes(model: nn.Module, inputs: Inputs) -> int:
     """Return the number of outputs of a classifier; refuse other networks."""
     try:
-        with eval_and_restore(model):
-            outputs = model(*inputs)
+        with private_copy(model) as copied:
+            outputs = inputs.run(copied)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = first_line(error)
         raise TrainingError(
-            f"{type(model).__name__} does not run on images of shape {tuple(inputs[0].shape)}: {reason}"
+            f"{type(model).__name__} does not run on images of shape {tuple(inputs.tensors()[0].shape)}: {reason}"
         ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:  # noqa: PLR2004 - (n, classes)
         raise TrainingError(

@@ -9,6 +9,7 @@ from torch import nn
 from batude_fx.budget.rank_options import FLOPS
 from batude_fx.calibration.statistics import statistics
 from batude_fx.errors import CalibrationError, TrainingError
+from batude_fx.support.inputs import Inputs
 from batude_fx.training.data import first_images
 from batude_fx.training.lagrangian import Lagrangian, Residuals
 from batude_fx.training.problem import Problem
@@ -74,7 +75,7 @@ class Rounds:
         if not count:
             return {}
         images = first_images(self.session.data, count, self.session.accelerator)
-        batches = ((self.session.to_device(batch),) for batch in torch.split(images, _BATCH))
+        batches = (Inputs((self.session.to_device(batch),)) for batch in torch.split(images, _BATCH))
         return statistics(self.model, list(self.problem.sites.values()), batches)
 
     def _log(self, step: int, index: int, residuals: Residuals) -> None:

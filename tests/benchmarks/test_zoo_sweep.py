@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from batude_fx.support.inputs import Inputs
 from benchmarks import zoo_checks, zoo_sweep
 from benchmarks.zoo_sweep import Journal, Record, Task
 
@@ -60,7 +61,7 @@ def test_convolutions_are_counted_below_modules_and_functions() -> None:
             return torch.nn.functional.conv_transpose2d(first, self.weight)
 
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(Hidden(4, 4, 1)), nn.Conv2d(4, 4, 1))
-    assert zoo_checks.convolution_calls(net, (torch.zeros(1, 3, 8, 8),)) == {"0": 1, "1.0": 2, "2": 1}
+    assert zoo_checks.convolution_calls(net, Inputs((torch.zeros(1, 3, 8, 8),))) == {"0": 1, "1.0": 2, "2": 1}
     assert not any(module._forward_hooks for module in net.modules())
 
 

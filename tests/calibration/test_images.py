@@ -8,6 +8,7 @@ from torch import Tensor
 
 from batude_fx.calibration.images import image_batches
 from batude_fx.errors import CalibrationError
+from batude_fx.support.inputs import Inputs
 
 
 def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:
@@ -15,7 +16,7 @@ def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:
     images = torch.randn(20, 3, 7, 7)
     pairs = [(part, torch.zeros(len(part))) for part in torch.split(images, 5)]
     for source in (images, list(torch.split(images, 7)), iter(torch.split(images, 7)), torch.split(images, 1), pairs):
-        batches = [batch[0] for batch in image_batches(source, inputs)]
+        batches = [batch.args[0] for batch in image_batches(source, Inputs(inputs))]
         assert torch.equal(torch.cat(batches), images)
         assert [len(batch) for batch in batches] == [8, 8, 4]
 
@@ -23,13 +24,15 @@ def test_images_come_as_tensor_batches_or_labelled_pairs() -> None:
 def test_images_of_several_sizes_are_not_mixed() -> None:
     sizes = [7, 7, 9, 7]
     source = [torch.zeros(1, 3, size, size) for size in sizes]
-    batches = [batch[0] for batch in image_batches(source, (torch.zeros(1, 3, 7, 7),))]
+    batches = [batch.args[0] for batch in image_batches(source, Inputs((torch.zeros(1, 3, 7, 7),)))]
     assert [tuple(batch.shape) for batch in batches] == [(2, 3, 7, 7), (1, 3, 9, 9), (1, 3, 7, 7)]
 
 
 def test_a_loader_may_fill_the_same_tensor_again() -> None:
     page = torch.empty(3, 3, 7, 7)
-    batches = [batch[0] for batch in image_batches((page.fill_(n) for n in range(4)), (torch.zeros(1, 3, 7, 7),))]
+    batches = [
+        batch.args[0] for batch in image_batches((page.fill_(n) for n in range(4)), Inputs((torch.zeros(1, 3, 7, 7),)))
+    ]
     assert torch.cat(batches)[:, 0, 0, 0].tolist() == [n for n in range(4) for _ in range(3)]
 
 
@@ -51,10 +54,10 @@ def _one_nan() -> Iterator[Tensor]:
 )
 def test_bad_images_are_refused_in_one_line(source: object, message: str) -> None:
     with pytest.raises(CalibrationError, match=message) as error:
-        list(image_batches(source, (torch.zeros(1, 3, 7, 7),)))
+        list(image_batches(source, Inputs((torch.zeros(1, 3, 7, 7),))))
     assert "\n" not in str(error.value)
 
 
 def test_images_for_a_model_of_several_inputs_are_refused() -> None:
     with pytest.raises(CalibrationError, match="one tensor"):
-        list(image_batches(torch.zeros(4, 3, 7, 7), (torch.zeros(1, 3, 7, 7), torch.zeros(1, 3, 7, 7))))
+        list(image_batches(torch.zeros(4, 3, 7, 7), Inputs((torch.zeros(1, 3, 7, 7), torch.zeros(1, 3, 7, 7)))))

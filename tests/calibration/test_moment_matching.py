@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from batude_fx.calibration.moment_matching import LEAST_GAIN, MOST_GAIN, match_moments_
 from batude_fx.graph.surgery import replace_modules
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.decomposition import Factors
 from batude_fx.tucker.dense_layers import canonical_weight
 from batude_fx.tucker.modules import TuckerModule, tucker_conv
@@ -52,7 +53,7 @@ def test_every_site_keeps_its_mean_and_deviation() -> None:
     net, images = _net(), torch.randn(16, 3, 9, 9, dtype=torch.float64)
     small = _compressed(net)
     before = copy.deepcopy(net.state_dict())
-    match_moments_(net, small, ["0", "2", "5"], [(images,)])
+    match_moments_(net, small, ["0", "2", "5"], [Inputs((images,))])
     for name in ("0", "2", "5"):
         wanted, got = (_moments(_outputs(model, name, images)[0]) for model in (net, small))
         torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
@@ -67,7 +68,7 @@ def test_gains_are_bounded(factor: float, gain: float) -> None:
     parts = cast("TuckerModule", small.get_submodule("0")).factors()
     parts.factor_out.mul_(factor)
     faded = _moments(_outputs(small, "0", images)[0])
-    match_moments_(net, small, ["0"], [(images,)])
+    match_moments_(net, small, ["0"], [Inputs((images,))])
     mean, deviation = _moments(_outputs(small, "0", images)[0])
     torch.testing.assert_close(deviation, gain * faded[1])
     torch.testing.assert_close(mean, _moments(_outputs(net, "0", images)[0])[0])
@@ -77,5 +78,5 @@ def test_a_silent_channel_stays_silent() -> None:
     net, images = _net(), torch.randn(4, 3, 9, 9, dtype=torch.float64)
     small = _compressed(net)
     cast("TuckerModule", small.get_submodule("5")).factors().core.zero_()
-    match_moments_(net, small, ["5"], [(images,)])
+    match_moments_(net, small, ["5"], [Inputs((images,))])
     assert small(images).isfinite().all()

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from batude_fx.calibration.statistics import average_metrics, shrink, statistics
 from batude_fx.errors import CalibrationError
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.metric import Metric, ModeMetric
 from batude_fx.tucker.ranks import Ranks
 from batude_fx.tucker.spectra import metric_spectrum
@@ -20,7 +21,7 @@ from tests.toy_networks import site_of, small_net
 
 def _statistics(net: nn.Sequential, images: Tensor) -> dict[str, object]:
     sites = [site_of(name, net[int(name)]) for name in ("0", "3")]
-    return dict(statistics(net, sites, [(batch,) for batch in torch.split(images, 4)]))
+    return dict(statistics(net, sites, [Inputs((batch,)) for batch in torch.split(images, 4)]))
 
 
 def _oas(vectors: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def test_losses_from_few_images_hold_for_other_images() -> None:
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)).eval()
     site = site_of("0", net[0], positions=1)
     images, others = (torch.randn(count, 64) @ mixing.T for count in (32, 2000))
-    spectrum = metric_spectrum(statistics(net, [site], [(images,)], draws=8)["0"])
+    spectrum = metric_spectrum(statistics(net, [site], [Inputs((images,))], draws=8)["0"])
     weight = net[0].weight.detach()
     for rank in (32, 40, 48):
         factors = spectrum.factors(weight[None], Ranks(rank, rank))
@@ -64,7 +65,9 @@ def test_losses_from_few_images_hold_for_other_images() -> None:
 def test_statistics_are_the_covariances_of_all_positions() -> None:
     net = small_net().double().eval()
     images = torch.randn(10, 3, 7, 7, dtype=torch.float64)  # 49 positions: all are sampled
-    measured = statistics(net, [site_of("0", net[0]), site_of("3", net[3])], [(b,) for b in torch.split(images, 4)])
+    measured = statistics(
+        net, [site_of("0", net[0]), site_of("3", net[3])], [Inputs((b,)) for b in torch.split(images, 4)]
+    )
     first = images.movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(measured["0"].in_.covariance[0], _oas(first))
     hidden = net[:3](images)
@@ -78,7 +81,7 @@ def test_statistics_are_the_covariances_of_all_positions() -> None:
 def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
     net = small_net().eval()
     images = 1e3 + torch.randn(8, 3, 7, 7)
-    measured = statistics(net, [site_of("0", net[0])], [(batch,) for batch in torch.split(images, 4)])["0"]
+    measured = statistics(net, [site_of("0", net[0])], [Inputs((batch,)) for batch in torch.split(images, 4)])["0"]
     vectors = images.movedim(1, -1).flatten(0, 2).double()
     torch.testing.assert_close(measured.in_.covariance[0].double(), _oas(vectors), rtol=1e-3, atol=1e-3)
 
@@ -86,7 +89,7 @@ def test_covariances_survive_a_mean_that_dwarfs_them() -> None:
 def test_sensitivities_average_to_the_gauss_newton_matrix() -> None:
     net = small_net().double().eval()
     images = torch.randn(1, 3, 7, 7, dtype=torch.float64).expand(4000, -1, -1, -1)
-    measured = statistics(net, [site_of("3", net[3])], [(b,) for b in torch.split(images, 500)])["3"]
+    measured = statistics(net, [site_of("3", net[3])], [Inputs((b,)) for b in torch.split(images, 500)])["3"]
     # The second convolution is followed by a mean over 25 positions and a linear layer: its Jacobian is known.
     centred = net[6].weight - net[6].weight.mean(0)
     expected = (centred.T @ centred / 25).detach()
@@ -104,7 +107,7 @@ def test_a_pointwise_site_is_measured_where_it_has_fewer_channels(c_in: int, c_o
     site = site_of("0", layer, positions=9)
     shape = (3, 3, c_in) if linear else (c_in, 3, 3)
     images = torch.randn(1000, *shape, dtype=torch.float64)
-    metric = statistics(net, [site], [(batch,) for batch in torch.split(images, 100)])["0"]
+    metric = statistics(net, [site], [Inputs((batch,)) for batch in torch.split(images, 100)])["0"]
     axis = 3 if linear else 1
     weight = layer.weight.detach().flatten(1)
     vectors = images.movedim(axis, -1).flatten(0, 2)  # (n, c_in)
@@ -129,7 +132,7 @@ def test_without_gradients_all_outputs_count_equally() -> None:
             return x.argmax(1)
 
     net = nn.Sequential(nn.Conv2d(3, 6, 3), Argmax())
-    metric = statistics(net, [site_of("0", net[0])], [(torch.randn(8, 3, 7, 7),)])["0"]
+    metric = statistics(net, [site_of("0", net[0])], [Inputs((torch.randn(8, 3, 7, 7),))])["0"]
     assert metric.out.total() == pytest.approx(1)
     torch.testing.assert_close(metric.out.sensitivity[0], metric.out.sensitivity[0, 0, 0] * torch.eye(6))
 
@@ -162,7 +165,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_mixing_statistics_with_themselves_changes_nothing() -> None:
     net = small_net().eval()
-    measured = statistics(net, [site_of("0", net[0])], [(torch.randn(8, 3, 7, 7),)])
+    measured = statistics(net, [site_of("0", net[0])], [Inputs((torch.randn(8, 3, 7, 7),))])
     both = average_metrics(measured, measured)["0"]
     for mode in ("out", "in_"):
         for field in ("covariance", "sensitivity"):
@@ -207,7 +210,7 @@ class _Checkpointed(nn.Module):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_changes_no_statistic(use_reentrant: bool) -> None:
     images = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(1))
-    batches = [(batch,) for batch in torch.split(images, 4)]
+    batches = [Inputs((batch,)) for batch in torch.split(images, 4)]
     plain, checkpointed = (_Checkpointed(use_reentrant=choice) for choice in (None, use_reentrant))
     sites = [site_of(name, plain.get_submodule(name)) for name in ("a", "b")]
     expected, found = (statistics(net, sites, batches, draws=2) for net in (plain, checkpointed))

@@ -121,7 +121,10 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(class_folders: Path, tm
     (tmp_path / "out").write_text("mine")
     options = ("--budget", 0.7, "--no-pretrained", "--calibration", "none", "--output", tmp_path / "out")
     assert "out is a file" in run_error("compress", NAME, *options)
-    assert "cannot be saved" in run_error("compress", NAME, *options[:-1], tmp_path / "out" / "below")
+    below = tmp_path / "out" / "below"
+    assert "cannot be written: Not a directory" in run_error("compress", NAME, *options[:-1], below)
+        "compress", NAME, *options[:-1], tmp_path / "out" / "below"
+    )
     assert "Choose another place" in run_error("sweep", NAME, "--evaluate", class_folders, "--output", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 

@@ -86,16 +86,14 @@ def test_no_images_are_an_error_as_before() -> None:
 @pytest.mark.parametrize("build", [_resnet, lambda: torchvision.models.resnet18(num_classes=5).eval()])
 def test_the_size_is_kept_with_the_network(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = build()
-    side = example_inputs(model)[0].shape[-1]
+    side = example_inputs(model).image.shape[-1]
     small = batude_fx.compress(model, 0.6, calibration=None, example_inputs=IMAGES[:1])
     batude_fx.save(small, tmp_path / "small")
     loaded = batude_fx.load(tmp_path / "small")
     by_timm = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True)
     for network in (small, loaded, by_timm):
-        (image,) = example_inputs(network)
-        assert isinstance(image, Tensor)
-        assert image.shape == (1, 3, 48, 48)
+        assert example_inputs(network).image.shape == (1, 3, 48, 48)
     batude_fx.export(loaded, tmp_path / "small.onnx")
     (input_,) = onnx.load(tmp_path / "small.onnx").graph.input
     assert [axis.dim_value for axis in input_.type.tensor_type.shape.dim][1:] == [3, 48, 48]
-    assert example_inputs(model)[0].shape[-1] == side != 48
+    assert example_inputs(model).image.shape[-1] == side != 48

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import batude_fx
 from batude_fx import CalibrationError, ExportError
 from batude_fx.deploy import export
+from batude_fx.deploy.comparison import Runner
 from batude_fx_cli.app import app
 
 Run = Callable[[Path, np.ndarray], np.ndarray]
@@ -51,7 +52,7 @@ def _pt2(path: Path, images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("name", "run"), [("a.onnx", _onnx), ("a.xml", _openvino), ("a.pt2", _pt2)])
 def test_every_batch_size_gives_the_networks_outputs(small: nn.Module, tmp_path: Path, name: str, run: Run) -> None:
     path = tmp_path / "new" / name
-    assert batude_fx.export(small, path) <= 1e-4
+    assert batude_fx.export(small, path).difference <= 1e-4
     for size in (1, 5):
         images = torch.randn(size, 3, 160, 160)
         with torch.no_grad():
@@ -93,12 +94,15 @@ def test_the_memory_format_leaves_no_trace_in_the_file(small: nn.Module, tmp_pat
 def test_int8_is_small_and_close(small: nn.Module, tmp_path: Path) -> None:
     images = 3 * torch.randn(16, 3, 1, 1) + torch.randn(16, 3, 160, 160)  # colours that the network can tell
     batude_fx.export(small, tmp_path / "full.onnx")
-    assert batude_fx.export(small, tmp_path / "int8.onnx", int8=images) > 1e-4
+    comparison = batude_fx.export(small, tmp_path / "int8.onnx", int8=images)
     full, int8 = ((tmp_path / f"{name}.onnx").stat().st_size for name in ("full", "int8"))
     assert int8 < 0.6 * full  # weights are a quarter; this network has few
     ours, theirs = (_onnx(tmp_path / f"{name}.onnx", images.numpy()) for name in ("full", "int8"))
     gap, spread = theirs - ours, ours - ours.mean(0)
     assert (gap**2).mean() < 0.05 * (spread**2).mean()
+    assert comparison.images == 16
+    assert comparison.relative_error == pytest.approx((gap**2).sum() / (ours**2).sum(), rel=1e-3)
+    assert comparison.agreement == (ours.argmax(1) == theirs.argmax(1)).mean()
 
 
 class _Several(nn.Module):
@@ -113,7 +117,7 @@ class _Several(nn.Module):
 def test_several_arguments_and_outputs_are_exported(tmp_path: Path) -> None:
     inputs = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 6, 6)
     for name in ("a.onnx", "a.xml", "a.pt2"):
-        assert batude_fx.export(_Several(), tmp_path / name, example_inputs=inputs) <= 1e-4
+        assert batude_fx.export(_Several(), tmp_path / name, example_inputs=inputs).difference <= 1e-4
 
 
 class _Unusual(nn.Module):
@@ -132,15 +136,15 @@ class _Unusual(nn.Module):
 def test_unusual_outputs_are_compared_as_what_they_are(tmp_path: Path, name: str) -> None:
     x = torch.randn(1, 3, 8, 8)
     before = x.clone()
-    assert batude_fx.export(_Unusual(), tmp_path / name, example_inputs=x) <= 1e-4
+    assert batude_fx.export(_Unusual(), tmp_path / name, example_inputs=x).difference <= 1e-4
     assert torch.equal(x, before)
 
 
 def test_outputs_of_nan_are_refused(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_nan(network: nn.Module, _inputs: object, path: Path, _images: object) -> export.Runner:
+    def write_nan(network: nn.Module, _request: object, path: Path, _images: object) -> Runner:
         path.write_bytes(b"wrong")
         good = network(torch.zeros(1, 3, 160, 160)).shape[1]
-        return lambda arrays: [np.full((len(arrays[0]), good), np.nan, np.float32)]
+        return lambda inputs: [torch.full((len(inputs.image), good), torch.nan)]
 
     monkeypatch.setattr(export, "_WRITERS", {".pt2": write_nan})
     with pytest.raises(ExportError, match="by nan"):
@@ -203,9 +207,9 @@ def test_a_file_whose_outputs_differ_is_not_kept(
 ) -> None:
     (tmp_path / "a.pt2").write_text("the one before", encoding="utf-8")
 
-    def write_wrong(_network: nn.Module, _inputs: object, path: Path, _images: object) -> export.Runner:
+    def write_wrong(_network: nn.Module, _request: object, path: Path, _images: object) -> Runner:
         path.write_bytes(b"wrong")
-        return lambda arrays: [np.zeros((len(arrays[0]), 7), np.float32)]
+        return lambda inputs: [torch.zeros(len(inputs.image), 7)]
 
     monkeypatch.setattr(export, "_WRITERS", {".pt2": write_wrong})
     with pytest.raises(ExportError, match="differ from those"):

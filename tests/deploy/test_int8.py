@@ -7,6 +7,7 @@ from torch import nn
 import batude_fx
 from batude_fx import Ranks
 from batude_fx.deploy.int8 import _pairs, equalize_
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight, to_canonical
 from batude_fx.tucker.modules import TuckerModule, tucker_conv
 from batude_fx.tucker.spectra import weight_spectrum
@@ -35,7 +36,7 @@ def test_equalization_keeps_outputs_and_balances_ranges(name: str) -> None:
     )
     network, x = nn.Sequential(form).eval(), torch.randn(shape, dtype=torch.float64)
     expected = network(x)
-    equalize_(network, [x])
+    equalize_(network, [Inputs((x,))])
     torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=1e-12)
 
     seen: dict[nn.Module, torch.Tensor] = {}
@@ -56,7 +57,7 @@ def test_channels_of_zeros_and_modules_that_nothing_passes_stay_finite() -> None
     for parameter in form.parameters():
         parameter.zero_()
     network = nn.Sequential(form)
-    equalize_(network, [torch.randn(1, 4, 3, 3)])
+    equalize_(network, [Inputs((torch.randn(1, 4, 3, 3),))])
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     assert isinstance(network[0], TuckerModule)
     before = network[0].factor_in.weight.clone()

@@ -14,6 +14,7 @@ import batude_fx
 from batude_fx import UnsupportedError
 from batude_fx.graph.shared_parts import refuse_shared_parts
 from batude_fx.graph.surgery import copy_model
+from batude_fx.support.inputs import Inputs
 from tests.toy_networks import TwoConvolutions
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -142,8 +143,8 @@ def test_a_run_shows_what_cannot_be_seen() -> None:
             return y
 
     vars(model)["second"] = Calls()
-    with pytest.raises(UnsupportedError, match="goes on to use 'b' of the original"):
-        refuse_shared_parts(copy_model(model), model, (IMAGE,))
+    with pytest.raises(UnsupportedError, match=r"goes on to use 'b\.bias' of the original"):
+        refuse_shared_parts(copy_model(model), model, Inputs((IMAGE,)))
 
 
 def test_a_parameter_of_the_original_is_found_too() -> None:
@@ -157,7 +158,7 @@ def test_a_parameter_of_the_original_is_found_too() -> None:
 
     model.__class__ = Scaled
     with pytest.raises(UnsupportedError, match=r"goes on to use 'a\.weight'"):
-        refuse_shared_parts(copy_model(model), model, (IMAGE,))
+        refuse_shared_parts(copy_model(model), model, Inputs((IMAGE,)))
 
 
 def test_a_compiled_part_is_named() -> None:

@@ -13,11 +13,12 @@ from torchvision import models
 import batude_fx
 from batude_fx.errors import DiscoveryError
 from batude_fx.graph.example_inputs import example_inputs, published_images
+from batude_fx.support.inputs import Inputs
 
 
-def shapes(inputs: tuple[object, ...]) -> list[tuple[int, ...]]:
-    assert all(isinstance(tensor, Tensor) for tensor in inputs)
-    return [tuple(tensor.shape) for tensor in inputs if isinstance(tensor, Tensor)]
+def shapes(inputs: Inputs) -> list[tuple[int, ...]]:
+    assert inputs.tensors() == list(inputs.args)
+    return [tuple(tensor.shape) for tensor in inputs.tensors()]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_compressed_network_of_torchvision_remembers_its_size() -> None:
 def test_detection_takes_a_list_of_images() -> None:
     with torch.device("meta"):
         model = models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
-    (images,) = example_inputs(model)
+    (images,) = example_inputs(model).args
     assert isinstance(images, list)
     assert [tuple(image.shape) for image in images] == [(3, 320, 320)]
 
@@ -86,7 +87,7 @@ def test_detection_takes_a_list_of_images() -> None:
 def test_inputs_are_seeded_noise_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     model = timm.create_model("test_resnet").to(dtype)
     state = torch.get_rng_state()
-    (first,), (again,) = example_inputs(model), example_inputs(model)
+    (first,), (again,) = example_inputs(model).args, example_inputs(model).args
     assert isinstance(first, Tensor)
     assert isinstance(again, Tensor)
     assert torch.equal(first, again)
@@ -100,7 +101,7 @@ def test_inputs_are_seeded_noise_in_the_dtype_of_the_model(dtype: torch.dtype) -
 def test_inputs_are_on_the_device_of_the_model() -> None:
     with torch.device("meta"):
         model = timm.create_model("test_resnet")
-    (x,) = example_inputs(model)
+    (x,) = example_inputs(model).args
     assert isinstance(x, Tensor)
     assert x.is_meta
 

@@ -20,6 +20,7 @@ from batude_fx.graph.discovery import discover
 from batude_fx.graph.flops import count_flops, dense_cost, site_cost, tucker_cost
 from batude_fx.graph.sites import ConvSite
 from batude_fx.graph.surgery import build_skeleton
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.modules import build
 from batude_fx.tucker.ranks import Ranks
 
@@ -92,10 +93,10 @@ def test_formulas_equal_fvcore_to_the_last_flop(case: tuple[Any, tuple[Tensor, .
     layer, inputs = case
     site = site_of(layer, inputs)
     assert site.calls == len(inputs)
-    assert (count_flops(Repeat(layer), inputs), weights_of(layer)) == dense_cost(site) == site_cost(site, None)
+    assert (count_flops(Repeat(layer), Inputs(inputs)), weights_of(layer)) == dense_cost(site) == site_cost(site, None)
     ranks = draw_ranks(site, data)
     replacement = build(layer, ranks)
-    expected = count_flops(Repeat(replacement), inputs), weights_of(replacement)
+    expected = count_flops(Repeat(replacement), Inputs(inputs)), weights_of(replacement)
     assert expected == tucker_cost(site, ranks.rank_out, ranks.rank_in) == site_cost(site, ranks)
 
 
@@ -144,7 +145,7 @@ def test_a_whole_network_costs_what_its_sites_and_the_rest_cost() -> None:
         if min(site.in_channels, site.out_channels) > 3
     }
     assert len(ranks) == 19
-    before, after = count_flops(model, inputs), count_flops(build_skeleton(model, ranks), inputs)
+    before, after = count_flops(model, Inputs(inputs)), count_flops(build_skeleton(model, ranks), Inputs(inputs))
     saved = [dense_cost(site)[0] - site_cost(site, ranks.get(site.name))[0] for site in sites]
     assert before - after == sum(saved) > 0
     assert before == FlopCountAnalysis(model.eval(), inputs).unsupported_ops_warnings(enabled=False).total()
@@ -173,16 +174,18 @@ def state_of(model: nn.Module) -> list[object]:
 def test_counting_is_done_in_eval_mode_and_changes_nothing() -> None:
     model = Partly()
     before = state_of(model)
-    assert count_flops(model, (torch.ones(1, 4, 8, 8),)) == 36 * (4 * 4 * 9) + 2 * 36 * 4  # eval batch-norm: 2 each
+    assert (
+        count_flops(model, Inputs((torch.ones(1, 4, 8, 8),))) == 36 * (4 * 4 * 9) + 2 * 36 * 4
+    )  # eval batch-norm: 2 each
     assert state_of(model) == before
 
 
 def test_a_model_that_cannot_be_counted_is_an_error_and_has_no_hooks_of_fvcore() -> None:
     model = Partly()
     before = state_of(model)
-    message = r"fvcore cannot count the flops of Partly.*RuntimeError.*pass those .* as example_inputs="
+    message = r"fvcore cannot count the flops of Partly.*RuntimeError.*Pass example_inputs= that"
     with pytest.raises(DiscoveryError, match=message) as caught:
-        count_flops(model, (torch.ones(1, 5, 8, 8),))
+        count_flops(model, Inputs((torch.ones(1, 5, 8, 8),)))
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert state_of(model) == before
 
@@ -191,11 +194,12 @@ def test_counting_prints_no_warnings() -> None:
     code = """
 import sys, warnings
 import torch, batude_fx.graph.flops
+from batude_fx.support.inputs import Inputs
 assert "fvcore" not in sys.modules
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.GELU(), torch.nn.Flatten(0))
-    print(batude_fx.graph.flops.count_flops(model, (torch.ones(1, 4, 4, 4),)))
+    print(batude_fx.graph.flops.count_flops(model, Inputs((torch.ones(1, 4, 4, 4),))))
 assert not caught, [str(warning.message) for warning in caught]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603

@@ -1,6 +1,5 @@
 """Hooks: what they see, what they replace, and that none is left behind."""
 
-import threading
 from typing import Any
 
 import pytest
@@ -77,13 +76,3 @@ def test_a_gradient_is_received() -> None:
     on_gradient(y, gradients.append)
     torch.autograd.backward(5 * y)
     assert gradients == [5]
-
-
-def test_calls_in_other_threads_are_not_observed() -> None:
-    layer, calls = nn.Linear(2, 2), []
-    with observe_calls({"layer": layer}, after=lambda name, _args, _kwargs, _output: calls.append(name)):
-        thread = threading.Thread(target=layer, args=(torch.zeros(1, 2),))
-        thread.start()
-        thread.join()
-        layer(torch.zeros(1, 2))
-    assert calls == ["layer"]

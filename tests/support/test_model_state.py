@@ -1,7 +1,11 @@
-"""A model is as it was after a block in which it ran, whatever it keeps things in."""
+"""A private copy of a model runs without any effect on the model, whatever the model keeps things in."""
 
 import copy
+import os
+import queue
+import threading
 from collections import OrderedDict, deque
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batude_fx.support.model_state import eval_and_restore
+from batude_fx import BatudeError
+from batude_fx.support.model_state import exclusive, private_copy
 
 
 class _Frozen(dict[str, Any]):
@@ -21,21 +26,32 @@ class _Frozen(dict[str, Any]):
     clear = pop = update
 
 
+@dataclass(slots=True)
+class _Slotted:
+    last: Tensor
+
+
 class _Keeps(nn.Module):
     """Keeps its last output wherever a model can keep something."""
+
+    running: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("running", torch.zeros(4))
         self.config = _Frozen(width=4)
         self.listed: list[Any] = [torch.zeros(1)]
         self.queue: deque[Any] = deque([torch.zeros(1)])
         self.named: dict[str, Any] = {"inner": {"last": torch.zeros(1)}}
         self.ordered = OrderedDict(a=torch.zeros(1))
-        self.pair = (SimpleNamespace(last=torch.zeros(1)), {torch.float32})
+        self.pair = (SimpleNamespace(last=torch.zeros(1)), {torch.float32}, _Slotted(torch.zeros(1)))
+        self.tensor = torch.zeros(1, 4, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
+        self.running.mul_(0.9).add_(y.mean((0, 2, 3)))
+        self.tensor.copy_(y)
         self.listed[0] = y
         self.queue.append(y)
         self.named["inner"]["last"] = y
@@ -44,6 +60,7 @@ class _Keeps(nn.Module):
         self.ordered["b"] = y
         self.pair[0].last = y
         self.pair[1].add(y.dtype if y.dtype != torch.float32 else torch.float64)
+        self.pair[2].last = y
         self.last = y
         return y
 
@@ -51,37 +68,80 @@ class _Keeps(nn.Module):
 def _kept(model: _Keeps) -> list[object]:
     return [
         list(model.listed), list(model.queue), dict(model.named["inner"]), list(model.named), list(model.ordered),
-        model.pair[0].last, set(model.pair[1]), dict(model.config), sorted(vars(model)),
+        model.pair[0].last, set(model.pair[1]), model.pair[2].last, dict(model.config), sorted(vars(model)),
     ]  # fmt: skip
 
 
-def test_what_a_model_keeps_is_what_it_kept_before() -> None:
+def test_what_a_model_keeps_stays_what_it_kept() -> None:
     model = _Keeps().train()
-    before = _kept(model)
-    with eval_and_restore(model):
-        model(torch.zeros(1, 3, 2, 2))
+    before, running = _kept(model), model.running.clone()
+    with private_copy(model) as copied:
+        copied(torch.ones(1, 3, 2, 2, requires_grad=True))
+        assert not copied.training
+        assert copied.running.any()
     assert _kept(model) == before
+    assert torch.equal(model.running, running)
+    assert not model.tensor.any()
     assert model.training
     copy.deepcopy(model)  # torch refuses to copy tensors that have a graph
 
 
-def test_the_order_of_children_stays_when_one_is_taken_out_for_a_while() -> None:
-    model = nn.Sequential(OrderedDict(a=nn.ReLU(), b=nn.Tanh()))
-    first = model.a
-    with eval_and_restore(model):
-        del model.a
-    assert list(model.children()) == [first, model.b]
+def test_values_of_parameters_are_shared_and_need_no_gradients() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model.register_parameter("tied", model[0].weight)
+    with private_copy(model) as copied:
+        assert copied[0].weight.data_ptr() == model[0].weight.data_ptr()
+        assert copied.tied is copied[0].weight
+        assert not any(parameter.requires_grad for parameter in copied.parameters())
+        assert copied[1].running_mean.data_ptr() != model[1].running_mean.data_ptr()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_one_failure_does_not_stop_the_rest() -> None:
-    class Stubborn(list[Any]):
-        def __len__(self) -> int:
-            raise RuntimeError("no length")
+def test_other_threads_go_on_with_what_the_model_holds() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    jobs: deque[str] = deque()
+    vars(model).update(jobs=jobs, log=[])
+    with private_copy(model) as copied:
+        jobs.append("job")
+        vars(model)["log"].append(1)
+        vars(copied)["log"].append(2)
+    assert list(vars(model)["jobs"]) == ["job"]
+    assert vars(model)["log"] == [1]
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
-    vars(model[0])["kept"] = Stubborn()
-    with pytest.raises(RuntimeError, match="no length"), eval_and_restore(model):
-        model[1].register_forward_hook(lambda *_: None)
-    assert model.training
-    assert model[1].training
-    assert not model[1]._forward_hooks
+
+def test_random_numbers_are_drawn_from_where_they_were() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with private_copy(nn.Sequential()):
+        torch.rand(5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("part", [threading.Lock(), queue.Queue()])
+def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(part: object) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    vars(model)["part"] = part
+    with pytest.raises(BatudeError, match=r"cannot be copied: .*drop handles to files, locks"), private_copy(model):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_process_that_is_forked_meanwhile_can_take_the_lock() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive:
+            held.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    if (child := os.fork()) == 0:
+        os._exit(0 if exclusive.acquire(timeout=5) else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert status == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from batude_fx.support.inputs import Inputs
 from batude_fx.support.timing import time_calls, time_networks
 
 
@@ -17,5 +18,5 @@ def test_turns_alternate_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) 
     assert time_calls(calls, 3) == [1, 1]
     assert "".join(order) == "ab" * 5  # two of them to warm up
     training = nn.Dropout()
-    assert len(time_networks([training], (torch.zeros(1),), turns=2)) == 1
+    assert len(time_networks([training], Inputs((torch.zeros(1),)), turns=2)) == 1
     assert training.training
