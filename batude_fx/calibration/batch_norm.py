@@ -10,22 +10,27 @@ https://arxiv.org/abs/1912.08795.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import CalibrationError, first_line
 from batude_fx.graph.surgery import copy_model
+from batude_fx.support.hooks import observe_calls
 from batude_fx.support.inputs import Inputs
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_SINGLE_VALUE = "Expected more than 1 value per channel"  # what torch's batch-norm says in training mode
 
-
+@torch.no_grad()
 def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     """Return a copy of the model whose batch-norm layers hold the statistics of some batches.
+
+    While they are measured, each batch-norm normalizes by the statistics of the batch, as in training, and all else
+    runs in eval mode. They are measured before the layer is called, not by the layer: so they do not depend on its
+    class, and of several processes that train together each may measure for itself.
 
     Args:
         model: Left as it is.
@@ -34,42 +39,48 @@ def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
     Returns:
         A copy in eval mode. It is `model` itself if that has no batch-norm with running statistics, or if a batch-norm
         gets a single value per channel, which has no variance.
+
+    Raises:
+        CalibrationError: When the model does not run on a batch.
     """
     if not any(_has_running_statistics(module) for module in model.modules()):
         return model
     adapted = copy_model(model)
     adapted.eval()
-    for module in adapted.modules():
-        if _has_running_statistics(module):
-            norm = cast("nn.BatchNorm2d", module)
-            if isinstance(norm, nn.SyncBatchNorm):
-                norm.__class__ = _OwnBatchNorm  # type: ignore[assignment]
-            norm.reset_running_stats()
-            norm.momentum = None  # running statistics are then the plain average over the batches
-            norm.train()
-    try:
-        with torch.random.fork_rng(devices=()), torch.no_grad():  # the copy may draw from the random generators
-            for batch in batches:
+    norms: dict[nn.BatchNorm2d, nn.Module] = {
+        cast("nn.BatchNorm2d", module): module for module in adapted.modules() if _has_running_statistics(module)
+    }
+    moments: dict[nn.BatchNorm2d, list[tuple[Tensor, Tensor]]] = {norm: [] for norm in norms}
+    has_single_value = False
+
+    def measure(norm: nn.BatchNorm2d, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal has_single_value
+        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))  # (N, C, ...)
+        values = x.movedim(1, 0).flatten(1).to(norm.running_var)  # (C, n)
+        count = values.shape[1]
+        has_single_value |= count <= 1
+        variance, mean = torch.var_mean(values, 1, correction=0)
+        moments[norm].append((mean, variance * count / max(1, count - 1)))  # without bias, as torch's layers keep it
+        cast("Tensor", norm.running_mean).copy_(mean)
+        cast("Tensor", norm.running_var).copy_(variance)
+
+    with torch.random.fork_rng(devices=()), observe_calls(norms, before=measure):
+        for batch in batches:
+            try:
                 batch.copies().run(adapted)
-    except ValueError as error:
-        if _SINGLE_VALUE in str(error):
-            return model
-        raise CalibrationError(
-            f"the model does not run on calibration images while its batch-norms measure them: {first_line(error)}."
-        ) from error
-    for module, original in zip(adapted.modules(), model.modules(), strict=True):
-        if _has_running_statistics(module):
-            module.__class__ = original.__class__
-            cast("nn.BatchNorm2d", module).momentum = cast("nn.BatchNorm2d", original).momentum
-    adapted.eval()
+            except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+                raise CalibrationError(
+                    f"the model does not run on calibration images while its batch-norms are measured: "
+                    f"{first_line(error)}."
+                ) from error
+    if has_single_value:
+        return model
+    for norm, measured in moments.items():
+        if measured:
+            means, variances = zip(*measured, strict=True)
+            cast("Tensor", norm.running_mean).copy_(torch.stack(means).mean(0))
+            cast("Tensor", norm.running_var).copy_(torch.stack(variances).mean(0))
     return adapted
-
-
-class _OwnBatchNorm(nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the class that all batch-norms derive from
-    """A `SyncBatchNorm` that measures the images of its own process: all processes see the same calibration images."""
-
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - as torch calls it
-        pass
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:

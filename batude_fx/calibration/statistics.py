@@ -20,7 +20,6 @@ https://arxiv.org/abs/1602.01407; shrinkage: Y. Chen et al., "Shrinkage Algorith
 Transactions on Signal Processing 58(10), 2010, https://arxiv.org/abs/0907.4698, in the form of scikit-learn's `oas`.
 """
 
-from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,11 +34,12 @@ from batude_fx.errors import CalibrationError, first_line
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.hooks import observe_calls, on_gradient
 from batude_fx.support.inputs import Inputs
-from batude_fx.support.model_state import private_copy
+from batude_fx.support.model_state import private_copy, without_graphs
 from batude_fx.tucker.decomposition import mode_product, unfold
 from batude_fx.tucker.dense_layers import canonical_weight
 from batude_fx.tucker.metric import Metric, ModeMetric
 
+_FINGERPRINT = 16  # values
 _POSITIONS = 49  # positions that are sampled per call of a site: all of a 7 x 7 map
 
 
@@ -62,7 +62,7 @@ def statistics(
     """
     sums = {site.name: _site_sums(site, canonical_weight(model.get_submodule(site.name))) for site in sites}
     generator = torch.Generator().manual_seed(0)
-    without_gradient: dict[str, deque[Tensor]] = defaultdict(deque)  # site to the positions sampled in its last calls
+    without_gradient: dict[tuple[object, ...], Tensor] = {}  # site and input of a call to the positions sampled in it
     called_sites = set()
     images = 0
 
@@ -71,25 +71,27 @@ def statistics(
         if not x.numel() or not output.numel():  # a detector that finds no box
             return
         if _in_backward_pass():  # activation checkpointing computes a segment again; its activations are in the sums
-            if output.requires_grad and without_gradient[name]:
-                without_gradient[name].rotate()
-                on_gradient(output, partial(sums[name].add_gradient, positions=without_gradient[name][0]))
+            positions = without_gradient.get((name, *_fingerprint(x)))
+            if output.requires_grad and positions is not None:
+                on_gradient(output, partial(sums[name].add_gradient, positions=positions))
             return
         called_sites.add(name)
         positions = sums[name].add_activations(x, output, generator)
         if output.requires_grad:
             on_gradient(output, partial(sums[name].add_gradient, positions=positions))
         else:
-            without_gradient[name].append(positions)
+            without_gradient[name, *_fingerprint(x)] = positions
 
-    with private_copy(model) as copied, torch.enable_grad():
-        layers = {name: copied.get_submodule(name) for name in sums}
-        with observe_calls(layers, after=add_call):
-            for batch in batches:
-                images += _count_images(batch)
-                without_gradient.clear()
+    with private_copy(model) as first_copy, torch.enable_grad():
+        copied = first_copy
+        for batch in batches:
+            layers = {name: copied.get_submodule(name) for name in sums}
+            with observe_calls(layers, after=add_call):
                 outputs = _run(copied, batch)
                 _backward_random_combinations(outputs, draws, generator)
+            images += _count_images(batch)
+            without_gradient.clear()
+            copied = without_graphs(copied, model)
     if not images:
         raise CalibrationError("no calibration images: the loader is empty. Pass at least one batch.")
     metrics = {name: site_sums.metric(images * draws) for name, site_sums in sums.items() if name in called_sites}
@@ -113,6 +115,12 @@ def _run(model: nn.Module, batch: Inputs) -> object:
             f"the model does not run on calibration images of shape {', '.join(_shapes(batch))}: "
             f"{first_line(error)}. {way_out}."
         ) from error
+
+
+def _fingerprint(x: Tensor) -> tuple[object, ...]:
+    """Return what a call can be recognized by when a backward pass computes it again: the shape and some values."""
+    values = x.detach().reshape(-1)
+    return (*x.shape, *values[:: max(1, len(values) // _FINGERPRINT)].tolist())
 
 
 def _in_backward_pass() -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from batude_fx.calibration.batch_norm import renormalize, running_statistics
 from batude_fx.calibration.images import BatchReservoir, Images, first_image_size, image_batches
+from batude_fx.calibration.plausibility import ImageCheck
 from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_to_noise, synthetic_batches
 from batude_fx.errors import DiscoveryError
@@ -104,6 +105,9 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
 
     Raises:
         CalibrationError: As `statistics` and `image_batches`.
+
+    Warns:
+        UserWarning: When the images do not look like those that the network was trained on; see `ImageCheck`.
     """
     if calibration is None or not sites:
         return Measurements()
@@ -111,7 +115,8 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
     if isinstance(calibration, str):
         metrics, norm_statistics = _measure_synthetic(model, sites, synthetic, draws=SYNTHETIC_DRAWS)
         return Measurements(metrics, tuple(synthetic.sample), norm_statistics)
-    images = BatchReservoir(track(image_batches(calibration, inputs), "calibrating"))
+    checked = ImageCheck(model, image_batches(calibration, inputs), inputs)
+    images = BatchReservoir(track(checked, "calibrating"))
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.
     if not falls_back_to_noise(inputs):

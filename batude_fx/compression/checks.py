@@ -1,5 +1,6 @@
 """Checks of a model and of the options of `plan`, before anything is computed."""
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batude_fx.errors import CalibrationError, SelectionError, UnsupportedError
+from batude_fx.graph.discovery import PART_OF_TUCKER
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.surgery import refuse_wrappers
 
@@ -48,6 +50,22 @@ def check_model(model: object) -> None:
     for name, parameter in parameters.items():
         if not is_lazy(parameter):  # discovery says what to do about lazy ones
             _check_parameter(name, parameter)
+
+
+def warn_of_tucker_modules(sites: Sites) -> None:
+    """Warn that a network was compressed already, as only what is dense in it can become smaller.
+
+    Warns:
+        UserWarning: When it was.
+    """
+    parts = [site.name for site in sites if site.skip_reason == PART_OF_TUCKER]
+    if parts:
+        warnings.warn(
+            f"the network was compressed before: {len(parts)} parts of Tucker modules, {parts[0]} first, stay as they "
+            "are, and the budget is a share of its present costs. To make it smaller, compress the original to the "
+            "final budget.",
+            stacklevel=3,
+        )
 
 
 def check_constant_sizes(sites: Sites, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from batude_fx.budget.cost_limits import SearchSpace, make_search_space
 from batude_fx.budget.layer_timer import LayerTimer
 from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.compression.calibrate import Calibration, calibration_label, match_example, measure
-from batude_fx.compression.checks import check_constant_sizes, check_model, check_options
+from batude_fx.compression.checks import check_constant_sizes, check_model, check_options, warn_of_tucker_modules
 from batude_fx.compression.latency_search import refine_by_timing, with_latency
 from batude_fx.compression.plan import ModelT, Plan
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
@@ -19,7 +19,7 @@ from batude_fx.errors import BudgetError
 from batude_fx.graph.discovery import discover
 from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
-from batude_fx.graph.surgery import refuse_links
+from batude_fx.graph.site_table import dense_notes
 from batude_fx.support.inputs import ExampleInputs
 from batude_fx.tucker.ranks import Ranks
 
@@ -66,13 +66,16 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         UnsupportedError: The model is in half precision, on the meta device, or holds NaN; or this is called inside
             `torch.inference_mode()` or `torch.autocast()`.
 
+    Warns:
+        UserWarning: The calibration images are few or look as if they were not normalized, or the model holds Tucker
+            modules already, which stay as they are.
+
     Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
     """
     budget = Budget.parse(budget)
     check_options(round_to, calibration)
     check_model(model)
-    refuse_links(model)
     inputs, calibration = match_example(model, example_inputs, calibration)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
     replaceable, adds_bias = sites.replaceable(), calibration is not None
@@ -88,10 +91,12 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     try:  # a budget out of reach is said before any image is looked at
         space = _find_space(partial(space_for, replaceable), budget, timer, round_to)
     except BudgetError as error:
+        explained = BudgetError(f"{error}{dense_notes(sites)}")
         if timer or layers != "conv":
-            raise
+            raise explained from None
         wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude).replaceable()
-        raise _with_linear_hint(error, lambda: space_for(wider, int(round_to))) from None
+        raise _with_linear_hint(explained, lambda: space_for(wider, int(round_to))) from None
+    warn_of_tucker_modules(sites)
 
     measurements = measure(model, list(replaceable.values()), calibration, inputs)
     candidates = decompose_sites(model, replaceable, space.options, measurements.metrics)

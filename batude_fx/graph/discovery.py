@@ -28,11 +28,14 @@ from batude_fx.graph.call_recorder import CallRecorder, LayerEntry, record_calls
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.sites import ConvSite, FoundBy
+from batude_fx.graph.surgery import refuse_links
 from batude_fx.support.inputs import ExampleInputs
 from batude_fx.support.model_state import exclusive, private_copy
 from batude_fx.tucker import dense_layers
 from batude_fx.tucker.modules import TuckerModule
 
+PART_OF_TUCKER = "is part of a Tucker module already"
+"""The reason why a layer of a compressed network stays as it is."""
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (_ConvNd,), "conv+linear": (_ConvNd, nn.Linear)}
 
 
@@ -63,12 +66,14 @@ def discover(
     Raises:
         DiscoveryError: The model has no such layer, or does not run on the example input.
         SelectionError: A pattern matches no site, or `layers` is neither of its two values.
+        UnsupportedError: A function that the model holds leads back to the model, so that no copy of it could be used.
 
     Source: torch.fx, with the tracer of torchvision's `feature_extraction` and timm's lists of what not to trace.
     """
     if layers not in _LAYERS:
         raise SelectionError(f"layers={layers!r} is not known; use one of {', '.join(map(repr, _LAYERS))}.")
     _refuse_lazy(model)
+    refuse_links(model)
     with private_copy(model) as copied:
         entries = _find_layers(copied, _LAYERS[layers])
         if not entries and example_inputs is None:
@@ -156,7 +161,7 @@ def _parent_reasons(model: nn.Module) -> dict[nn.Module, str]:
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():
         if isinstance(module, TuckerModule):
-            reasons |= dict.fromkeys(module.children(), "is part of a Tucker module already")
+            reasons |= dict.fromkeys(module.children(), PART_OF_TUCKER)
         elif isinstance(module, nn.TransformerEncoderLayer):
             reason = "TransformerEncoderLayer reads its weight instead of calling it"
             reasons |= dict.fromkeys((module.linear1, module.linear2), reason)

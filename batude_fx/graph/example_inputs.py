@@ -1,8 +1,9 @@
 """Example inputs for models of timm and torchvision, from what these libraries say about their models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def example_inputs(model: nn.Module) -> Inputs:
         DiscoveryError: The model is from neither library.
     """
     package = type(model).__module__.partition(".")[0]
-    if getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None):
+    if timm_config(model):
         return image_of_size(model, _timm_size(model))
     if package == "torchvision":
         return Inputs(_torchvision_inputs(model))
@@ -86,8 +87,21 @@ def remember_input_size_(model: nn.Module, inputs: Inputs) -> None:
         return
     known, size = _image_size(example), _image_size(inputs)
     if known is not None and size is not None and known != size:
-        config = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": size}
+        config = {**timm_config(model), "input_size": size}
         vars(model)["pretrained_cfg"] = vars(model)["default_cfg"] = config
+
+
+def timm_config(model: nn.Module) -> Mapping[str, Any]:
+    """Return what timm knows of a model, its `pretrained_cfg`; empty for models that have none.
+
+    Models from elsewhere may have attributes of the same names that hold anything, and may raise when asked for them.
+    """
+    for name in ("pretrained_cfg", "default_cfg"):
+        with suppress(Exception):
+            config = getattr(model, name)
+            if isinstance(config, Mapping) and ("input_size" in config or "architecture" in config):
+                return config
+    return {}
 
 
 def _image_size(inputs: Inputs) -> tuple[int, ...] | None:
@@ -122,8 +136,9 @@ def published_images(name: str) -> dict[str, Any]:
 
 def _timm_size(model: nn.Module) -> tuple[int, ...]:
     """Return the image size (C, H, W) that a timm model was built for, which may differ from its pretrained config."""
-    config = cast("dict[str, Any]", getattr(model, "pretrained_cfg", None) or model.default_cfg)
-    _, *default_size = config.get("input_size", (3, _SIDE, _SIDE))
+    _, *default_size = timm_config(model).get("input_size", (3, _SIDE, _SIDE))
+    if getattr(getattr(model, "patch_embed", None), "strict_img_size", True) is False:  # it takes other sizes as well
+        return (_input_channels(model), *default_size)
     argument = getattr(model, "_model_args", {}).get("img_size")  # newer versions of timm keep the arguments
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or argument or default_size
     return (_input_channels(model), *((size, size) if isinstance(size, int) else size))
@@ -133,7 +148,7 @@ def _input_channels(model: nn.Module) -> int:
     """Return the input channels of the model, which a user may have changed from 3."""
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)  # noqa: SLF001
     channels = getattr(model, "in_chans", None)
-    return int(channels) if channels else 3 if first is None else first.in_channels
+    return channels if isinstance(channels, int) and channels else 3 if first is None else first.in_channels
 
 
 def _torchvision_inputs(model: nn.Module) -> tuple[object, ...]:

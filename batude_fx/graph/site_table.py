@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite
-from batude_fx.support.numbers import human
+from batude_fx.support.numbers import human, percent
 from batude_fx.support.tables import add_row, as_text, new_table, set_caption
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _SITE_WIDTH = 22
+_MOST_REASONS, _MENTIONED = 3, 0.05  # in a message: how many reasons, and from which share of the flops on
 _MOST_NAMES = 3
 
 
@@ -89,11 +90,32 @@ def add_site_row(table: "Table", site: ConvSite, *cells: str) -> None:
 
 def skip_notes(sites: Iterable[ConvSite]) -> str:
     """Return the reasons why sites cannot be replaced, a line for each reason with its sites, for the caption."""
-    sites_by_reason: dict[str, list[str]] = {}
+    return "".join(
+        f"\n* {reason}: {_first_names([site.name for site in group])}"
+        for reason, group in _sites_by_reason(sites).items()
+    )
+
+
+def dense_notes(sites: Sequence[ConvSite]) -> str:
+    """Return the reasons that keep most flops dense, for the message that a budget is out of reach."""
+    total = sum(dense_cost(site)[0] for site in sites)
+    flops = {reason: sum(dense_cost(site)[0] for site in group) for reason, group in _sites_by_reason(sites).items()}
+    largest = sorted(flops, key=lambda reason: flops[reason], reverse=True)[:_MOST_REASONS]
+    notes = [
+        f"{_first_names([site.name for site in _sites_by_reason(sites)[reason]])} ({percent(flops[reason], total)} of "
+        f"the sites' flops): {reason}"
+        for reason in largest
+        if flops[reason] > _MENTIONED * total
+    ]
+    return f" Dense stay {'; '.join(notes)}." if notes else ""
+
+
+def _sites_by_reason(sites: Iterable[ConvSite]) -> dict[str, list[ConvSite]]:
+    groups: dict[str, list[ConvSite]] = {}
     for site in sites:
         if site.skip_reason:
-            sites_by_reason.setdefault(site.skip_reason, []).append(site.name)
-    return "".join(f"\n* {reason}: {_first_names(names)}" for reason, names in sites_by_reason.items())
+            groups.setdefault(site.skip_reason, []).append(site)
+    return groups
 
 
 def describe_convolution(site: Convolution) -> str:

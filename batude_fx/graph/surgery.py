@@ -25,7 +25,7 @@ from batude_fx.tucker.ranks import Ranks
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _MOST_OBJECTS = 100_000  # a model may hold the whole program, as a Lightning module holds its trainer
 _ATOMS = (str, bytes, int, float, complex, type, type(None), ModuleType, BuiltinFunctionType)
-_FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # what timm.utils.reparameterize_model calls
+_FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # as timm's reparameterize_model and YOLO's predict call them
 _WRAPPERS = {
     "DataParallel": "its `module`",
     "DistributedDataParallel": "its `module`",
@@ -62,7 +62,7 @@ def replace_modules(model: ModelT, modules: Mapping[str, nn.Module]) -> ModelT:
     replaced = copy_model(model, {**new_of})
     for name, new in modules.items():
         new.train(old_modules[name].training)
-    _refuse_fusing_(replaced)
+    _leave_unfused_(replaced, {*new_of.values()})
     _check_replaced(replaced, {name: new_of[id(old)] for name, old in old_modules.items() if id(old) in new_of})
     return replaced
 
@@ -222,22 +222,21 @@ def _named_modules(model: nn.Module, required_names: Collection[str]) -> dict[st
     return modules
 
 
-def _refuse_fusing_(model: nn.Module) -> None:
-    """Make the fusing methods of blocks that hold Tucker modules raise an error.
+def _leave_unfused_(model: nn.Module, new_modules: Collection[nn.Module]) -> None:
+    """Make the fusing methods of blocks that hold replaced modules leave the blocks as they are.
 
-    They would replace the Tucker modules by dense layers again, and lose their biases.
+    They were written for the modules that were replaced: they would make dense layers of Tucker modules again, and lose
+    their biases, or look for the statistics of batch-norms that are folded.
     """
     for module in model.modules():
         fusing = [name for name in _FUSING if hasattr(type(module), name)]
-        if fusing and any(isinstance(part, TuckerModule) for part in module.modules()):
-            vars(module).update(dict.fromkeys(fusing, _raise_cannot_fuse))
+        if fusing and any(isinstance(part, TuckerModule) or part in new_modules for part in module.modules()):
+            vars(module).update(dict.fromkeys(fusing, partial(_as_it_is, module)))  # a partial is copied and pickled
 
 
-def _raise_cannot_fuse(*_: object, **__: object) -> None:
-    raise UnsupportedError(
-        "a compressed block cannot be fused. Compress timm.utils.reparameterize_model(model) instead, or use "
-        "batude_fx.fold(small), which folds the batch-norms."
-    )
+def _as_it_is(module: nn.Module, *_: object, **__: object) -> nn.Module:
+    """Return a module, as fusing methods do."""
+    return module
 
 
 def _check_replaced(replaced: nn.Module, expected: Mapping[str, nn.Module]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from batude_fx.errors import SavedModelError
-from batude_fx.graph.example_inputs import example_inputs
+from batude_fx.graph.example_inputs import example_inputs, timm_config
 from batude_fx.saving.architecture import Architecture, ArgumentValue, is_registered
 from batude_fx.saving.config import FactoryArgs, SavedArchitecture
 from batude_fx.saving.weights import has_channels_last, load_weights_, read_weights, to_channels_last_
@@ -113,8 +113,7 @@ def candidate_architectures(model: nn.Module, channels: int | None, classes: int
         channels: Channels of the input, where known.
         classes: Classes of the output, where known.
     """
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    if is_registered("timm", base := str(config.get("architecture"))):
+    if is_registered("timm", base := str(timm_config(model).get("architecture"))):
         yield from _timm_candidates(model, base, channels)
     if type(model).__module__.startswith("torchvision."):
         yield from _torchvision_candidates(model, classes)

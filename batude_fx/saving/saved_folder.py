@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from batude_fx.errors import SavedModelError, last_line
 from batude_fx.graph import provenance
+from batude_fx.graph.example_inputs import image_of_size, remember_input_size_, timm_config
 from batude_fx.graph.flops import count_params
 from batude_fx.graph.surgery import refuse_wrappers
 from batude_fx.report import record
@@ -146,6 +147,8 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     if config.pretrained_cfg and model is None:
         default: dict[str, Any] = getattr(network, "pretrained_cfg", {})
         vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**default, **config.pretrained_cfg}
+    elif size := config.pretrained_cfg.get("input_size"):
+        remember_input_size_(network, image_of_size(network, size))
     provenance.attach_(network, record.read(folder))
     network.eval()
     return network
@@ -177,7 +180,7 @@ def _check_savable(model: nn.Module) -> None:
 def _make_config(model: nn.Module, weights: Path) -> SavedConfig:
     """Return the config of a model whose weights were saved."""
     run = ExampleRun.of(model)
-    metadata = _torchvision_metadata(model, run) | (getattr(model, "pretrained_cfg", None) or {})
+    metadata = {**_torchvision_metadata(model, run), **timm_config(model)}
     try:
         return SavedConfig(
             architecture="batude_fx",

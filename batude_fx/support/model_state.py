@@ -3,12 +3,13 @@
 import copy
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from batude_fx.errors import BatudeError
 
@@ -35,36 +36,76 @@ def private_copy(model: ModelT) -> Iterator[ModelT]:
     Raises:
         BatudeError: When a part of the model cannot be copied.
     """
-    shared = {id(parameter): _with_shared_values(parameter) for parameter in model.parameters()}
-    copied = deep_copy(model, shared)
-    copied.eval()
+    copied = _copy_to_run(model)
     devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices):
         yield copied
+
+
+def without_graphs(copied: ModelT, model: nn.Module) -> ModelT:
+    """Return a private copy again after a run with gradients, or a fresh one if it keeps activations for its next run.
+
+    A second backward pass would go through the graph of the first one too, which is gone.
+    """
+    return cast("ModelT", _copy_to_run(model)) if _keeps_graphs(copied) else copied
+
+
+def _keeps_graphs(model: nn.Module) -> bool:
+    found = _FindsGraphs()
+    with found:
+        copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    return found.any
+
+
+def _copy_to_run(model: ModelT) -> ModelT:
+    copied = deep_copy(model, {id(parameter): _with_shared_values(parameter) for parameter in model.parameters()})
+    copied.eval()
+    return copied
 
 
 def deep_copy(model: ModelT, memo: dict[int, Any]) -> ModelT:
     """Return a deep copy of a model, with the `training` flags of its modules.
 
     Args:
-        model: Any module.
+        model: Any module. Tensors that it keeps with their graph, which `copy.deepcopy` refuses, are detached.
         memo: The memo of `copy.deepcopy`, `id` of an object to its copy; afterwards it has all copies.
 
     Raises:
         BatudeError: When a part of the model cannot be copied.
     """
     try:
-        copied = copy.deepcopy(model, memo)
+        with _FindsGraphs():
+            copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's parts raise
         raise BatudeError(
-            f"{type(model).__name__} cannot be copied: {error}. Undo torch's older weight_norm and prune "
-            "(`remove_weight_norm`, `prune.remove`), detach other tensors that are the result of a computation "
-            "(`tensor.detach()`), and drop handles to files, locks and processes, then try again."
+            f"{type(model).__name__} cannot be copied: {error}. Drop handles to files, locks, threads and processes, "
+            "then try again."
         ) from error
     flags = {name: module.training for name, module in model.named_modules()}
     for name, module in copied.named_modules():  # graph modules are in training mode after a copy
         vars(module)["training"] = flags.get(name, module.training)
     return copied
+
+
+class _FindsGraphs(TorchFunctionMode):
+    """Copies tensors that are the result of a computation without their graph, and tells whether there were any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        self.any = True
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
 def _with_shared_values(parameter: Tensor) -> nn.Parameter:

@@ -123,8 +123,6 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(class_folders: Path, tm
     assert "out is a file" in run_error("compress", NAME, *options)
     below = tmp_path / "out" / "below"
     assert "cannot be written: Not a directory" in run_error("compress", NAME, *options[:-1], below)
-        "compress", NAME, *options[:-1], tmp_path / "out" / "below"
-    )
     assert "Choose another place" in run_error("sweep", NAME, "--evaluate", class_folders, "--output", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
