@@ -94,6 +94,7 @@ class CostLimits:
         dense: (k,) costs of the whole dense model.
         fixed: (k,) costs of everything but the sites.
         round_to: Multiple of the ranks, for messages.
+        notes: What stays dense and why, for messages.
         timed: The compressed networks that were timed as a whole, the last one last.
     """
 
@@ -101,6 +102,7 @@ class CostLimits:
     dense: tuple[int, ...]
     fixed: Integers
     round_to: int
+    notes: str = ""
     timed: tuple[TimedNetwork, ...] = ()
 
     @classmethod
@@ -153,7 +155,8 @@ class CostLimits:
         way_out = f"Use at least {keep:.4f}" if keep < 1 else "Use a smaller round_to, or more sites"
         return BudgetError(
             f"{budget}: the smallest ranks (multiples of {self.round_to}) at every replaceable site, {sites} in all, "
-            f"still need {describe_cost(least, unit, with_unit=False)} of {describe_cost(dense, unit)}. {way_out}."
+            f"still need {describe_cost(least, unit, with_unit=False)} of {describe_cost(dense, unit)}.{self.notes} "
+            f"{way_out}."
         )
 
 
@@ -186,6 +189,7 @@ def make_search_space(
     ranks: Mapping[str, Ranks | None],
     *,
     adds_bias: bool,
+    notes: str = "",
 ) -> SearchSpace:
     """List what each site can be and what the whole model may cost, and check that the budget is in reach.
 
@@ -196,13 +200,15 @@ def make_search_space(
         dense: (2,) flops and parameters of the whole dense model.
         ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
         adds_bias: Whether replacements have a bias even where the dense layer has none.
+        notes: What stays dense and why, for messages.
 
     Raises:
         BudgetError: The budget is out of reach.
         SelectionError: A name in `ranks` is no site, or its ranks are not among what the site can be.
     """
     options = options_by_site(sites, round_to, ranks, adds_bias=adds_bias)
-    space = SearchSpace(options, CostLimits.of_sites(options.values(), budget, dense, round_to))
+    limits = replace(CostLimits.of_sites(options.values(), budget, dense, round_to), notes=notes)
+    space = SearchSpace(options, limits)
     space.capacity()
     return space
 

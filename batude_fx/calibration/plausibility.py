@@ -20,7 +20,7 @@ from batude_fx.support.inputs import Inputs
 from batude_fx.support.model_state import private_copy
 
 _FEW_IMAGES = 16
-_MOST_OUTSIDE = 0.1  # share of the values that may be darker than black or brighter than white
+_MOST_OUTSIDE = 0.4  # share of the values that may be darker than black or brighter than white
 _FURTHEST = 3.0  # standard deviations between the mean of a channel and the remembered one; also the ratio of the two
 _NDIM = 4  # (N, C, H, W)
 
@@ -53,18 +53,14 @@ class ImageCheck:
             self._sizes.add(tuple(image.shape[2:]))
             yield batch
         if len(self._sizes) > 1:
-            sizes, counted = (
-                " and ".join(map(_pixels, group)) for group in (sorted(self._sizes), self._example_sizes())
-            )
+            sizes = " and ".join(map(_pixels, sorted(self._sizes)))
+            counted = _pixels(self._example.tensors()[0].shape[2:])
             _warn(
                 f"calibration images have {sizes} pixels; flops are counted at {counted}, and on images of other sizes "
                 "the budget may be exceeded. Resize them to one size."
             )
         if 0 < self._count < _FEW_IMAGES:
             _warn(f"calibration has {self._count} images only; ranks chosen by so few are uncertain. Give 128 or more.")
-
-    def _example_sizes(self) -> list[tuple[int, ...]]:
-        return [tuple(tensor.shape[2:]) for tensor in self._example.tensors()]
 
     def _warn_unless_normalized(self, batch: Inputs) -> None:
         images = batch.only_tensor
@@ -101,7 +97,7 @@ def _mistake_by_config(images: Tensor, config: Any) -> str:  # noqa: ANN401 - a 
 
 
 def _mistake_by_norm(model: nn.Module, batch: Inputs) -> str:
-    """Return how the inputs of the first batch-norm differ from those it remembers; empty if they do not differ much."""
+    """Return how the inputs of the first batch-norm differ from those that it remembers; empty if not by much."""
     found: list[tuple[str, Tensor, nn.BatchNorm2d]] = []
 
     def note(name: str, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
@@ -132,8 +128,8 @@ def _mistake_by_norm(model: nn.Module, batch: Inputs) -> str:
     if distance < _FURTHEST and 1 / _FURTHEST < ratio < _FURTHEST:
         return ""
     return (
-        f"at {name}, the first batch-norm, channel means are {distance:.3g} standard deviations from those of training, "
-        f"and standard deviations are {ratio:.3g} times those of training; 0 and 1 are expected"
+        f"at {name}, the first batch-norm, channel means are {distance:.3g} standard deviations from those of "
+        f"training, and standard deviations are {ratio:.3g} times those of training; 0 and 1 are expected"
     )
 
 

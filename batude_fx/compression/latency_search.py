@@ -65,6 +65,7 @@ def _with_times(space: SearchSpace, budget: Budget, timer: LayerTimer, *, only_f
     options = timer.with_times(space.options, only_faster=only_faster)
     dense = (*space.limits.dense, timer.dense_nanoseconds)
     limits = CostLimits.of_sites(options.values(), space.limits.budget, dense, space.limits.round_to)
+    limits = replace(limits, notes=space.limits.notes)
     limits.capacity(options.values())  # where flops or parameters are out of reach, no network is timed
     limits = replace(limits, budget=budget)
     try:

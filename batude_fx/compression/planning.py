@@ -86,16 +86,16 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         timer = LayerTimer(model, replaceable, inputs, adds_bias=adds_bias)
     dense = count_costs(model, inputs)
     space_for = partial(
-        make_search_space, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias
-    )
+        make_search_space, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias,
+        notes=dense_notes(sites),
+    )  # fmt: skip
     try:  # a budget out of reach is said before any image is looked at
         space = _find_space(partial(space_for, replaceable), budget, timer, round_to)
     except BudgetError as error:
-        explained = BudgetError(f"{error}{dense_notes(sites)}")
         if timer or layers != "conv":
-            raise explained from None
+            raise
         wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude).replaceable()
-        raise _with_linear_hint(explained, lambda: space_for(wider, int(round_to))) from None
+        raise _with_linear_hint(error, lambda: space_for(wider, int(round_to))) from None
     warn_of_tucker_modules(sites)
 
     measurements = measure(model, list(replaceable.values()), calibration, inputs)

@@ -49,5 +49,5 @@ def test_other_errors_are_not_taken_for_a_single_value() -> None:
             raise ValueError(f"no images of {tuple(x.shape)}")
 
     net = nn.Sequential(nn.BatchNorm2d(3), Refuses()).eval()
-    with pytest.raises(CalibrationError, match="batch-norms measure them: no images of"):
+    with pytest.raises(CalibrationError, match="batch-norms are measured: no images of"):
         renormalize(net, [Inputs((torch.randn(2, 3, 3, 3),))])
