@@ -146,6 +146,7 @@ class Session:
                 "or a new folder."
             )
         if (self.folder / RESULT).is_file():
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)  # the run may have been killed before it did that
             raise TrainingError(f"the run in {self.folder} is finished; see {RESULT} there, or give a new folder.")
         if not (self.folder / CHECKPOINT).is_file():
             return  # it was interrupted before its first checkpoint

@@ -1,6 +1,7 @@
 """A run that was killed, interrupted or failed ends at the same weights as one that was not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,17 @@ def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
     (tmp_path / "run" / "result.json").unlink()
     batude_fx.run(recipe, tmp_path / "run", resume=True)
     assert "has no checkpoint yet, so the run begins anew" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_was_killed_at_its_end_is_tidied_up(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], folder := tmp_path / "run")
+    files = {path.name for path in folder.iterdir()}
+    (folder / "checkpoint.safetensors").write_bytes(b"it is removed last")
+    (folder / ".lock").touch()
+    recipe = batude_fx.Recipe.from_yaml(folder / "recipe.yaml")
+    with pytest.raises(TrainingError, match=r"is finished; see result\.json there"):
+        batude_fx.run(recipe, folder, resume=True)
+    assert {path.name for path in folder.iterdir()} == files
 
 
 @pytest.mark.parametrize("resume", [False, True])
