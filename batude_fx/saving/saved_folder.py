@@ -38,6 +38,7 @@ from batude_fx.support.atomic_files import (
     atomic_files,
     check_writable,
     newest,
+    read_newest,
     visible_entries,
     write_text,
 )
@@ -121,6 +122,8 @@ def _is_config(path: Path) -> bool:
 def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """Load a network that `save` wrote; its outputs are those of the saved network, to the bit.
 
+    Another process or thread may save to the folder meanwhile: what is loaded is one network or the other.
+
     Args:
         folder: The folder.
         model: A fresh dense model of the class that was compressed, for networks that no library can rebuild by name.
@@ -134,7 +137,10 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
 
     Source: timm's model folders, for the layout; the safetensors library.
     """
-    folder = newest(Path(folder))
+    return read_newest(Path(folder), lambda newest_folder: _load(newest_folder, model))
+
+
+def _load(folder: Path, model: nn.Module | None) -> nn.Module:
     config = read_config(folder)
     architecture = config.model_args
     shapes = read_shapes(folder / WEIGHTS)

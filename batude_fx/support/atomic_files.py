@@ -8,10 +8,10 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from typing import TypeVar
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
@@ -20,6 +20,9 @@ _HOST = re.sub(r"\W", "-", platform.node())[:40] or "localhost"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)@(?P<host>[\w-]+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _PENDING = ".pending"
 _LOCK, _OWNER = ".lock", ".lock-owner"
+_IN_USE: set[Path] = set()  # the temporary files of this process; an earlier one may have had the same number
+
+ResultT = TypeVar("ResultT")
 
 
 @contextmanager
@@ -30,8 +33,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     any new file, where safetensors would let only the owner read it.
     """
     _sweep(path)
-    temporary = _temporary(path)
-    try:
+    with _temporary(path) as temporary:
         temporary.touch()
         permissions = temporary.stat().st_mode
         yield temporary
@@ -39,8 +41,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,12 +60,9 @@ def move(source: Path, path: Path) -> None:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Make an empty folder beside a file, on the same disk, so that what is written there can be moved to its place."""
     _sweep(path)
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
+    with _temporary(path) as temporary:
+        temporary.mkdir()
         yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -97,6 +94,36 @@ def newest(folder: Path) -> Path:
     return pending if pending.is_dir() else folder
 
 
+def read_newest(folder: Path, read: Callable[[Path], ResultT]) -> ResultT:
+    """Return what a function reads from the newest complete files of a folder, all of them from the same writing.
+
+    Another process or thread may replace them meanwhile; then they are read again.
+
+    Args:
+        folder: The folder, which `atomic_files` writes to.
+        read: Reads files; its argument is the folder that holds them. Its errors are raised if the files stayed.
+    """
+    while True:
+        before = _version(folder)
+        try:
+            result = read(before[0])
+        except Exception:
+            if _version(folder) == before:
+                raise
+        else:
+            if _version(folder) == before:
+                return result
+
+
+def _version(folder: Path) -> tuple[Path, frozenset[tuple[str, int, int]]]:
+    """Return the folder of the newest files, and for each of them what is another when it is replaced."""
+    place = newest(folder)
+    with suppress(FileNotFoundError):  # where they are moved at this moment
+        files = {entry.name: entry.stat() for entry in visible_entries(place)}
+        return place, frozenset((name, file.st_ino, file.st_mtime_ns) for name, file in files.items())
+    return place, frozenset()
+
+
 def _move_pending(folder: Path, names: Collection[str]) -> None:
     """Bring the files of the subfolder `.pending` to their places; they stay complete there until all have arrived."""
     pending = folder / _PENDING
@@ -114,16 +141,13 @@ def _move_pending(folder: Path, names: Collection[str]) -> None:
 
 def _replace_by_copy(source: Path, path: Path) -> None:
     """Replace a file by another one, which stays where it is."""
-    temporary = _temporary(path)
-    try:
+    with _temporary(path) as temporary:
         try:
             temporary.hardlink_to(source)
         except OSError:  # a file system without hard links
             shutil.copy(source, temporary)
             _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # replacing a file by a link to the same file leaves both
+        temporary.replace(path)  # which leaves both where they are links to the same file
 
 
 def visible_entries(folder: Path) -> list[Path]:
@@ -142,8 +166,10 @@ def check_writable(folder: Path) -> None:
         OSError: When that fails; the disk may be full, or the folder a file.
     """
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    with TemporaryFile(dir=nearest) as file:
-        file.write(b"\0")
+    probe = nearest / "probe"  # only a temporary file of this name is written, which the next process sweeps up
+    _sweep(probe)
+    with _temporary(probe) as temporary:
+        temporary.write_bytes(b"\0")
 
 
 @contextmanager
@@ -169,19 +195,36 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}@{_HOST}.{uuid4().hex[:8]}.tmp")
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a path for a temporary file or folder, and remove what is there when the block ends."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{_HOST}.{uuid4().hex[:8]}.tmp")
+    _IN_USE.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _IN_USE.discard(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sweep(path: Path) -> None:
     """Remove what processes of this machine that no longer run have left of earlier attempts to write a file."""
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and match["name"] == path.name and match["host"] == _HOST and not _is_running(int(match["process"])):
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+        if match and match["name"] == path.name and match["host"] == _HOST and not _is_in_use(entry, match["process"]):
+            _remove(entry)
+
+
+def _is_in_use(temporary: Path, process: str) -> bool:
+    """Return whether a process that runs is writing a temporary file; True where another process has its number."""
+    return temporary in _IN_USE if int(process) == os.getpid() else _is_running(int(process))
 
 
 def _is_running(process: int) -> bool:
