@@ -30,8 +30,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which is renamed to `path` if the block raises no error.
 
     Other processes therefore see the old file or the new one, never a part of it. The file keeps the permissions of
-    any new file, where safetensors would let only the owner read it.
+    any new file, where safetensors would let only the owner read it. Where a killed process has left the newest files
+    of the folder in `.pending`, the file joins them, and moves on with them.
     """
+    path = newest(path.parent) / path.name
     _sweep(path)
     with _temporary(path) as temporary:
         temporary.touch()
@@ -129,11 +131,11 @@ def _move_pending(folder: Path, names: Collection[str]) -> None:
     pending = folder / _PENDING
     if not pending.is_dir():
         return
-    for name in names:
-        if (pending / name).exists():
-            _replace_by_copy(pending / name, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+    new = [entry for entry in visible_entries(pending) if entry.is_file()]
+    for file in new:
+        _replace_by_copy(file, folder / file.name)
+    for name in set(names) - {file.name for file in new}:
+        (folder / name).unlink(missing_ok=True)
     _sync(folder)
     with temporary_folder(pending) as temporary:
         pending.rename(temporary / _PENDING)

@@ -69,6 +69,20 @@ def test_files_that_are_moved_to_their_places_while_they_are_read_are_read_again
     assert read_newest(tmp_path, read) == ("new", "new")
 
 
+def test_what_is_written_after_a_kill_is_not_lost_when_the_files_move_on(tmp_path: Path) -> None:
+    """As by `sweep`, into a folder in which `save` was killed."""
+    _write_pair(tmp_path, "old")
+    with patch("batude_fx.support.atomic_files._move_pending"):
+        _write_pair(tmp_path, "pending")
+    write_text(tmp_path / "a", "later")
+    write_text(tmp_path / "c", "more")
+    assert read_newest(tmp_path, _read_pair) == ("later", "pending")
+    with pytest.raises(ZeroDivisionError), atomic_files(tmp_path, ("a", "b")):
+        raise ZeroDivisionError
+    assert _read_pair(tmp_path) == ("later", "pending")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+
+
 def test_an_error_of_reading_is_raised_where_the_files_stay(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         read_newest(tmp_path, lambda folder: (folder / "missing").read_text())
@@ -78,7 +92,7 @@ def test_files_are_of_one_writing_while_others_write(tmp_path: Path) -> None:
     _write_pair(tmp_path, "0")
 
     def write() -> None:
-        for number in range(60):
+        for number in range(25):
             _write_pair(tmp_path, f"{number}")
 
     with ThreadPoolExecutor(1) as pool:
