@@ -3,7 +3,7 @@
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -20,6 +20,8 @@ exclusive = threading.RLock()
 patches. Threads that only run their models do not need it."""
 if hasattr(os, "register_at_fork"):  # a process that is forked while another thread holds the lock could never get it
     os.register_at_fork(after_in_child=exclusive._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001
+
+_states_to_restore: dict[torch.Generator, tuple[Tensor, int]] = {}  # with the number of blocks that share each
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def private_copy(model: ModelT) -> Iterator[ModelT]:
     """
     copied = _copy_to_run(model)
     devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices):
+    with random_states_kept(devices):
         yield copied
 
 
@@ -61,6 +63,31 @@ def _copy_to_run(model: ModelT) -> ModelT:
     copied = deep_copy(model, {id(parameter): _with_shared_values(parameter) for parameter in model.parameters()})
     copied.eval()
     return copied
+
+
+@contextmanager
+def random_states_kept(devices: Iterable[int]) -> Iterator[None]:
+    """Restore torch's random generators, that of the CPU and those of some CUDA devices, when a block ends.
+
+    Where blocks of several threads overlap, they share the state from before the first one, which the last one
+    restores: each on its own would save what another one has drawn, and bring it back later. The lock is held for a
+    moment, so that no state is saved that a holder of the lock will undo.
+    """
+    generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
+    with exclusive:
+        for generator in generators:
+            state, users = _states_to_restore.get(generator, (generator.get_state(), 0))
+            _states_to_restore[generator] = state, users + 1
+    try:
+        yield
+    finally:
+        with exclusive:
+            for generator in generators:
+                state, users = _states_to_restore.pop(generator)
+                if users > 1:
+                    _states_to_restore[generator] = state, users - 1
+                else:
+                    generator.set_state(state)
 
 
 def deep_copy(model: ModelT, memo: dict[int, Any]) -> ModelT:

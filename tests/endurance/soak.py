@@ -266,6 +266,10 @@ def _same_weights(network: nn.Module, other: nn.Module) -> bool:
     return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+def _state(model: nn.Module) -> list[object]:
+    return fingerprint(model)[:-1]  # the last are the random generators, which `process_state` has
+
+
 def process_state() -> dict[str, object]:
     """Return what calls might leave changed in the whole process, by name."""
     generator: Any = np.random.get_state()  # noqa: NPY002 - the global one is what is looked at
@@ -311,7 +315,7 @@ def main(seconds: float) -> int:
         known = [Known.of(name, model, root) for name, model in shared_networks().items()]
         batude_fx.save(known[0].small["weights"], root / "latest")
         shared = [model for item in known for model in (item.model, *item.small.values())]
-        models_before, state_before = [fingerprint(model) for model in shared], process_state()
+        models_before, state_before = [_state(model) for model in shared], process_state()
         end = time.monotonic() + seconds
         workers = [Worker(index, known, root / f"{index}", end) for index in range(THREADS)]
         for worker in workers:
@@ -326,9 +330,7 @@ def main(seconds: float) -> int:
         state = process_state()
         changed = [name for name, value in state_before.items() if state[name] != value]
         changed += [
-            type(model).__name__
-            for model, before in zip(shared, models_before, strict=True)
-            if fingerprint(model) != before
+            type(model).__name__ for model, before in zip(shared, models_before, strict=True) if _state(model) != before
         ]
         return _print([worker.counts for worker in workers], changed, hanging, seconds)
 

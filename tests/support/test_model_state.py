@@ -145,3 +145,34 @@ def test_a_process_that_is_forked_meanwhile_can_take_the_lock() -> None:
     done.set()
     thread.join()
     assert status == 0
+
+
+def test_random_states_are_restored_where_copies_of_two_threads_overlap() -> None:
+    before = torch.get_rng_state()
+    first, second = private_copy(nn.ReLU()), private_copy(nn.ReLU())
+    first.__enter__()
+    torch.rand(1)
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch.rand(1)
+    second.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_random_state_is_kept_that_another_thread_is_about_to_undo() -> None:
+    """As while that thread builds a network, whose initial weights are drawn."""
+    before, drawn, kept = torch.get_rng_state(), threading.Event(), threading.Event()
+
+    def build() -> None:
+        with exclusive, torch.random.fork_rng(devices=()):
+            torch.rand(1)
+            drawn.set()
+            kept.wait(0.2)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    drawn.wait()
+    with private_copy(nn.ReLU()):
+        kept.set()
+        thread.join()
+    assert torch.equal(torch.get_rng_state(), before)
