@@ -20,6 +20,7 @@ from batude_fx.errors import CalibrationError, first_line
 from batude_fx.graph.surgery import copy_model
 from batude_fx.support.hooks import observe_calls
 from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import random_states_kept
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -64,7 +65,7 @@ def renormalize(model: ModelT, batches: Sequence[Inputs]) -> ModelT:
         cast("Tensor", norm.running_mean).copy_(mean)
         cast("Tensor", norm.running_var).copy_(variance)
 
-    with torch.random.fork_rng(devices=()), observe_calls(norms, before=measure):
+    with random_states_kept(devices=()), observe_calls(norms, before=measure):
         for batch in batches:
             try:
                 batch.copies().run(adapted)

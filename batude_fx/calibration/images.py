@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batude_fx.errors import CalibrationError
 from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import random_states_kept
 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 BATCH = 8  # images per batch; the backward passes keep the activations of one batch
@@ -54,7 +55,7 @@ def first_image_size(images: Images) -> tuple[tuple[int, ...] | None, Images]:
     """
     if isinstance(images, Tensor) or not isinstance(images, Iterable):
         return _image_size(images), images
-    with torch.random.fork_rng(devices=()):
+    with random_states_kept(devices=()):
         iterator = iter(images)
         drawn = list(islice(iterator, 1))
     first: object = drawn[0] if drawn else None

@@ -7,6 +7,7 @@ Source: torch.onnx (the exporter based on torch.export); OpenVINO's `convert_mod
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,8 @@ from batude_fx.support.progress import track
 
 TOLERANCE = 1e-4  # largest difference of outputs that is allowed without int8, relative to the largest output
 _BATCH_SIZES = (1, 3)  # batch sizes that the file is checked with
-_MULTIPLES = (1, 32)  # of height and width, where these may change: some networks halve them five times
+_LEAST_SIDE = 33  # of images of any size: most networks end with a map of one position below that, a special case
+_MOST_HALVINGS = 32  # height and width may have to be multiples of this: some networks halve them five times
 _REQUIRED_PACKAGES = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
     ".xml": ("onnx", "onnxscript", "onnxruntime", "openvino"),
@@ -66,8 +68,8 @@ def export(
             its first axis is the batch, which may have any size in the file.
         int8: Unlabelled images, normalized as for evaluation. Weights and activations become integers of 8 bits; the
             ranges of the activations are measured on these images. For ONNX only.
-        dynamic_size: Let height and width of the images have any size in the file, or any multiple of 32 where the
-            network needs that.
+        dynamic_size: Let height and width of the images have any size above 32 pixels in the file; or any multiple of
+            32, 16 or less where the network needs that, of the largest that divides those of the example.
 
     Returns:
         How the outputs of the file compare with those of the network: with int8 on the given images, else on noise.
@@ -228,7 +230,12 @@ class _Request:
         if self._batch_tensor is None:
             return None
         dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-        if self.multiple is not None:
+        if self.multiple == 1:
+            sides = zip(("height", "width"), self._batch_tensor.shape[2:], strict=True)
+            dims |= {
+                axis: torch.export.Dim(name, min=min(_LEAST_SIDE, side)) for axis, (name, side) in enumerate(sides, 2)
+            }
+        elif self.multiple is not None:
             dims |= {2: self.multiple * torch.export.Dim("height"), 3: self.multiple * torch.export.Dim("width")}
         return dict.fromkeys(self.inputs.kwargs, dims) if self.inputs.kwargs else (dims,)
 
@@ -270,17 +277,21 @@ def _write(
     write = _WRITERS[path.suffix]
     if not dynamic_size:
         return request, write(network, request, path, images)
-    reason = ""
-    for multiple in _MULTIPLES:
+    reasons = []
+    common = math.gcd(*cast("Tensor", request.inputs.image).shape[2:], _MOST_HALVINGS)
+    for multiple in dict.fromkeys((1, common)):
         wider = _Request(request.inputs, multiple)
         try:
+            *_, larger = wider.examples()
+            with torch.no_grad():
+                larger.run(network)
             return wider, write(network, wider, path, images)
         except Exception as error:  # noqa: BLE001 - torch.export raises many kinds
-            reason = first_line(error)
+            reasons.append(first_line(error))
     size = " x ".join(map(str, cast("Tensor", request.inputs.image).shape[2:]))
     raise ExportError(
-        f"{type(network).__name__} cannot be written for images of any size: {reason}. Leave out dynamic_size; then "
-        f"the file takes images of {size} pixels."
+        f"{type(network).__name__} cannot be written for images of any size: {reasons[0]}. Leave out dynamic_size; "
+        f"then the file takes images of {size} pixels."
     )
 
 

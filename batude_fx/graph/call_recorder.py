@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from math import inf
 from typing import Any, cast
 
@@ -240,6 +241,7 @@ def record_calls(model: nn.Module, entries: list[LayerEntry], inputs: Inputs) ->
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in inputs.tensors())
         raise DiscoveryError(
             f"{type(model).__name__} does not run on the example input of shape {shapes}: "
-            f"{type(error).__name__}: {first_line(error)}. Pass example_inputs= with what its forward takes."
+            f"{type(error).__name__}: {first_line(error)}. Pass example_inputs= with what its forward takes: "
+            f"{', '.join(signature(model.forward).parameters)}."
         ) from error
     return recorder

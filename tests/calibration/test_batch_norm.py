@@ -1,8 +1,12 @@
 """A copy whose batch-norms are measured on images has standard channels."""
 
+import copy
+
 import pytest
+import timm
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from batude_fx import CalibrationError
@@ -36,6 +40,35 @@ def test_batch_norms_shared_by_processes_measure_like_others() -> None:
     assert type(adapted) is nn.SyncBatchNorm
     assert torch.equal(adapted.running_mean, expected.running_mean)
     assert torch.equal(adapted.running_var, expected.running_var)
+
+
+def test_the_class_of_a_batch_norm_does_not_matter() -> None:
+    """timm's batch-norms have an activation, which those that processes share have too."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_efficientnet", num_classes=5).eval()
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.3)
+            norm.running_var.uniform_(0.5, 2)
+    shared = convert_sync_batchnorm(copy.deepcopy(net)).eval()  # type: ignore[no-untyped-call]
+    batches = [Inputs((torch.randn(8, 3, 32, 32),)) for _ in range(2)]
+    expected, found = renormalize(net, batches), renormalize(shared, batches)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value)
+    assert [type(module) for module in found.modules()] == [type(module) for module in shared.modules()]
+
+
+def test_the_moments_are_those_of_training() -> None:
+    net, batches = small_net(), [torch.randn(8, 3, 7, 7) * 3 + 1 for _ in range(3)]
+    found = renormalize(net, [Inputs((batch,)) for batch in batches])
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # torch's cumulative average
+    for batch in batches:
+        net.train()(batch)
+    for name in ("1.running_mean", "1.running_var"):
+        torch.testing.assert_close(found.state_dict()[name], net.state_dict()[name])
 
 
 def test_a_single_value_per_channel_leaves_the_model_as_it_is() -> None:

@@ -1,6 +1,7 @@
 """The statistics of calibration against plain formulas, on networks small enough to keep all activations."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,6 +206,61 @@ class _Checkpointed(nn.Module):
 
         y = middle(x) if self.use_reentrant is None else checkpoint(middle, x, use_reentrant=self.use_reentrant)
         return y.square().mean((2, 3))
+
+
+class _Remembers(nn.Module):
+    """Mixes what it computed for the images before into what it computes now."""
+
+    before: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.register_buffer("before", torch.zeros(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        self.before.mul_(0.9).add_(y.mean((0, 2, 3)).view(6, 1, 1), alpha=0.1)
+        return self.b((y + self.before).relu()).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_what_a_model_remembers_of_one_batch_does_not_disturb_the_next() -> None:
+    model = _Remembers()
+    sites = [site_of(name, model.get_submodule(name)) for name in ("a", "b")]
+    batches = [Inputs((torch.randn(4, 3, 7, 7),)) for _ in range(3)]
+    found = statistics(model, sites, batches)
+    assert set(found) == {"a", "b"}
+    assert not model.before.any()
+    copy.deepcopy(model)
+
+
+class _SharedHead(nn.Module):
+    """Calls one layer on maps of two sizes inside a segment that the backward pass computes again, and once without."""
+
+    def __init__(self, *, again: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.again = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        with torch.no_grad():
+            self.head(y + 1)
+
+        def segment(y: Tensor) -> Tensor:
+            small = nn.functional.avg_pool2d(y, 4)
+            return self.head(y).mean((2, 3)) + self.head(small).mean((2, 3))  # type: ignore[no-any-return]
+
+        return checkpoint(segment, y, use_reentrant=True) if self.again else segment(y)
+
+
+def test_a_shared_layer_is_measured_alike_in_a_segment_that_is_computed_again() -> None:
+    plain, again = _SharedHead(again=False), _SharedHead(again=True)
+    site = replace(site_of("head", plain.head), calls=3)
+    batches = [Inputs((torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)),)) for seed in (1, 2)]
+    expected, found = (statistics(net, [site], batches, draws=2)["head"] for net in (plain, again))
+    for part in ("covariance", "sensitivity"):
+        torch.testing.assert_close(getattr(found.out, part), getattr(expected.out, part))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

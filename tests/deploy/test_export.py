@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import onnxruntime
 import openvino
 import pytest
@@ -71,8 +73,6 @@ def test_the_batch_axis_has_a_name(tmp_path: Path) -> None:
 
 
 def test_no_batch_norm_is_left(small: nn.Module, tmp_path: Path) -> None:
-    import onnx
-
     batude_fx.export(small, tmp_path / "a.onnx")
     graph = onnx.load(tmp_path / "a.onnx").graph
     kinds = {node.op_type for node in graph.node}
@@ -81,8 +81,6 @@ def test_no_batch_norm_is_left(small: nn.Module, tmp_path: Path) -> None:
 
 
 def test_the_memory_format_leaves_no_trace_in_the_file(small: nn.Module, tmp_path: Path) -> None:
-    import onnx
-
     last, image = copy.deepcopy(small).to(memory_format=torch.channels_last), torch.zeros(2, 3, 160, 160)
     kinds = []
     for index, (network, x) in enumerate([(small, image), (last, image.to(memory_format=torch.channels_last))]):
@@ -103,6 +101,100 @@ def test_int8_is_small_and_close(small: nn.Module, tmp_path: Path) -> None:
     assert comparison.images == 16
     assert comparison.relative_error == pytest.approx((gap**2).sum() / (ours**2).sum(), rel=1e-3)
     assert comparison.agreement == (ours.argmax(1) == theirs.argmax(1)).mean()
+
+
+def _quantized_weights(path: Path) -> list[np.ndarray]:
+    """Return the integers of all weights in a file: inputs of DequantizeLinear with several dimensions."""
+    graph = onnx.load(path).graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    names = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
+    return [
+        stored[name] for name in names if name in stored and stored[name].dtype == np.int8 and stored[name].ndim > 1
+    ]
+
+
+def _sums_of_pairs_fit_sixteen_bits(weights: np.ndarray) -> bool:
+    """Return whether `vpmaddubsw` can add the products of any two weights and activations of 8 bits, cutting nothing.
+
+    On processors without VNNI, onnxruntime multiplies pairs of weights of one output, in an order of its own.
+    """
+    rows = weights.reshape(len(weights), -1).astype(np.int64)
+    largest = np.sort(np.abs(rows), axis=1)[:, -2:].sum(1)
+    return bool((255 * largest <= 2**15 - 1).all())
+
+
+def test_int8_weights_are_small_enough_for_every_processor(small: nn.Module, tmp_path: Path) -> None:
+    batude_fx.export(small, tmp_path / "int8.onnx", int8=torch.randn(8, 3, 160, 160))
+    weights = _quantized_weights(tmp_path / "int8.onnx")
+    assert len(weights) > 10
+    assert all(map(_sums_of_pairs_fit_sixteen_bits, weights))
+    assert max(np.abs(array).max() for array in weights) == 64
+    assert not _sums_of_pairs_fit_sixteen_bits(np.full((1, 2), 127, np.int8))  # eight bits would not be
+
+
+def test_the_size_of_images_may_be_free(tmp_path: Path) -> None:
+    network = batude_fx.compress(timm.create_model("resnet18", num_classes=5).eval(), 0.6, calibration=None)
+    batude_fx.export(network, tmp_path / "any.onnx", dynamic_size=True)
+    session = onnxruntime.InferenceSession(tmp_path / "any.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    for height, width in ((64, 64), (97, 131)):
+        images = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            expected = network(images).numpy()
+        np.testing.assert_allclose(_onnx(tmp_path / "any.onnx", images.numpy()), expected, rtol=1e-4, atol=1e-4)
+
+
+class _Halves(nn.Module):
+    """Adds a map to its half, doubled again: sides must be even."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv(x)
+        half = nn.functional.max_pool2d(y, 2)
+        return y + nn.functional.interpolate(half, scale_factor=2)
+
+
+def test_sizes_may_have_to_be_multiples(tmp_path: Path) -> None:
+    network = _Halves().eval()
+    batude_fx.export(network, tmp_path / "a.onnx", example_inputs=torch.zeros(1, 3, 64, 64), dynamic_size=True)
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        expected = network(images).numpy()
+    np.testing.assert_allclose(_onnx(tmp_path / "a.onnx", images.numpy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_one_size_is_refused_with_its_size(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    with pytest.raises(
+        ExportError, match=r"for images of any size: .*Leave out dynamic_size; .* images of 8 x 8 pixels"
+    ):
+        batude_fx.export(network, tmp_path / "a.onnx", example_inputs=torch.zeros(1, 3, 8, 8), dynamic_size=True)
+
+
+class _ByName(nn.Module):
+    """Takes its image by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.last = nn.Conv2d(16, 16, 3)
+
+    def forward(self, *, image: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.conv(image).relu()).mean((2, 3))
+        return y
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "a.xml", "a.pt2", "int8.onnx"])
+def test_an_image_may_be_given_by_name(name: str, tmp_path: Path) -> None:
+    example, images = {"image": torch.zeros(1, 3, 16, 16)}, torch.randn(16, 3, 16, 16)
+    small = batude_fx.compress(_ByName(), 0.7, example_inputs=example, calibration=images)
+    comparison = batude_fx.export(
+        small, tmp_path / name, example_inputs=example, int8=images if name == "int8.onnx" else None
+    )
+    assert comparison.relative_error < (0.05 if name == "int8.onnx" else 1e-8)
 
 
 class _Several(nn.Module):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -23,6 +23,28 @@ from tests.toy_networks import NETS_WITH_SITES, NetWithSites, conv, site
 def test_networks_have_the_sites_they_expect(network: type[NetWithSites], training: bool) -> None:
     model = network().train(training)
     assert discover(model, model.inputs) == network.sites
+
+
+class _Cached(nn.Module):
+    """Keeps a tensor with its class, which outlives every copy."""
+
+    cache: ClassVar[dict[str, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if "position" not in self.cache:
+            self.cache["position"] = torch.ones_like(y)
+        return y + self.cache["position"]
+
+
+def test_no_proxy_of_the_tracer_stays_in_a_cache_of_the_class() -> None:
+    discover(_Cached(), NetWithSites.inputs)
+    assert type(_Cached.cache["position"]) is Tensor
+    _Cached()(*NetWithSites.inputs)
 
 
 def test_linear_layers_are_listed_on_request() -> None:

@@ -122,7 +122,7 @@ def test_random_numbers_are_drawn_from_where_they_were() -> None:
 def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(part: object) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     vars(model)["part"] = part
-    with pytest.raises(BatudeError, match=r"cannot be copied: .*drop handles to files, locks"), private_copy(model):
+    with pytest.raises(BatudeError, match=r"cannot be copied: .*Drop handles to files, locks"), private_copy(model):
         pass
 
 
