@@ -173,6 +173,12 @@ class Record(_Frozen):
     versions: dict[str, str]
 
     @model_validator(mode="after")
+    def _check_seconds(self) -> Self:
+        if (self.dense_seconds is None) != (self.seconds is None):
+            raise ValueError("dense_seconds and seconds are given together, or not at all")
+        return self
+
+    @model_validator(mode="after")
     def _check_names(self) -> Self:
         names = {site.name for site in self.sites}
         if len(names) < len(self.sites):

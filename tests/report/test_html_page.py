@@ -1,5 +1,6 @@
 """The page of a report: it says what the plan says, needs nothing from elsewhere, and names files that are broken."""
 
+import json
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,14 @@ def test_saving_another_network_removes_the_old_report(
 def test_broken_files_are_named(folder: Path, name: str, content: str, message: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(SavedModelError, match=message):
+        html_page.write_pages(folder)
+
+
+def test_one_of_two_times_is_refused(plan: batude_fx.Plan, folder: Path) -> None:
+    """The page shows both, and their ratio."""
+    times = plan.record().model_dump() | {"seconds": 0.5}
+    (folder / "report.json").write_text(json.dumps(times))
+    with pytest.raises(SavedModelError, match=r"is broken: dense_seconds and seconds are given together"):
         html_page.write_pages(folder)
 
 
