@@ -9,19 +9,33 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from batude_fx.errors import TrainingError, last_line
+from batude_fx.report.record import RankPair, RoundRecord, Share
 from batude_fx.support.atomic_files import atomic_file
 from batude_fx.support.validation import first_mistake
 
 Phase = Literal["pretrain", "one_shot", "finalize"]
+ORIGINAL = "original.safetensors"
+"""Name of the file with the weights that one-shot training starts from."""
+Kept = TypedDict(
+    "Kept", {"original.safetensors": str, "original_accuracy": Share, "ranks": dict[str, RankPair | None]}, total=False
+)
+Kept.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+
+
+def _check_round(entry: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a round that the report of the finished run could not show."""
+    RoundRecord.model_validate(entry)
+    return entry
 
 
 class Checkpoint(BaseModel):
@@ -31,7 +45,8 @@ class Checkpoint(BaseModel):
         phase: The phase of training that it was written in.
         step: Number of steps of this phase that are done.
         parts: States of the network, the optimizer and others, as their `state_dict` returns them.
-        kept: Results that are not computed again, by name.
+        kept: Results that are not computed again, by name: the checksum of the file with the original's weights, its
+            accuracy, and the ranks that one-shot training has found.
         rounds: One record per round of BC-ADL.
         log: All records: evaluations and rounds.
     """
@@ -41,9 +56,15 @@ class Checkpoint(BaseModel):
     phase: Phase
     step: Annotated[int, Field(ge=0)]
     parts: dict[str, Any]
-    kept: dict[str, Any]
-    rounds: list[dict[str, Any]]
-    log: list[dict[str, Any]]
+    kept: Kept
+    rounds: list[Annotated[dict[str, Any], AfterValidator(_check_round)]]
+    log: list[dict[str, str | int | float | None]]
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        if self.phase == "finalize" and "ranks" not in self.kept:
+            raise ValueError("it lacks the ranks that are finalized")
+        return self
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:

@@ -83,6 +83,7 @@ def _train(session: Session, data: Data | None) -> Result:
     with session.accelerator.main_process_first():
         data = data or image_data(recipe, model, size, problem.classes, session.accelerator)
     check_first(data, size, problem.classes, recipe.data.accumulate)
+    session.check_sites(problem.sites.keys())
     session.start(data)
 
     if recipe.pretrain and session.is_pending("pretrain"):

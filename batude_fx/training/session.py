@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,14 +26,14 @@ from batude_fx.support.atomic_files import atomic_file, check_writable, lock_fol
 from batude_fx.support.progress import print_line
 from batude_fx.support.versions import library_versions
 from batude_fx.training import checkpoint_file
-from batude_fx.training.checkpoint_file import Checkpoint, Phase
+from batude_fx.training.checkpoint_file import ORIGINAL, Checkpoint, Kept, Phase
 from batude_fx.training.data import Data
 from batude_fx.training.duration import Duration
 from batude_fx.training.interruption import Interruption
 from batude_fx.training.recipe import Recipe
 
-CHECKPOINT, ORIGINAL, RECIPE, LOG, RESULT, PICTURE = (
-    "checkpoint.safetensors", "original.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png",
+CHECKPOINT, RECIPE, LOG, RESULT, PICTURE = (
+    "checkpoint.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png",
 )  # fmt: skip
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")  # whose versions result.json names
@@ -140,7 +140,7 @@ class Session:
             self._lock()
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
-        if path.read_text(encoding="utf-8") != self.recipe.to_yaml():
+        if path.read_bytes() != self.recipe.to_yaml().encode():
             raise TrainingError(
                 f"{path} differs from the recipe of this run: {self._first_difference(path)}. Give the same settings, "
                 "or a new folder."
@@ -151,10 +151,11 @@ class Session:
         if not (self.folder / CHECKPOINT).is_file():
             return  # it was interrupted before its first checkpoint
         self.resumed = checkpoint_file.read(self.folder / CHECKPOINT)
-        self.results, self.rounds, self.log = self.resumed.kept, self.resumed.rounds, self.resumed.log
+        self.results, self.rounds, self.log = dict(self.resumed.kept), self.resumed.rounds, self.resumed.log
 
     def _first_difference(self, path: Path) -> str:
-        lines = zip(path.read_text(encoding="utf-8").splitlines(), self.recipe.to_yaml().splitlines(), strict=False)
+        written = path.read_text(encoding="utf-8", errors="backslashreplace")
+        lines = zip(written.splitlines(), self.recipe.to_yaml().splitlines(), strict=False)
         there, here = next((pair for pair in lines if pair[0] != pair[1]), ("more lines", "fewer"))
         return f"there {there.strip()!r}, here {here.strip()!r}"
 
@@ -253,8 +254,9 @@ class Session:
         """
         if self._writes:
             states = {name: part.state_dict() for name, part in parts.items()}
+            kept = cast("Kept", self.results)
             checkpoint = Checkpoint(
-                phase=phase, step=step_count, parts=states, kept=self.results, rounds=self.rounds, log=self.log
+                phase=phase, step=step_count, parts=states, kept=kept, rounds=self.rounds, log=self.log
             )
             checkpoint_file.write(cast("Path", self.folder) / CHECKPOINT, checkpoint)
         self.accelerator.wait_for_everyone()
@@ -279,11 +281,24 @@ class Session:
             for name, part in parts.items():
                 part.load_state_dict(checkpoint.parts[name])
         except Exception as error:  # whatever torch's and timm's classes raise
-            raise TrainingError(
-                f"{cast('Path', self.folder) / CHECKPOINT} is no checkpoint of this run: {last_line(error)}. Start "
-                "again in a new folder, without --resume."
-            ) from error
+            raise self._foreign_checkpoint(last_line(error)) from error
         return checkpoint.step
+
+    def check_sites(self, names: Collection[str]) -> None:
+        """Refuse a checkpoint whose rounds have ranks of other sites than the network, before anything is trained.
+
+        Raises:
+            TrainingError: When it has.
+        """
+        for entry in self.rounds:
+            if unknown := entry["ranks"].keys() ^ set(names):
+                raise self._foreign_checkpoint(f"{min(unknown)!r} is a site of the network or of a round only")
+
+    def _foreign_checkpoint(self, reason: str) -> TrainingError:
+        return TrainingError(
+            f"{cast('Path', self.folder) / CHECKPOINT} is no checkpoint of this run: {reason}. Start again in a new "
+            "folder, without --resume."
+        )
 
     def finish(self, model: nn.Module, facts: dict[str, Any]) -> None:
         """Save the network, its report, a picture of the ranks and the result, and delete the checkpoint.

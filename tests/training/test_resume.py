@@ -214,3 +214,21 @@ def test_a_wrong_bit_in_the_original_is_noticed(photos: Path, tmp_path: Path) ->
     (folder / "result.json").unlink()
     with pytest.raises(TrainingError, match=r"original\.safetensors is broken: its checksum is wrong"):
         batude_fx.run(recipe, folder, resume=True)
+
+
+def test_a_recipe_that_is_no_text_is_another_recipe(photos: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(photos)
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff" + recipe.to_yaml().encode())
+    with pytest.raises(TrainingError, match=r"differs from the recipe of this run: there '.*xffmodel:', here 'model:'"):
+        batude_fx.run(recipe, tmp_path, resume=True)
+
+
+def test_rounds_of_other_sites_are_refused_before_anything_is_trained(photos: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(photos, pretrain=None, one_shot__epochs=0, finalize__epochs=0)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    numbers = dict.fromkeys(("step", "round", "primal", "dual", "rho", "flops", "keep"), 1)
+    entry: dict[str, Any] = {**numbers, "phase": "one_shot", "ranks": {"conv9": [8, 8]}}
+    checkpoint = checkpoint_file.Checkpoint(phase="one_shot", step=0, parts={}, kept={}, rounds=[entry], log=[])
+    checkpoint_file.write(tmp_path / "checkpoint.safetensors", checkpoint)
+    with pytest.raises(TrainingError, match=r"is no checkpoint of this run: '.*' is a site of the network or"):
+        batude_fx.run(recipe, tmp_path, resume=True)
