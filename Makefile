@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 OTHERS := .venv-others
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo lint test test-oldest test-slow test-real test-others kills soak zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
+.PHONY: help demo lint test test-oldest test-slow test-real test-others fuzz kills soak zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-latency bench-peers bench-resnet50 docs test-docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-others  networks of six other packages, in an environment of their own"
 	@echo "make kills        kill save, export, sweep and train 100 times and more: is anything lost?"
 	@echo "make soak         8 threads on the same networks for 3 minutes: is anything wrong?"
+	@echo "make fuzz         thousands of damaged and hostile files: read, or refused in one line"
 	@echo "make zoo          sweep every model of timm and torchvision: under three hours, goes on where it was killed"
 	@echo "make zoo-quick    sweep the smallest model of each family"
 	@echo "make bench        wall time and memory of compress, and what a step of training costs"
@@ -63,6 +64,10 @@ test-others: $(OTHERS)/installed
 # One thread of torch: a fork has no others, and eight threads of Python fill the cores.
 kills soak: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.endurance.$@
+
+# Options such as a seed or a smaller number of cases: make fuzz FUZZ='--seed 5 --count 0.1'.
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -W ignore -m tests.fuzz $(FUZZ)
 
 # -W reaches the worker processes too.
 zoo: $(VENV)/installed-dev

@@ -1,0 +1,136 @@
+"""Read thousands of damaged and hostile files: `make fuzz`, or `python -m tests.fuzz`.
+
+None of them may end in anything but success or `BatudeError`, take over 5 s or 2 GiB, kill the process, or make it open
+other files, start programs, use the network or execute what the file holds. The files of cases that do are kept in
+`build/fuzz/failures`. A case is determined by the seed, its kind and its number: `--seed 5 --kind recipes --case 17`
+runs one alone.
+"""
+
+import argparse
+import os
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from pebble import ProcessPool
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tests.fuzz import bases, worker
+from tests.fuzz.cases import BASES, KINDS
+from tests.fuzz.worker import FOREIGN, REFUSED, SUCCESS, Case, Outcome
+
+WORKERS = 2
+CASES_PER_WORKER = 2000  # then the process is replaced, since networks leave caches behind
+HANGING = 60  # seconds after which a worker is ended
+ROOT = Path(__file__).parents[2]
+FAILURES, VALID = ROOT / "build" / "fuzz" / "failures", ROOT / "build" / "fuzz" / "valid"
+_SHOWN = 12  # failures that are printed in full
+
+
+def main(seed: int, count: float, kinds: list[str], case: int | None) -> int:
+    """Run the cases, print the table, and return the exit code."""
+    console = Console(width=120, soft_wrap=True)
+    console.print(f"seed {seed}; the same cases again: python -m tests.fuzz --seed {seed} --count {count:g}")
+    start = time.monotonic()
+    os.environ[BASES] = str(VALID)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with console.status("writing the valid files that are damaged"):
+        bases.write_all(worker.clean(VALID))
+    cases = [
+        Case(kind, seed, index)
+        for kind in kinds
+        for index in ([case] if case is not None else range(max(1, round(count * KINDS[kind].count))))
+    ]
+    outcomes = {}
+    with _progress() as progress:
+        bar = progress.add_task("", total=len(cases))
+        for done, outcome in _outcomes(cases):
+            outcomes[done] = outcome
+            progress.update(bar, advance=1, description=done.kind)
+    console.print(table(outcomes, f"seed {seed}, {time.monotonic() - start:.0f} s"))
+    return report_failures(outcomes, console)
+
+
+def _outcomes(cases: Iterable[Case]) -> Iterator[tuple[Case, Outcome]]:
+    """Run cases in workers; those that fell short, once more and alone, as other programs share the machine."""
+    again = []
+    for case, outcome in _asked(cases, WORKERS):
+        if outcome.failures and not os.environ.get("QUICK"):
+            again.append(case)
+        else:
+            yield case, outcome
+    yield from _asked(again, 1)
+
+
+def _asked(cases: Iterable[Case], workers: int) -> Iterator[tuple[Case, Outcome]]:
+    with ProcessPool(workers, CASES_PER_WORKER, worker.prepare, context=get_context("spawn")) as pool:
+        futures: dict[Future[Outcome], Case] = {}
+        for case in cases:
+            futures[pool.schedule(worker.run, (case,), timeout=HANGING)] = case
+        for future in as_completed(futures):
+            error = future.exception()
+            failed = Outcome(failures=[f"the worker died or hung: {type(error).__name__}: {error}"])
+            yield futures[future], future.result() if error is None else failed
+
+
+def table(outcomes: dict[Case, Outcome], title: str) -> Table:
+    """Return a table with a row per kind."""
+    result = Table(title=title)
+    for heading in ("kind", "cases", SUCCESS, REFUSED, FOREIGN, "fell short", "slowest", "by the clock", "most memory"):
+        result.add_column(heading, justify="left" if heading == "kind" else "right")
+    for kind in KINDS:
+        of_kind = [outcome for case, outcome in outcomes.items() if case.kind == kind]
+        if of_kind:
+            ends = Counter(_end(outcome) for outcome in of_kind)
+            slowest = max(outcome.seconds for outcome in of_kind), max(outcome.wall_seconds for outcome in of_kind)
+            mebibytes = max(outcome.bytes for outcome in of_kind) / 2**20
+            numbers = [len(of_kind), *(ends[end] for end in (SUCCESS, REFUSED, FOREIGN, ""))]
+            seconds = [f"{time:.1f} s" for time in slowest]
+            result.add_row(kind, *(f"{number:,}" for number in numbers), *seconds, f"{mebibytes:,.0f} MiB")
+    result.caption = (
+        "A case is a success where every way of reading it is. In the others, timm refused a config.json before it "
+        "asked batude_fx."
+    )
+    return result
+
+
+def _end(outcome: Outcome) -> str:
+    results = set(outcome.results.values())
+    return "" if outcome.failures else next(end for end in (REFUSED, FOREIGN, SUCCESS) if end in results)
+
+
+def report_failures(outcomes: dict[Case, Outcome], console: Console) -> int:
+    """Print what fell short and keep its files; return 1 if anything did."""
+    failed = {case: outcome for case, outcome in outcomes.items() if outcome.failures}
+    for number, (case, outcome) in enumerate(failed.items()):
+        place = worker.clean(FAILURES / f"{case.kind} {case.seed} {case.index}")
+        case.write(place)
+        text = "\n".join(outcome.failures)
+        (place / "FAILURE.txt").write_text(f"{case}\n{text}\n", encoding="utf-8")
+        if number < _SHOWN:
+            console.print(f"\n{case}: {place}\n{text}", markup=False, highlight=False)
+    console.print(f"{len(failed)} of {len(outcomes)} cases fell short", highlight=False)
+    return 1 if failed else 0
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="of all cases; by default drawn")
+    parser.add_argument("--count", type=float, default=1, help="factor of the numbers of cases")
+    parser.add_argument("--kind", dest="kinds", action="append", choices=list(KINDS), help="only this kind")
+    parser.add_argument("--case", type=int, help="only the case of this number")
+    options = parser.parse_args()
+    sys.exit(main(options.seed, options.count, options.kinds or list(KINDS), options.case))
