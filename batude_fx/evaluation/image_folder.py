@@ -113,7 +113,9 @@ def _with_eight_bits(image: Image.Image) -> Image.Image:
     """Return an image of 16-bit grey levels with eight bits; Pillow would cut everything above 255 to white."""
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image, np.int64) // 257).clip(0, 255).astype(np.uint8))
+    values = np.array(image)  # a copy, which is changed in place, as the largest images take half a gigabyte
+    np.floor_divide(values, 257, out=values)
+    return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
 
 
 def _check_aspect(image: Image.Image) -> None:

@@ -1,6 +1,7 @@
 """Image folders: which files are read, in which order and class, and which damage is named."""
 
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_grey_levels_of_sixteen_bits_are_those_of_eight(tmp_path: Path) -> None:
     (batch,) = image_folder.batches(ConstantClassifier(0), [tmp_path / "8.png", tmp_path / "16.png"])
     assert torch.equal(batch[0], batch[1])
     assert batch[0].std() > 0.5
+
+
+def test_grey_levels_of_sixteen_bits_take_little_memory(tmp_path: Path) -> None:
+    """The largest that Pillow reads have 178 million pixels: as integers of 64 bits, 3 GiB."""
+    Image.fromarray(np.full((1000, 1000), 40_000, np.uint16)).save(tmp_path / "16.png")
+    tracemalloc.start()
+    image_folder.read_image(tmp_path / "16.png")
+    bytes_per_pixel = tracemalloc.get_traced_memory()[1] / 1000**2
+    tracemalloc.stop()
+    assert bytes_per_pixel < 8
 
 
 def test_the_content_of_a_file_chooses_no_other_reader(tmp_path: Path) -> None:
