@@ -14,8 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, as_completed
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 
 from pebble import ProcessPool
 from rich.console import Console
@@ -31,7 +33,6 @@ CASES_PER_WORKER = 2000  # then the process is replaced, since networks leave ca
 HANGING = 60  # seconds after which a worker is ended
 ROOT = Path(__file__).parents[2]
 FAILURES, VALID = ROOT / "build" / "fuzz" / "failures", ROOT / "build" / "fuzz" / "valid"
-_SHOWN = 12  # failures that are printed in full
 
 
 def main(seed: int, count: float, kinds: list[str], case: int | None) -> int:
@@ -43,34 +44,42 @@ def main(seed: int, count: float, kinds: list[str], case: int | None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     with console.status("writing the valid files that are damaged"):
         bases.write_all(worker.clean(VALID))
+        worker.clean(VALID.parent / "cases")  # a worker that is killed leaves its files there
     cases = [
         Case(kind, seed, index)
         for kind in kinds
         for index in ([case] if case is not None else range(max(1, round(count * KINDS[kind].count))))
     ]
-    outcomes = {}
-    with _progress() as progress:
+    Random(seed).shuffle(cases)  # so that a run that is interrupted has tried some of each kind
+    outcomes: dict[Case, Outcome] = {}
+    with suppress(KeyboardInterrupt), _progress() as progress:
         bar = progress.add_task("", total=len(cases))
         for done, outcome in _outcomes(cases):
             outcomes[done] = outcome
             progress.update(bar, advance=1, description=done.kind)
+            if outcome.failures:
+                keep(done, outcome)
+                progress.console.print(f"{done}\n" + "\n".join(outcome.failures), markup=False, highlight=False)
     console.print(table(outcomes, f"seed {seed}, {time.monotonic() - start:.0f} s"))
-    return report_failures(outcomes, console)
+    failed = sum(bool(outcome.failures) for outcome in outcomes.values())
+    console.print(f"{failed} of {len(outcomes)} cases fell short, {len(cases)} were asked for", highlight=False)
+    return 1 if failed or len(outcomes) < len(cases) else 0
 
 
 def _outcomes(cases: Iterable[Case]) -> Iterator[tuple[Case, Outcome]]:
     """Run cases in workers; those that fell short, once more and alone, as other programs share the machine."""
     again = []
     for case, outcome in _asked(cases, WORKERS):
-        if outcome.failures and not os.environ.get("QUICK"):
+        if outcome.failures:
             again.append(case)
         else:
             yield case, outcome
-    yield from _asked(again, 1)
+    if again:
+        yield from _asked(again, 1)
 
 
 def _asked(cases: Iterable[Case], workers: int) -> Iterator[tuple[Case, Outcome]]:
-    with ProcessPool(workers, CASES_PER_WORKER, worker.prepare, context=get_context("spawn")) as pool:
+    with ProcessPool(workers, CASES_PER_WORKER, worker.prepare, context=get_context("spawn")) as pool, _stopping(pool):
         futures: dict[Future[Outcome], Case] = {}
         for case in cases:
             futures[pool.schedule(worker.run, (case,), timeout=HANGING)] = case
@@ -78,6 +87,16 @@ def _asked(cases: Iterable[Case], workers: int) -> Iterator[tuple[Case, Outcome]
             error = future.exception()
             failed = Outcome(failures=[f"the worker died or hung: {type(error).__name__}: {error}"])
             yield futures[future], future.result() if error is None else failed
+
+
+@contextmanager
+def _stopping(pool: ProcessPool) -> Iterator[None]:
+    """End the workers at once when the run is interrupted; the pool alone would finish what it was asked for."""
+    try:
+        yield
+    except BaseException:
+        pool.stop()  # type: ignore[no-untyped-call]
+        raise
 
 
 def table(outcomes: dict[Case, Outcome], title: str) -> Table:
@@ -106,18 +125,11 @@ def _end(outcome: Outcome) -> str:
     return "" if outcome.failures else next(end for end in (REFUSED, FOREIGN, SUCCESS) if end in results)
 
 
-def report_failures(outcomes: dict[Case, Outcome], console: Console) -> int:
-    """Print what fell short and keep its files; return 1 if anything did."""
-    failed = {case: outcome for case, outcome in outcomes.items() if outcome.failures}
-    for number, (case, outcome) in enumerate(failed.items()):
-        place = worker.clean(FAILURES / f"{case.kind} {case.seed} {case.index}")
-        case.write(place)
-        text = "\n".join(outcome.failures)
-        (place / "FAILURE.txt").write_text(f"{case}\n{text}\n", encoding="utf-8")
-        if number < _SHOWN:
-            console.print(f"\n{case}: {place}\n{text}", markup=False, highlight=False)
-    console.print(f"{len(failed)} of {len(outcomes)} cases fell short", highlight=False)
-    return 1 if failed else 0
+def keep(case: Case, outcome: Outcome) -> None:
+    """Keep the files of a case that fell short, with what it ended in."""
+    place = worker.clean(FAILURES / f"{case.kind} {case.seed} {case.index}")
+    case.write(place)
+    (place / "FAILURE.txt").write_text("\n".join([str(case), *outcome.failures]), encoding="utf-8")
 
 
 def _progress() -> Progress:

@@ -53,7 +53,7 @@ class Kind:
 
 def _write_saved_folder(random: Random, bases: Path, folder: Path) -> None:
     shutil.copytree(_one_of(bases / "saved", random), folder, dirs_exist_ok=True)
-    names = random.choices(("config.json", "model.safetensors", "report.json", "sweep.json"), (6, 3, 4, 1), k=2)
+    names = random.choices(("config.json", "model.safetensors", "report.json", "sweep.json"), (8, 5, 2, 1), k=2)
     for name in dict.fromkeys(names[: random.choice((1, 1, 1, 2))]):
         if (path := folder / name).is_file():
             _damage(path, mutate_safetensors if name == "model.safetensors" else mutate_json, random)
@@ -253,9 +253,11 @@ def _write_image(random: Random, bases: Path, folder: Path) -> None:
 
 
 def _read_image(folder: Path) -> None:
-    for path in image_paths(folder):
-        assert read_image(path).mode == "RGB"
-        assert read_image(path, "L").mode == "L"
+    assert all(read_image(path).mode == "RGB" for path in image_paths(folder))
+
+
+def _read_grey_image(folder: Path) -> None:
+    assert all(read_image(path, "L").mode == "L" for path in image_paths(folder))
 
 
 def _batches(folder: Path) -> None:
@@ -276,5 +278,5 @@ KINDS = {
     "recipes": Kind(3000, _write_recipe, {"from_yaml and preview": _read_recipe}),
     "reports": Kind(500, _write_report, {"report": _report}),
     "checkpoints": Kind(500, _write_checkpoint, {"resume": _resume}),
-    "images": Kind(200, _write_image, {"read_image": _read_image, "batches": _batches}),
+    "images": Kind(200, _write_image, {"colour": _read_image, "grey": _read_grey_image, "batches": _batches}),
 }

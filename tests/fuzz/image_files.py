@@ -78,11 +78,21 @@ def _claimed_png(random: Random) -> bytes:
     sides = 0, 1, 64, 5000, 9000, 13_000, 20_000, 65_535, 2_000_000, 2**31 - 1, 2**32 - 1
     width, height = random.choice(sides), random.choice(sides)
     depth, colour = random.choice((1, 8, 16)), random.choice((0, 2, 3, 6))
-    rows = zlib.compress(bytes(min(width * max(1, depth // 8) * height, random.choice((0, 10**5, 2 * 10**8)))))
+    row_bytes = 1 + (width * depth * {0: 1, 2: 3, 3: 1, 6: 4}[colour] + 7) // 8
+    rows = zlib.compress(bytes(min(row_bytes * height, random.choice((0, 10**5, 4 * 10**8)))), 1)
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, random.choice((0, 0, 1)))
     text = _chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(random.choice((10, 10**8)))))
     extra = text if random.random() < 0.3 else b""
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + extra + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
+
+
+def _large_png(random: Random) -> bytes:
+    """Return a valid PNG of nearly as many pixels as Pillow reads, whose levels may have 16 bits."""
+    width, height = random.choice(((13_300, 13_300), (30_000, 5900), (9000, 9000)))
+    depth = random.choice((8, 16))
+    rows = zlib.compress(bytes((1 + width * depth // 8) * height), 1)
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
 
 
 def _claimed_bmp(random: Random) -> bytes:
@@ -118,6 +128,6 @@ def _no_image(random: Random) -> bytes:
 
 _WAYS: tuple[Callable[[Random], bytes], ...] = (
     _any_mode, _damaged, _damaged_body, _extreme, _claimed_png, _claimed_bmp, _claimed_jpeg, _animated, _large,
-    _no_image,
+    _large_png, _no_image,
 )  # fmt: skip
-_WEIGHTS = (4, 4, 5, 3, 5, 2, 2, 2, 1, 3)
+_WEIGHTS = (4, 4, 5, 3, 5, 2, 2, 2, 1, 1, 3)

@@ -89,12 +89,14 @@ def prepare() -> None:
     for kind in KINDS:
         for index in range(-3, 0):
             run(Case(kind, 0, index))
+    gc.collect()
+    gc.freeze()  # the libraries stay, and searching them before each case would take most of the time
 
 
 def run(case: Case) -> Outcome:
     """Read the files of a case in every way, those that write into the folder last."""
     outcome = Outcome()
-    with tempfile.TemporaryDirectory(prefix="batude-fuzz-") as place:
+    with tempfile.TemporaryDirectory(dir=Path(os.environ[BASES]).parent / "cases") as place:
         folder = Path(place).resolve()
         case.write(folder)
         os.chdir(folder)
