@@ -9,6 +9,7 @@ runs one alone.
 import argparse
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections import Counter
@@ -55,10 +56,10 @@ def main(seed: int, count: float, kinds: list[str], case: int | None) -> int:
     with suppress(KeyboardInterrupt), _progress() as progress:
         bar = progress.add_task("", total=len(cases))
         for done, outcome in _outcomes(cases):
+            progress.update(bar, advance=done not in outcomes, description=done.kind)
             outcomes[done] = outcome
-            progress.update(bar, advance=1, description=done.kind)
+            keep(done, outcome)
             if outcome.failures:
-                keep(done, outcome)
                 progress.console.print(f"{done}\n" + "\n".join(outcome.failures), markup=False, highlight=False)
     console.print(table(outcomes, f"seed {seed}, {time.monotonic() - start:.0f} s"))
     failed = sum(bool(outcome.failures) for outcome in outcomes.values())
@@ -70,10 +71,9 @@ def _outcomes(cases: Iterable[Case]) -> Iterator[tuple[Case, Outcome]]:
     """Run cases in workers; those that fell short, once more and alone, as other programs share the machine."""
     again = []
     for case, outcome in _asked(cases, WORKERS):
+        yield case, outcome
         if outcome.failures:
             again.append(case)
-        else:
-            yield case, outcome
     if again:
         yield from _asked(again, 1)
 
@@ -126,10 +126,13 @@ def _end(outcome: Outcome) -> str:
 
 
 def keep(case: Case, outcome: Outcome) -> None:
-    """Keep the files of a case that fell short, with what it ended in."""
-    place = worker.clean(FAILURES / f"{case.kind} {case.seed} {case.index}")
-    case.write(place)
-    (place / "FAILURE.txt").write_text("\n".join([str(case), *outcome.failures]), encoding="utf-8")
+    """Keep the files of a case that fell short, with what it ended in; drop them if it did not the second time."""
+    place = FAILURES / f"{case.kind} {case.seed} {case.index}"
+    if outcome.failures:
+        case.write(worker.clean(place))
+        (place / "FAILURE.txt").write_text("\n".join([str(case), *outcome.failures]), encoding="utf-8")
+    elif place.is_dir():
+        shutil.rmtree(place)
 
 
 def _progress() -> Progress:

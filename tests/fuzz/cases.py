@@ -224,7 +224,7 @@ def _change_a_tensor(tensors: dict[str, torch.Tensor], random: Random) -> None:
     old = tensors[name]
     other = random.choice((
         old.flatten()[:-1], old.reshape(-1), old.double(), old.bool(), torch.full_like(old.float(), torch.nan), -old,
-        torch.full_like(old.float(), 3e38), torch.zeros_like(old), old[..., :0], torch.tensor(-(2**63)),
+        torch.full_like(old.float(), 3e38), torch.zeros_like(old), old.reshape(-1)[:0], torch.tensor(-(2**63)),
         torch.stack([old, old]), torch.zeros(3000, 3000),
     ))  # fmt: skip
     if random.random() < 0.1:
