@@ -114,6 +114,8 @@ class ModelSection(_Section):
             most = _LONGEST_SIDE if name == "img_size" else _LARGEST_ARGUMENT
             if isinstance(value, int | float) and abs(value) > most:
                 raise ValueError(f"args give {name} as {value:g}; expected at most {most}")
+            if isinstance(value, int | float) and name in {"in_chans", "img_size"} and value < 1:
+                raise ValueError(f"args give {name} as {value:g}; expected at least 1, as an image holds something")
         return self
 
 

@@ -72,6 +72,8 @@ BROKEN = {
     "a huge image": ("  root: photos", "  root: photos\n  image_size: 99999", 5, "data.image_size", "equal to 4096"),
     "a huge argument": ("resnet10t", "resnet10t\n  args: {num_classes: 999999999}", 1, "model", "num_classes as 1e+09"),
     "a huge grid": ("resnet10t", "resnet10t\n  args: {img_size: 28000}", 1, "model", "img_size as 28000"),
+    "images without channels": ("resnet10t", "resnet10t\n  args: {in_chans: 0}", 1, "model", "in_chans as 0"),
+    "images without pixels": ("resnet10t", "resnet10t\n  args: {img_size: -1}", 1, "model", "img_size as -1"),
     "no classifier": ("resnet10t", "torchvision:raft_small", 2, "model.name", "classifier"),
 }  # fmt: skip
 
