@@ -82,7 +82,7 @@ def _pixels(size: Sequence[int]) -> str:
 def _mistake_by_config(images: Tensor, config: Any) -> str:  # noqa: ANN401 - a mapping of many types
     """Return what is wrong with images (N, C, H, W) that should have been normalized by a config; empty if nothing."""
     channels = images.shape[1]
-    mean, std = (torch.tensor(config.get(key, ())).to(images) for key in ("mean", "std"))  # (C,) each
+    mean, std = (torch.tensor(config.get(key, ()), device="cpu").to(images) for key in ("mean", "std"))  # (C,) each
     if len(mean) != channels or len(std) != channels:
         return ""
     pixels = images * std[:, None, None] + mean[:, None, None]  # from 0, black, to 1, white

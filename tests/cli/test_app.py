@@ -62,6 +62,7 @@ def test_plan_decides_what_the_library_decides() -> None:
     assert not any(name.startswith(("conv1", "layer1")) for name in facts["ranks"])
 
 
+@pytest.mark.filterwarnings("default:the network was compressed before")
 def test_compress_writes_a_network_that_every_command_reads(folder: Path) -> None:
     facts = run_json("info", folder)
     small = batude_fx.load(folder)

@@ -1,6 +1,8 @@
 """YOLO of ultralytics: a compressed network put back in its place, and all that its users then do with it."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from tests.others.common import (
 
 pytestmark = pytest.mark.others
 
+ROOT = Path(__file__).parents[2]
 SIDE = 64
 EXAMPLE = noise(1, 3, SIDE, SIDE)
 BUDGET = 0.6
@@ -203,6 +206,13 @@ def test_a_loaded_network_predicts(
 
 def test_exported_by_batude_fx_it_computes_the_same(small: nn.Module, tmp_path: Path) -> None:
     assert_exported(small, EXAMPLE, call, [noise(2, 3, SIDE, SIDE)], tmp_path / "small.onnx")
+
+
+def test_the_example_of_the_guide_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "examples.yolo", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert "boxes\nexported: " in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore")  # ultralytics uses torch's older exporter, which has much to say
