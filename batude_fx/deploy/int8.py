@@ -17,8 +17,8 @@ CVPR 2018, https://arxiv.org/abs/1712.05877, by `onnxruntime.quantization`; 7 bi
 reduce-range".
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -116,9 +116,21 @@ def quantize(path: Path, name: str, images: Sequence[NDArray[Any]]) -> None:
 
     quant_pre_process(path, path, skip_symbolic_shape=True)
     reader = Reader()
-    with closing(reader.batches):
+    with closing(reader.batches), _without_prints():
         quantization.quantize_static(
             path, path, reader, per_channel=True, reduce_range=True,
             calibrate_method=quantization.CalibrationMethod.Percentile,
             extra_options={"CalibPercentile": _PERCENTILE, "CalibStridedMinMax": 1},
         )  # fmt: skip
+
+
+@contextmanager
+def _without_prints() -> Iterator[None]:
+    """Silence what onnxruntime prints while it calibrates; what other threads print meanwhile is printed."""
+    from onnxruntime.quantization import calibrate
+
+    calibrate.print = lambda *_: None
+    try:
+        yield
+    finally:
+        del calibrate.print
