@@ -38,7 +38,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINED_NETWORK = "model"
 """Name of the folder inside a training run's folder that holds its trained network."""
 FORMAT = 1
-_MOST_VALUES = 2**24  # of an image: five times those of the largest that timm's networks take
+_MOST_VALUES = 2**23  # of an image: more than twice those of the largest that timm's networks take
 _CLOSED = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 

@@ -36,7 +36,7 @@ from batude_fx.training.recipe_file import RecipeFile
 
 # Arguments of factories that would load weights from elsewhere.
 _WEIGHT_ARGUMENTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "weights", "weights_backbone"}
-_LARGEST_ARGUMENT, _LONGEST_SIDE = 100_000, 4096  # larger ones would fill the memory
+_LARGEST_ARGUMENT, _LONGEST_SIDE = 100_000, 1536  # larger ones would fill the memory
 _MOST_ROUNDS = 10_000
 # Optimizers that need second derivatives or CUDA extensions, or whose state is more than tensors and numbers.
 _UNSUPPORTED_OPTIMIZERS = ("adafactorbv", "adahessian", "bnb", "cadafactorbv", "fused", "kron")
@@ -113,7 +113,7 @@ class ModelSection(_Section):
         for name, value in self.args.items():
             most = _LONGEST_SIDE if name == "img_size" else _LARGEST_ARGUMENT
             if isinstance(value, int | float) and abs(value) > most:
-                raise ValueError(f"args give {name} as {value:g}; expected at most {most}")
+                raise ValueError(f"args give {name} as {str(value)[:30]}; expected at most {most}")
             if isinstance(value, int | float) and name in {"in_chans", "img_size"} and value < 1:
                 raise ValueError(f"args give {name} as {value:g}; expected at least 1, as an image holds something")
         return self

@@ -86,6 +86,11 @@ class RecipeFile:
         """Return the values of a mapping; PyYAML would silently keep the last of two equal keys."""
         values: dict[str, Any] = {}
         for name, item in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                line = name.start_mark.line + 1
+                raise RecipeError(
+                    f"{self.path}:{line}: {_dotted(key)}: a key is no text; expected the name of a setting."
+                )
             inner = (*key, str(name.value))
             place = f"{self.path}:{name.start_mark.line + 1}"
             if name.value in values:

@@ -105,10 +105,10 @@ class EntrypointArguments:
             raise SavedModelError(f"model_args of the config hold {foreign[0]!r}, which batude_fx does not write.")
         overlay = arguments.get("pretrained_cfg_overlay")
         try:
-            resolved = resolve_pretrained_cfg(ENTRYPOINT, cast("Any", pretrained_cfg), overlay)
-        except TypeError as error:  # a key that timm does not know
+            resolved = resolve_pretrained_cfg(ENTRYPOINT, cast("Any", pretrained_cfg), overlay).to_dict()  # type: ignore[no-untyped-call]
+        except (TypeError, RecursionError) as error:  # a key that timm does not know, or lists in lists without end
             raise SavedModelError(f"not a config of batude_fx: {first_line(error)}") from error
-        config = checked_image_config(resolved.to_dict())  # type: ignore[no-untyped-call]
+        config = checked_image_config(resolved)
         return cls(
             config=config,
             architecture=_read_architecture(pick(_ARCHITECTURE), config),

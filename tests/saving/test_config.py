@@ -28,6 +28,7 @@ def _set(*keys: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+_DEEP = json.loads("[" * 900 + "]" * 900)
 _BROKEN = {
     "another package": (_set("architecture", value="resnet50"), "its architecture is 'resnet50'"),
     "no architecture": (lambda config: config.pop("architecture"), "not a config of batude_fx"),
@@ -61,6 +62,10 @@ _BROKEN = {
     "a resampling of nobody": (_set("pretrained_cfg", "interpolation", value="magic"), "pretrained_cfg.interpolation"),
     "unknown image key": (_set("pretrained_cfg", "loader", value="os.system"), "loader"),
     "a huge positional embedding": (_set("model_args", "args", value={"img_size": 28000}), "model_args.args.img_size"),
+    "a deep config": (
+        _set("pretrained_cfg", "notes", value=json.loads("[" * 900 + "]" * 900)),
+        "not a config of batude_fx",
+    ),
     "many classes": (_set("model_args", "args", value={"num_classes": 10**9}), "model_args.args.num_classes"),
     "an escape as site": (_set("model_args", "ranks", value={"\x1b[2Jx": [8, 8]}), r"\x1b[2Jx"),
     "half an origin": (_set("model_args", "library", value=None), "given together"),
