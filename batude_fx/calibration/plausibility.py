@@ -22,6 +22,7 @@ from batude_fx.support.model_state import private_copy
 _FEW_IMAGES = 16
 _MOST_OUTSIDE = 0.4  # share of the values that may be darker than black or brighter than white
 _FURTHEST = 3.0  # standard deviations between the mean of a channel and the remembered one; also the ratio of the two
+_FEWEST_STEPS = 30  # of training, after which running statistics with a momentum of 0.1 hold those of the images
 _NDIM = 4  # (N, C, H, W)
 
 
@@ -119,7 +120,8 @@ def _mistake_by_norm(model: nn.Module, batch: Inputs) -> str:
         return ""
     name, x, norm = found[0]
     mean, variance = cast("Tensor", norm.running_mean).float(), cast("Tensor", norm.running_var).float()
-    if not mean.any() and (variance == 1).all():  # never trained
+    steps = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)  # 0 also in converted weights
+    if 0 < steps < _FEWEST_STEPS or (not mean.any() and (variance == 1).all()):  # hardly trained, or never
         return ""
     values = x.movedim(1, 0).flatten(1)  # (C, n)
     tiny = torch.finfo(variance.dtype).tiny

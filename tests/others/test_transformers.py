@@ -70,6 +70,7 @@ def test_keywords_and_positional_arguments_give_the_same_network(small: nn.Modul
     assert_same_outputs(by_keyword, small, call, bits=True)
 
 
+@pytest.mark.filterwarnings("ignore:calibration images look")  # the batch-norms hold random numbers
 def test_images_calibrate_a_network_that_takes_them_by_keyword() -> None:
     plans = [
         batude_fx.plan(fresh(), BUDGET, example_inputs=EXAMPLES[kind], calibration=IMAGES)
