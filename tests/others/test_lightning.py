@@ -111,6 +111,7 @@ def test_the_budget_holds_and_the_original_is_left_as_it_was(trained: bool) -> N
     assert len(small.network[1]._forward_hooks) == 1
 
 
+@pytest.mark.filterwarnings("ignore:calibration images look")  # the batch-norms hold random numbers
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_trainer_changes_the_factors_of_the_copy_alone(trained: bool) -> None:
     model = fresh()
