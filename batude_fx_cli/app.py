@@ -81,7 +81,7 @@ InputSize = Annotated[
     int | None,
     typer.Option(
         help="Side of the images in pixels that the network will be used on, where it is not that of its "
-        "configuration. Flops depend on it.", min=1,
+        "configuration. Flops depend on it.", min=1, max=2048,
     ),
 ]  # fmt: skip
 Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1 or mps.")]

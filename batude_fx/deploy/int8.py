@@ -133,4 +133,4 @@ def _without_prints() -> Iterator[None]:
     try:
         yield
     finally:
-        del calibrate.print
+        vars(calibrate).pop("print", None)
