@@ -32,7 +32,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def smallest_reachable(error: BudgetError) -> float:
     """Return the budget that the refusal of a smaller one advises."""
-    return float(re.findall(r"Use at least ([0-9.]+)\.$", str(error))[0])
+    return float(re.findall(r"Use at least ([0-9.]+)\.(?:$| With linear layers)", str(error))[0])
 
 
 def same_bits(a: nn.Module, b: nn.Module) -> bool:
