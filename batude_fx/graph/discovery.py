@@ -11,6 +11,7 @@ that must not be traced.
 import difflib
 import inspect
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -116,25 +117,45 @@ class _Tracer(fx.Tracer):
 
 
 class _PatcherOfModules(_symbolic_trace._Patcher):  # noqa: SLF001 - there is no public way
-    """Patches methods of `nn.Module` for the modules of one network only, by a subclass of the class of each.
-
-    The modules keep these subclasses; they are those of a private copy.
-    """
+    """Patches methods of `nn.Module` for the modules of one network only, which get a subclass of their class."""
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self._root = root
+        self._own_classes: dict[nn.Module, type] = {}
+        self._subclasses: dict[type, type] = {}
 
     def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:  # noqa: FBT001, FBT002
         if cls is not nn.Module:
             super().patch_method(cls, name, new_fn, deduplicate)
             return
         for module in self._root.modules():
-            own: Any = type(module)
-            patched: frozenset[str] = getattr(own, "_patched_by_tracer", frozenset())
-            if name in patched or getattr(own, name) is getattr(nn.Module, name):  # else it has a method of its own
-                members = {name: new_fn, "__module__": own.__module__, "_patched_by_tracer": patched | {name}}
-                object.__setattr__(module, "__class__", type(own)(own.__name__, (own,), members))
+            own = self._own_classes.setdefault(module, type(module))
+            if own not in self._subclasses:
+                self._subclasses[own] = _subclass(own)
+            object.__setattr__(module, "__class__", self._subclasses[own])
+        for own, subclass in self._subclasses.items():
+            if getattr(own, name) is getattr(nn.Module, name):  # else it has a method of its own
+                type.__setattr__(subclass, name, new_fn)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[arg-type]
+        for module, own in self._own_classes.items():
+            object.__setattr__(module, "__class__", own)
+
+
+class _Unnoticed(nn.Module):
+    """Comes before a class of the user's in the bases of a subclass, whose `__init_subclass__` is then not called."""
+
+    def __init_subclass__(cls) -> None:
+        """Take no keywords, and note the class in no registry."""
+
+
+def _subclass(own: type) -> type:
+    """Return a subclass of a class of modules; neither the class nor its metaclass takes notice of it."""
+    metaclass: Any = ABCMeta if isinstance(own, ABCMeta) else type
+    subclass: type = metaclass.__new__(type(own), own.__name__, (_Unnoticed, own), {"__module__": own.__module__})
+    return subclass
 
 
 def _find_layers(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> list[LayerEntry]:
@@ -186,8 +207,7 @@ def _called_modules(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) 
     """Trace the model or, where that fails, its children, as deep as needed.
 
     Args:
-        model: A private copy, whose hooks are removed, as they may belong to the original. Its modules cannot be run
-            afterwards.
+        model: A private copy, whose hooks are removed, as they may belong to the original.
         layer_types: Classes that are leaves of the graph.
 
     Returns:

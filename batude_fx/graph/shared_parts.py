@@ -5,6 +5,7 @@ seen, through a list that a function closes over, say. One run shows which tenso
 """
 
 from collections.abc import Iterable, Iterator
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,13 @@ def refuse_shared_parts(copied: nn.Module, original: nn.Module, inputs: Inputs) 
 
     Raises:
         UnsupportedError: When the run computes with a parameter or buffer that is the original's and not the copy's,
-            leaves one of its results in the original, or fails.
+            leaves one of its results in the original, or fails for another reason than a lack of memory.
     """
     own = {storage_of(tensor) for tensor in (*copied.parameters(), *copied.buffers())}
     named = (*original.named_parameters(), *original.named_buffers())
     theirs = {storage: name for name, tensor in named if (storage := storage_of(tensor)) not in own}
     used: set[str] = set()
-    results: dict[int, Tensor] = {}  # kept alive, so that no other tensor gets the same identity
+    results: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # only those that the model keeps stay
 
     def note(_function: object, args: object, kwargs: object, result: object) -> None:
         used.update(theirs[storage] for leaf in _tensors((args, kwargs)) if (storage := storage_of(leaf)) in theirs)
@@ -44,6 +45,8 @@ def refuse_shared_parts(copied: nn.Module, original: nn.Module, inputs: Inputs) 
     with private_copy(copied) as running, torch.no_grad(), TorchCallHook(note):
         try:
             inputs.copies().run(running)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UnsupportedError(
@@ -54,7 +57,7 @@ def refuse_shared_parts(copied: nn.Module, original: nn.Module, inputs: Inputs) 
         raise UnsupportedError(
             f"a copy of {type(original).__name__} goes on to use {min(used)!r} of the original, {_WAY_OUT}"
         )
-    if any(id(value) in results for value in _kept(original)):
+    if any(results.get(id(value), ...) is value for value in _kept(original)):
         raise UnsupportedError(f"a copy of {type(original).__name__} keeps its activations in the original, {_WAY_OUT}")
 
 

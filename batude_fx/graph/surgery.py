@@ -120,13 +120,46 @@ def _refuse_links(copied: nn.Module, model: nn.Module, memo: Mapping[int, object
         for attribute, value in vars(module).items():
             for held, is_listed in _held_by_functions(value):
                 notes = attribute.endswith("hooks") and is_listed  # hooks note in a list which modules they saw
-                is_original = id(held) in modules if isinstance(held, nn.Module) else id(held) in originals
-                if (is_original and not (notes and isinstance(held, nn.Module))) or storage_of(held) in values:
+                if isinstance(held, nn.Module):
+                    is_original = id(held) in modules and not notes
+                else:
+                    is_original = id(held) in originals and _may_hold_results(held)
+                if is_original or storage_of(held) in values:
                     raise UnsupportedError(
                         f"{'.'.join(filter(None, (name, attribute.strip('_'))))} is or holds a function that closes "
-                        f"over modules or attributes of {type(model).__name__}, so a copy would go on to use those of "
-                        "the original. Make it a method that takes what it needs from self."
+                        f"over {_description(held, model)} of {type(model).__name__}, so a copy would go on to use "
+                        "that of the original. Make it a method that takes what it needs from self."
                     )
+
+
+def _description(held: object, model: nn.Module) -> str:
+    """Return how to name a part of a model in a message."""
+    named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
+    name = next((name for name, part in named if part is held), "")
+    return f"the {type(held).__name__} {name!r}" if name else f"an object of class {type(held).__name__}"
+
+
+def _may_hold_results(value: object) -> bool:
+    """Return whether a forward pass may use an object or fill it; settings, such as numbers and names, are not that."""
+    queue, visited = deque([value]), set[int]()
+    while queue and len(visited) < _MOST_OBJECTS:
+        item = queue.popleft()
+        if isinstance(item, nn.Module | Tensor):
+            return True
+        if id(item) in visited or isinstance(item, _ATOMS):
+            continue
+        visited.add(id(item))
+        if isinstance(item, dict | list | tuple | set | deque):
+            inner: Collection[object] = item.values() if isinstance(item, dict) else item
+            if not isinstance(item, tuple) and (
+                not inner or any(part is None for part in inner)
+            ):  # there is a place to fill
+                return True
+            queue += inner
+        else:
+            with suppress(Exception):  # objects without attributes, or that compute them
+                queue += vars(item).values()
+    return False
 
 
 def _held_by_functions(value: object) -> Iterator[tuple[object, bool]]:

@@ -18,10 +18,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 exclusive = threading.RLock()
 """Held by whoever changes state of the whole process for a while: the warnings filters, flags of torch, what torch.fx
 patches. Threads that only run their models do not need it."""
-if hasattr(os, "register_at_fork"):  # a process that is forked while another thread holds the lock could never get it
-    os.register_at_fork(after_in_child=exclusive._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001
-
 _states_to_restore: dict[torch.Generator, tuple[Tensor, int]] = {}  # with the number of blocks that share each
+if hasattr(os, "register_at_fork"):  # a process that is forked has none of the threads that would release or restore
+    os.register_at_fork(after_in_child=exclusive._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001
+    os.register_at_fork(after_in_child=_states_to_restore.clear)
 
 
 @contextmanager
@@ -83,11 +83,11 @@ def random_states_kept(devices: Iterable[int]) -> Iterator[None]:
     finally:
         with exclusive:
             for generator in generators:
-                state, users = _states_to_restore.pop(generator)
-                if users > 1:
-                    _states_to_restore[generator] = state, users - 1
-                else:
-                    generator.set_state(state)
+                shared = _states_to_restore.pop(generator, None)
+                if shared and shared[1] > 1:
+                    _states_to_restore[generator] = shared[0], shared[1] - 1
+                elif shared:  # a process that was forked in the block has no state to restore
+                    generator.set_state(shared[0])
 
 
 def deep_copy(model: ModelT, memo: dict[int, Any]) -> ModelT:
@@ -135,5 +135,10 @@ class _FindsGraphs(TorchFunctionMode):
         return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
-def _with_shared_values(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach(), requires_grad=False)
+def _with_shared_values(parameter: Tensor) -> Tensor:
+    """Return a parameter of the same class and with the same attributes, that needs no gradients."""
+    shared: Tensor = nn.Parameter(parameter.detach(), requires_grad=False)
+    if type(shared) is not type(parameter):
+        shared = Tensor._make_subclass(type(parameter), parameter.detach(), False)  # noqa: SLF001
+    vars(shared).update(vars(parameter) | vars(shared))
+    return shared

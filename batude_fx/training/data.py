@@ -27,7 +27,7 @@ from torchvision.transforms import Compose, RandomCrop
 
 from batude_fx.errors import TrainingError, first_line, last_line
 from batude_fx.evaluation.image_folder import read_image
-from batude_fx.training.interruption import ignore_signals
+from batude_fx.training.interruption import outlive_first_signals
 from batude_fx.training.recipe import DataSection, Recipe
 
 Batch = tuple[Tensor, Tensor]
@@ -99,7 +99,7 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
 
 
 def _start_worker(initialize: Callable[[int], None], index: int) -> None:
-    ignore_signals()
+    outlive_first_signals()
     initialize(index)
 
 

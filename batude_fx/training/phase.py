@@ -48,6 +48,8 @@ def run_phase(
     Raises:
         TrainingError: When the loss is not finite, a step fails, or the run is interrupted; it can be resumed then.
     """
+    if session.is_interrupted(0):
+        raise TrainingError(f"interrupted before {phase}; {session.way_to_resume}.")
     step_count = settings.epochs.steps(session.steps_per_epoch)
     trainer = _Trainer(session, phase, settings, model, teacher, rounds)
     start = session.restore_checkpoint_(phase, step_count, trainer.parts)
@@ -59,7 +61,7 @@ def run_phase(
             loss = trainer.step(step, batches)
             bar.advance()
             done = step + 1
-            is_last, is_stopped = done == step_count, session.is_interrupted()
+            is_last, is_stopped = done == step_count, session.is_interrupted(done)
             if (session.is_due(session.recipe.eval.interval, done) and not is_stopped) or is_last:
                 trainer.evaluate(done, loss)
                 bar.line(training_line(session.log[-1]))

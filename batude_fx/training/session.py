@@ -36,6 +36,7 @@ CHECKPOINT, RECIPE, LOG, RESULT, PICTURE = (
     "checkpoint.safetensors", "recipe.yaml", "log.jsonl", "result.json", "ranks.png",
 )  # fmt: skip
 PHASES: tuple[Phase, ...] = get_args(Phase)
+_STEPS_UNASKED = 20  # between two questions to all processes whether one was interrupted
 _LIBRARIES = ("batude-fx", "torch", "timm", "torchvision", "accelerate")  # whose versions result.json names
 
 
@@ -168,11 +169,16 @@ class Session:
         """Return whether something that is done once per interval is due after so many steps."""
         return step_count % max(1, interval.steps(self.steps_per_epoch)) == 0
 
-    def is_interrupted(self) -> bool:
-        """Return whether any of the processes was asked to stop; all of them get the same answer."""
+    def is_interrupted(self, step: int) -> bool:
+        """Return whether any of the processes was asked to stop before a step; all of them get the same answer.
+
+        Several processes ask each other only now and then, as each time they wait for each other.
+        """
         received = self.interruption.received
         if self.accelerator.num_processes == 1:
             return received
+        if step % _STEPS_UNASKED:
+            return False
         return bool(self.accelerator.reduce(torch.tensor(float(received), device=self.accelerator.device)) > 0)
 
     def to_device(self, images: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _by_weak_reference() -> nn.Module:
     ],
 )
 def test_functions_that_lead_back_to_the_original_are_refused(build: Callable[[], nn.Module]) -> None:
-    with pytest.raises(UnsupportedError, match="a copy would go on to use those of the original"):
+    with pytest.raises(UnsupportedError, match="a copy would go on to use that of the original"):
         copy_model(build())
 
 
@@ -145,6 +145,37 @@ def test_a_run_shows_what_cannot_be_seen() -> None:
     vars(model)["second"] = Calls()
     with pytest.raises(UnsupportedError, match=r"goes on to use 'b\.bias' of the original"):
         refuse_shared_parts(copy_model(model), model, Inputs((IMAGE,)))
+
+
+def test_functions_may_close_over_settings_of_the_model() -> None:
+    model = TwoConvolutions()
+    settings = types.SimpleNamespace(scale=2.0, widths=[8, 16], norm=None)
+    vars(model).update(settings=settings, scaled=lambda x: x * settings.scale)
+    assert copy_model(model).scaled(3) == 6
+
+
+def test_functions_may_not_close_over_an_object_that_leads_to_a_module() -> None:
+    model = TwoConvolutions()
+    settings = types.SimpleNamespace(parts=[{"first": model.a}])
+    vars(model).update(settings=settings, run=lambda x: settings.parts[0]["first"](x) + 1)
+    with pytest.raises(UnsupportedError, match="closes over an object of class SimpleNamespace of TwoConv"):
+        copy_model(model)
+
+
+def test_activations_of_the_run_are_not_kept() -> None:
+    class Counts(TwoConvolutions):
+        """Counts how many activations are alive in the middle of a forward pass."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = torch.ones(1) + x.mean()
+            gone = weakref.ref(first)
+            del first
+            assert gone() is None, "it is still alive"
+            y: Tensor = super().forward(x)
+            return y
+
+    model = Counts()
+    refuse_shared_parts(copy_model(model), model, Inputs((IMAGE,)))
 
 
 def test_a_parameter_of_the_original_is_found_too() -> None:

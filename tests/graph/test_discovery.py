@@ -1,6 +1,7 @@
 """Discovery finds the sites that toy networks expect, all reasons to stay dense and every convolution of timm."""
 
 import copy
+from abc import ABC
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -208,6 +209,33 @@ def test_a_model_that_cannot_be_traced_can_be_discovered() -> None:
             return y
 
     assert discover(Hostile(), NetWithSites.inputs) == (site("conv", found_by="child"),)
+
+
+class _Registered(nn.Module, ABC):
+    """A base class that keeps a registry of its subclasses, which must give their name."""
+
+    registry: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, key: str, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.registry[key] = cls
+
+
+class _Entry(_Registered, key="entry"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+def test_registries_of_classes_take_no_notice_of_the_trace() -> None:
+    sites = discover(_Entry(), NetWithSites.inputs)
+    assert sites == (site("conv"),)
+    assert not sites.sizes_vary
+    assert _Registered.registry == {"entry": _Entry}
 
 
 def raft() -> nn.Module:

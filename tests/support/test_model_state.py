@@ -97,6 +97,25 @@ def test_values_of_parameters_are_shared_and_need_no_gradients() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+class _Quantized(nn.Parameter):
+    """A parameter with a scale, as some quantizing packages have."""
+
+    scale: float
+
+
+def test_parameters_keep_their_class_and_attributes() -> None:
+    model = nn.Linear(2, 2)
+    weight = _Quantized(model.weight.detach())
+    weight.scale = 0.5
+    model.weight = weight
+    with private_copy(model) as copied:
+        assert type(copied.weight) is _Quantized
+        assert copied.weight.scale == 0.5
+        assert copied.weight.data_ptr() == weight.data_ptr()
+        assert not copied.weight.requires_grad
+    assert weight.requires_grad
+
+
 def test_other_threads_go_on_with_what_the_model_holds() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     jobs: deque[str] = deque()
@@ -145,6 +164,18 @@ def test_a_process_that_is_forked_meanwhile_can_take_the_lock() -> None:
     done.set()
     thread.join()
     assert status == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_process_that_is_forked_inside_can_draw_and_leave() -> None:
+    with private_copy(nn.Linear(1, 1)):
+        child = os.fork()
+        if not child:
+            with private_copy(nn.Linear(1, 1)):
+                torch.rand(1)
+    if not child:  # it has left both blocks
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_random_states_are_restored_where_copies_of_two_threads_overlap() -> None:
