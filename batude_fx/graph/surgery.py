@@ -127,7 +127,7 @@ def _refuse_links(copied: nn.Module, model: nn.Module, memo: Mapping[int, object
                 if is_original or storage_of(held) in values:
                     raise UnsupportedError(
                         f"{'.'.join(filter(None, (name, attribute.strip('_'))))} is or holds a function that closes "
-                        f"over {_description(held, model)} of {type(model).__name__}, so a copy would go on to use "
+                        f"over {_description(held, model)}, so a copy would go on to use "
                         "that of the original. Make it a method that takes what it needs from self."
                     )
 
@@ -135,8 +135,9 @@ def _refuse_links(copied: nn.Module, model: nn.Module, memo: Mapping[int, object
 def _description(held: object, model: nn.Module) -> str:
     """Return how to name a part of a model in a message."""
     named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
-    name = next((name for name, part in named if part is held), "")
-    return f"the {type(held).__name__} {name!r}" if name else f"an object of class {type(held).__name__}"
+    name = next((name for name, part in named if part is held and part is not model), "")
+    part = f"the {type(held).__name__} {name!r}" if name else f"an object of class {type(held).__name__}"
+    return f"the {type(model).__name__}" if held is model else f"{part} of the {type(model).__name__}"
 
 
 def _may_hold_results(value: object) -> bool:

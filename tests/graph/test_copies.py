@@ -158,7 +158,7 @@ def test_functions_may_not_close_over_an_object_that_leads_to_a_module() -> None
     model = TwoConvolutions()
     settings = types.SimpleNamespace(parts=[{"first": model.a}])
     vars(model).update(settings=settings, run=lambda x: settings.parts[0]["first"](x) + 1)
-    with pytest.raises(UnsupportedError, match="closes over an object of class SimpleNamespace of TwoConv"):
+    with pytest.raises(UnsupportedError, match="closes over an object of class SimpleNamespace of the TwoConv"):
         copy_model(model)
 
 
