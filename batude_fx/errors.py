@@ -35,6 +35,10 @@ class BudgetError(BatudeError, ValueError):
     """A budget that cannot be read, or that no plan can meet; the message then names the smallest reachable budget."""
 
 
+class QualityWarning(UserWarning):
+    """A compressed network often disagrees with its original, on images that were held back."""
+
+
 class DiscoveryError(BatudeError):
     """A model without convolutions, or one that does not run on the example input."""
 

@@ -147,7 +147,7 @@ def plan_ranks(
     limits = parse_limits(budget, params, latency)  # before weights are downloaded
     source = calibration_source(calibration, images)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
-    plan = make_plan(network, limits, source, layers.value, include, exclude, round_to)
+    plan = make_plan(network, limits, source, layers.value, include, exclude, round_to).measured(network)
     show(plan_table(plan), _plan_facts(plan), as_json)
 
 
@@ -174,7 +174,8 @@ def compress(
     check_folder(output)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to)
-    batude_fx.save(plan.apply(network), output)
+    small, plan = plan.build(network)
+    batude_fx.save(small, output)
     show(plan_table(plan), {**_plan_facts(plan), "output": str(output)}, as_json)
     if not as_json:
         print_line(f"saved to {output}: {human(_folder_bytes(output))}B")
@@ -351,6 +352,7 @@ def _plan_facts(plan: "Plan") -> dict[str, Any]:
         "model": plan.model_name, "calibration": plan.calibration, "dense_flops": plan.dense_flops,
         "flops": plan.flops, "dense_params": plan.dense_params, "params": plan.params,
         "dense_seconds": plan.dense_seconds, "seconds": plan.seconds, "round_to": plan.round_to,
+        "quality": plan.quality.model_dump() if plan.quality else None,
         "ranks": {name: asdict(ranks) for name, ranks in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason},
     }  # fmt: skip

@@ -11,6 +11,7 @@ from torch import nn
 
 import batude_fx
 from batude_fx import BatudeError, Budget, Plan, UnsupportedError
+from batude_fx.compression.planning import choose
 from batude_fx.errors import first_line
 from batude_fx.evaluation.image_folder import batches, image_paths
 from batude_fx.graph.example_inputs import example_inputs, image_of_size, remember_input_size_
@@ -95,8 +96,8 @@ def make_plan(
     network: nn.Module, budget: Budget, source: Callable[[nn.Module], Any], layers: str, include: list[str] | None,
     exclude: list[str] | None, round_to: Any,  # noqa: ANN401 - a number or "auto"
 ) -> Plan:  # fmt: skip
-    """Call `batude_fx.plan` with the options of the command line."""
-    return batude_fx.plan(
+    """Choose ranks with the options of the command line; nothing is built yet."""
+    return choose(
         network, budget, calibration=source(network), layers=layers, include=include or (), exclude=exclude or (),
         round_to=round_to,
     )  # fmt: skip

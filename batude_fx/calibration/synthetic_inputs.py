@@ -15,7 +15,7 @@ SYNTHETIC_DRAWS = 2  # random combinations of the outputs per synthetic image, a
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> list[Inputs]:
+def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0, batches: int | None = None) -> list[Inputs]:
     """Return synthetic inputs for a model, of the structure of its example input.
 
     A tensor of images (1, 1 or 3 channels, H, W) becomes dead leaves, one of clips (1, 1 or 3 channels, frames, H, W) a
@@ -26,13 +26,16 @@ def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> lis
             others they are those of ImageNet.
         inputs: The example input.
         seed: Seed of the images.
+        batches: Number of batches of 8 images, or of inputs of the size of the example; by default as many as suffice
+            for calibration.
 
     Returns:
-        Batches of a model that takes one tensor; for any other, 8 inputs of the size of the example.
+        Batches of a model that takes one tensor; for any other, inputs of the size of the example.
     """
     example = inputs.only_tensor
     if example is not None and example.is_floating_point():
         count = SYNTHETIC_CLIPS if example.ndim > 4 else SYNTHETIC_IMAGES  # noqa: PLR2004 - (N, C, frames, H, W)
+        count = count if batches is None else BATCH * batches
         images = _synthetic_tensor(model, count, example.shape[1:], seed).to(example)
         return [inputs.with_tensor(batch) for batch in torch.split(images, BATCH)]
 
@@ -44,7 +47,7 @@ def synthetic_batches(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> lis
 
         return inputs.map(synthesize)
 
-    return [synthetic_inputs(seed + run) for run in range(BATCH)]
+    return [synthetic_inputs(seed + run) for run in range(BATCH if batches is None else batches)]
 
 
 def falls_back_to_noise(inputs: Inputs) -> bool:

@@ -15,11 +15,14 @@ from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_t
 from batude_fx.errors import DiscoveryError
 from batude_fx.graph.example_inputs import image_of_size, resolve_inputs
 from batude_fx.graph.sites import ConvSite
+from batude_fx.quality.held_back import HoldsBack
 from batude_fx.support.inputs import ExampleInputs, Inputs
 from batude_fx.support.progress import track
 from batude_fx.tucker.metric import Metric
 
 Calibration = Images | Literal["synthetic"] | None
+_HELD_BACK_EVERY, _HELD_BACK_MOST = 5, 8  # one batch of so many, and batches of 8 images
+_SYNTHETIC_HELD_BACK, _SYNTHETIC_SEED = 4, 1000  # batches, and a seed far from that of the images for calibration
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,15 @@ class Measurements:
         batches: Arguments of runs, on which the moments of the compressed network are matched with the original's.
         norm_statistics: Name of a batch-norm buffer to its value on the synthetic images. Where these are all there
             is, the original that is matched with normalizes by them.
+        held_back: Arguments of runs that no statistic has seen, to measure the quality of the compressed network on.
+        synthetic: Whether what was held back was generated.
     """
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     batches: tuple[Inputs, ...] = ()
     norm_statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    held_back: tuple[Inputs, ...] = ()
+    synthetic: bool = False
 
 
 def match_example(
@@ -114,14 +121,16 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
     synthetic = BatchReservoir(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
         metrics, norm_statistics = _measure_synthetic(model, sites, synthetic, draws=SYNTHETIC_DRAWS)
-        return Measurements(metrics, tuple(synthetic.sample), norm_statistics)
+        held_back = synthetic_batches(model, inputs, seed=_SYNTHETIC_SEED, batches=_SYNTHETIC_HELD_BACK)
+        return Measurements(metrics, tuple(synthetic.sample), norm_statistics, tuple(held_back), synthetic=True)
     checked = ImageCheck(model, image_batches(calibration, inputs), inputs)
-    images = BatchReservoir(track(checked, "calibrating"))
+    seen = HoldsBack(iter(checked), every=_HELD_BACK_EVERY, most=_HELD_BACK_MOST)
+    images = BatchReservoir(track(seen, "calibrating"))
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.
     if not falls_back_to_noise(inputs):
         metrics = average_metrics(metrics, _measure_synthetic(model, sites, synthetic, draws=1)[0])
-    return Measurements(metrics, tuple(images.sample))
+    return Measurements(metrics, tuple(images.sample), held_back=tuple(seen.held))
 
 
 def _measure_synthetic(

@@ -13,13 +13,15 @@ from batude_fx.calibration.moment_matching import match_moments_
 from batude_fx.compression.calibrate import Measurements
 from batude_fx.compression.checks import check_model
 from batude_fx.compression.rank_search import SiteCandidate, choose_ranks
-from batude_fx.errors import BudgetError, SelectionError
+from batude_fx.errors import BudgetError, QualityWarning, SelectionError
 from batude_fx.graph.example_inputs import remember_input_size_
 from batude_fx.graph.flops import count_flops, dense_cost, site_cost
 from batude_fx.graph.provenance import attach_
 from batude_fx.graph.shared_parts import refuse_shared_parts
 from batude_fx.graph.site_table import Sites, add_site_row, describe_ranks, new_site_table, skip_notes
 from batude_fx.graph.surgery import replace_modules
+from batude_fx.quality.comparison import measure_quality
+from batude_fx.quality.quality import Quality
 from batude_fx.report.record import LIBRARIES, Record, site_records
 from batude_fx.support.inputs import Inputs
 from batude_fx.support.model_state import private_copy
@@ -56,6 +58,8 @@ class Plan:
         seconds: The same of the compressed model: measured by `plan`; predicted by `at` where the budget limits it.
         calibration: `"weights only"`, `"synthetic"`, `"synthetic noise"` (no images fit its input) or `"images"`.
         round_to: Multiple of the ranks.
+        quality: How close the compressed model's outputs are to the model's, on images that were held back; None where
+            nothing was measured, as for weights only, fewer than 40 images, or a plan made by `at`.
     """
 
     model_name: str
@@ -71,6 +75,7 @@ class Plan:
     seconds: float | None
     calibration: str
     round_to: int
+    quality: Quality | None = field(default=None, compare=False, kw_only=True)
     _checksum: int = field(repr=False, compare=False)  # of the model's parameters
     _limits: CostLimits = field(repr=False, compare=False)
     _candidates: Mapping[str, SiteCandidate] = field(repr=False, compare=False)
@@ -89,6 +94,20 @@ class Plan:
             UnsupportedError: When a site has another shape, dtype or device than in the plan, the model holds NaN, or
                 this is called inside `torch.inference_mode()` or `torch.autocast()`.
             BudgetError: When the copy needs more flops than planned and cannot be made small enough.
+
+        Warns:
+            QualityWarning: When a classifier often disagrees with its original on the images that were held back.
+        """
+        return self.build(model)[0]
+
+    def build(self, model: ModelT) -> "tuple[ModelT, Plan]":
+        """Return what `apply` returns, and the plan with the quality that was measured.
+
+        Raises:
+            BatudeError: As `apply`.
+
+        Warns:
+            QualityWarning: As `apply`.
         """
         check_model(model)
         if not self.ranks:
@@ -111,9 +130,10 @@ class Plan:
                 ) from error
             small = plan._build(model)  # noqa: SLF001 - of another plan
         refuse_shared_parts(small, model, self._inputs)
+        plan = plan._with_quality(model, small)  # noqa: SLF001
         remember_input_size_(small, self._inputs)
         attach_(small, plan.record())
-        return small
+        return small, plan
 
     def record(self) -> Record:
         """Return what is saved with the network, and shown in its report."""
@@ -121,6 +141,7 @@ class Plan:
             model=self.model_name, budget=str(self.budget), calibration=self.calibration, round_to=self.round_to,
             seed=SEED, dense_flops=self.dense_flops, flops=self.flops, dense_params=self.dense_params,
             params=self.params, dense_seconds=self.dense_seconds, seconds=self.seconds, weights=self._checksum,
+            quality=self.quality,
             versions=library_versions(*LIBRARIES),
             sites=site_records(
                 self.sites,
@@ -171,12 +192,45 @@ class Plan:
         seconds = None if budget.latency is None else chosen.seconds
         return replace(
             self, budget=budget, ranks=chosen.ranks, losses=chosen.losses, flops=chosen.flops, params=chosen.params,
-            seconds=seconds,
+            seconds=seconds, quality=None,
         )  # fmt: skip
+
+    def measured(self, model: nn.Module) -> "Plan":
+        """Return the plan with the quality of its compressed model, where images were held back to measure it.
+
+        Raises:
+            BatudeError: As `apply`.
+
+        Warns:
+            QualityWarning: As `apply`.
+        """
+        return self.build(model)[1] if self.ranks and self._measurements.held_back else self
+
+    def _with_quality(self, model: nn.Module, small: nn.Module) -> "Plan":
+        """Return the plan with the quality of its compressed model, and warn where that is low."""
+        held_back = self._measurements.held_back
+        if self.quality is not None or not held_back:
+            return self
+        quality = measure_quality(model, small, held_back, synthetic=self._measurements.synthetic)
+        if quality.is_low:
+            warnings.warn(
+                f"the compressed {self.model_name} {quality}. {_way_out(quality)}", QualityWarning, stacklevel=4
+            )
+        return replace(self, quality=quality)
 
     def __str__(self) -> str:
         """Return the plan as a table."""
         return as_text(plan_table(self))
+
+
+def _way_out(quality: Quality) -> str:
+    """Return what to do about a low quality."""
+    if quality.synthetic:
+        return (
+            "Calibrate with photos of its task, a hundred or more (calibration=), allow a larger budget, or train it "
+            "by a recipe."
+        )
+    return "Allow a larger budget, calibrate with more images of its task, or train it by a recipe."
 
 
 def plan_table(plan: Plan) -> "Table":
@@ -195,9 +249,18 @@ def plan_table(plan: Plan) -> "Table":
         f"{human(plan.dense_flops)}FLOPs to {human(plan.flops)}FLOPs ({percent(plan.flops, plan.dense_flops)}), "
         f"{human(plan.dense_params)} to {human(plan.params)} parameters ({percent(plan.params, plan.dense_params)}); "
         f"{_times_text(plan)}{len(plan.ranks)} of {len(plan.sites)} sites replaced. Ranks are out / in, per group, "
-        f"multiples of {plan.round_to}; one multiply-add is one flop.{skip_notes(plan.sites)}",
+        f"multiples of {plan.round_to}; one multiply-add is one flop.{skip_notes(plan.sites)} {_quality_text(plan)}",
     )
     return table
+
+
+def _quality_text(plan: Plan) -> str:
+    """The part of the caption about quality."""
+    if plan.quality:
+        return f"The compressed network {plan.quality}."
+    if plan.calibration == "weights only":
+        return "Quality was not measured, as no images were given."
+    return "Quality is not measured."
 
 
 def _times_text(plan: Plan) -> str:

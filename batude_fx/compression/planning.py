@@ -73,6 +73,44 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
     """
+    return choose(
+        model, budget, example_inputs=example_inputs, calibration=calibration, layers=layers, include=include,
+        exclude=exclude, round_to=round_to, ranks=ranks,
+    ).measured(model)  # fmt: skip
+
+
+def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> ModelT:  # noqa: ANN401 - those of plan
+    """Compress a model to a budget: `plan(model, budget, **options).apply(model)`.
+
+    Args:
+        model: Any module; it is bit-identical afterwards, also when an error is raised.
+        budget: As for `plan`.
+        **options: As for `plan`: `example_inputs`, `calibration`, `layers`, `include`, `exclude`, `round_to`, `ranks`.
+
+    Returns:
+        A new module of the model's own class, its convolutions replaced by Tucker-2 modules.
+
+    Raises:
+        BatudeError: As `plan`.
+
+    Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
+    """
+    return choose(model, budget, **options).apply(model)
+
+
+def choose(  # noqa: PLR0913 - those of plan
+    model: nn.Module,
+    budget: Budget | float | str,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    calibration: Calibration = "synthetic",
+    layers: str = "conv",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    round_to: int | Literal["auto"] = 8,
+    ranks: Mapping[str, Ranks | None] | None = None,
+) -> Plan:
+    """Decide the ranks as `plan` does, whose arguments and errors these are, without building a network to measure."""
     budget = Budget.parse(budget)
     check_options(round_to, calibration)
     check_model(model)
@@ -123,25 +161,6 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         _measurements=measurements,
         _inputs=inputs,
     )
-
-
-def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> ModelT:  # noqa: ANN401 - those of plan
-    """Compress a model to a budget: `plan(model, budget, **options).apply(model)`.
-
-    Args:
-        model: Any module; it is bit-identical afterwards, also when an error is raised.
-        budget: As for `plan`.
-        **options: As for `plan`: `example_inputs`, `calibration`, `layers`, `include`, `exclude`, `round_to`, `ranks`.
-
-    Returns:
-        A new module of the model's own class, its convolutions replaced by Tucker-2 modules.
-
-    Raises:
-        BatudeError: As `plan`.
-
-    Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
-    """
-    return plan(model, budget, **options).apply(model)
 
 
 def _find_space(
