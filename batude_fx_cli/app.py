@@ -76,6 +76,13 @@ Latency = Annotated[
         help='Limit on the time of a forward pass, measured on this machine, in the same forms: 0.6, "1.8x", or "12ms".'
     ),
 ]
+Agreement = Annotated[
+    str | None,
+    typer.Option(
+        help="Find the smallest network that agrees with the original on this share of the images, 0.98 say; the lower "
+        "end of the 95 % interval counts. Half of the images are held back to measure it."
+    ),
+]
 Pretrained = Annotated[bool, typer.Option(help="Load trained weights, which timm and torchvision download.")]
 InputSize = Annotated[
     int | None,
@@ -133,9 +140,9 @@ def discover(
 @one_line_errors
 def plan_ranks(
     model: Model, budget: BudgetOption = None, params: Params = None, latency: Latency = None,
-    calibration: Calibration = "synthetic", images: Count = 256, layers: LayersOption = Layers.CONV,
-    include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8", pretrained: Pretrained = True,
-    device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
+    agreement: Agreement = None, calibration: Calibration = "synthetic", images: Count = 256,
+    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
+    pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Choose ranks that meet a budget and show them; nothing is written.
 
@@ -144,7 +151,7 @@ def plan_ranks(
     from batude_fx.compression.plan import plan_table
     from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name, parse_limits
 
-    limits = parse_limits(budget, params, latency)  # before weights are downloaded
+    limits = parse_limits(budget, params, latency, agreement)  # before weights are downloaded
     source = calibration_source(calibration, images)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to).measured(network)
@@ -155,7 +162,8 @@ def plan_ranks(
 @one_line_errors
 def compress(
     model: Model, output: Annotated[Path, typer.Option(help="Folder for the network.")], budget: BudgetOption = None,
-    params: Params = None, latency: Latency = None, calibration: Calibration = "synthetic", images: Count = 256,
+    params: Params = None, latency: Latency = None, agreement: Agreement = None,
+    calibration: Calibration = "synthetic", images: Count = 256,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -169,7 +177,7 @@ def compress(
     from batude_fx.support.numbers import human
     from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name, parse_limits
 
-    limits = parse_limits(budget, params, latency)  # before weights are downloaded
+    limits = parse_limits(budget, params, latency, agreement)  # before weights are downloaded
     source = calibration_source(calibration, images)
     check_folder(output)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)

@@ -17,15 +17,15 @@ from batude_fx.evaluation.image_folder import batches, image_paths
 from batude_fx.graph.example_inputs import example_inputs, image_of_size, remember_input_size_
 
 
-def parse_limits(budget: str | None, params: str | None, latency: str | None) -> Budget:
-    """Return the budget that the three options set.
+def parse_limits(budget: str | None, params: str | None, latency: str | None, agreement: str | None) -> Budget:
+    """Return the budget that the four options set.
 
     Raises:
         BudgetError: When none is given, or one cannot be read.
     """
-    if budget is not None and params is None and latency is None:
+    if budget is not None and (params, latency, agreement) == (None, None, None):
         return Budget.parse(budget)
-    return Budget(flops=budget, params=params, latency=latency)
+    return Budget(flops=budget, params=params, latency=latency, agreement=agreement)
 
 
 def network_by_name(name: str, device: str, *, pretrained: bool, input_size: int | None = None) -> nn.Module:

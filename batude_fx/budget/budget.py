@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batude_fx.errors import BudgetError
 from batude_fx.support.validation import first_mistake
@@ -30,6 +30,12 @@ class Budget(BaseModel):
         params: Parameters, in the same forms; absolute counts are written "12MParams".
         latency: Wall time of one run of the example input, measured on this machine, in the same forms; absolute times
             are written "12ms".
+        agreement: Share of the images, held back from calibration, for which the compressed model must give the
+            original's top class: 0.98 or "98%". The lower end of the share's 95 % interval counts.
+        score: Least value of the `evaluate` function that is given to `plan` or `compress`.
+        max_drop: Most that the value of `evaluate` may be below that of the original.
+
+    At most one of the last three is given. The smallest model that reaches it is then searched for.
 
     Raises:
         BudgetError: When there is no limit, or one cannot be read or lies outside (0, 1).
@@ -40,6 +46,10 @@ class Budget(BaseModel):
     flops: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "flop"))] = None
     params: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "param"))] = None
     latency: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "latency"))] = None
+
+    agreement: Annotated[float | str | None, AfterValidator(lambda share: _check_share(share))] = None  # noqa: PLW0108 - it is defined below
+    score: float | None = None
+    max_drop: Annotated[float | None, Field(ge=0)] = None
 
     def __init__(self, **limits: float | str | None) -> None:
         try:
@@ -53,8 +63,10 @@ class Budget(BaseModel):
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":
-        if self.flops is None and self.params is None and self.latency is None:
-            raise ValueError("no limit given; set flops, params or latency")
+        if all(limit is None for _, limit in self):
+            raise ValueError("no limit given; set flops, params, latency or agreement")
+        if sum(limit is not None for limit in (self.agreement, self.score, self.max_drop)) > 1:
+            raise ValueError("agreement, score and max_drop exclude each other; give one")
         return self
 
     @classmethod
@@ -71,6 +83,16 @@ class Budget(BaseModel):
             if isinstance(budget, str) and re.fullmatch(rf"{_NUMBER}\s*{unit}", budget.strip().lower()):
                 return cls(**{name: budget})
         return cls(flops=budget)
+
+    @property
+    def asks_for_quality(self) -> bool:
+        """Whether a quality is asked for, so that the smallest model that has it is searched for."""
+        return (self.agreement, self.score, self.max_drop) != (None, None, None)
+
+    @property
+    def least_agreement(self) -> float | None:
+        """The agreement that is asked for, from 0 to 1."""
+        return None if self.agreement is None else _share(self.agreement)
 
     def without_latency(self) -> "Budget":
         """Return the same limits on flops and parameters; there may be none left."""
@@ -130,6 +152,18 @@ def _check_limit(limit: float | str | None, unit: str) -> float | str | None:
         )
     if count is not None and count <= 0:
         raise ValueError(f"{limit!r} is not a positive count")
+    return limit
+
+
+def _share(limit: float | str) -> float:
+    keep, _ = _keep_or_count(str(limit).strip(), "flop")
+    return math.nan if keep is None else keep
+
+
+def _check_share(limit: float | str | None) -> float | str | None:
+    """Return the agreement as it is, once it is known to be a share."""
+    if limit is not None and not 0 < _share(limit) < 1:
+        raise ValueError(f"{limit!r} is no share of the images inside (0, 1), such as 0.98")
     return limit
 
 

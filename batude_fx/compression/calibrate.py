@@ -1,5 +1,6 @@
 """What `plan` measures on images: the metric of every site, and what the compressed network is matched with later."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from batude_fx.calibration.batch_norm import renormalize, running_statistics
-from batude_fx.calibration.images import BatchReservoir, Images, first_image_size, image_batches
+from batude_fx.calibration.images import BATCH, BatchReservoir, Images, first_image_size, image_batches
 from batude_fx.calibration.plausibility import ImageCheck
 from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_to_noise, synthetic_batches
@@ -17,12 +18,36 @@ from batude_fx.graph.example_inputs import image_of_size, resolve_inputs
 from batude_fx.graph.sites import ConvSite
 from batude_fx.quality.held_back import HoldsBack
 from batude_fx.support.inputs import ExampleInputs, Inputs
+from batude_fx.support.numbers import fewest_trials
 from batude_fx.support.progress import track
 from batude_fx.tucker.metric import Metric
 
 Calibration = Images | Literal["synthetic"] | None
-_HELD_BACK_EVERY, _HELD_BACK_MOST = 5, 8  # one batch of so many, and batches of 8 images
-_SYNTHETIC_HELD_BACK, _SYNTHETIC_SEED = 4, 1000  # batches, and a seed far from that of the images for calibration
+_FEWEST_TO_SHOW = 16  # batches, where an agreement is asked for
+_SYNTHETIC_SEED = 1000  # of what is held back, far from that of the images for calibration
+
+
+@dataclass(frozen=True)
+class _HeldBack:
+    """How much is held back, in batches of 8 images.
+
+    Attributes:
+        every: One of this many batches of the user's images.
+        most: Most of these batches.
+        synthetic: Number of batches of generated images.
+    """
+
+    every: int = 5
+    most: int = 8
+    synthetic: int = 4
+
+    @classmethod
+    def to_show(cls, agreement: float | None) -> "_HeldBack":
+        """Return more where an agreement is asked for, so that a network may miss some of the images and show it."""
+        if agreement is None:
+            return cls()
+        batches = max(_FEWEST_TO_SHOW, math.ceil(1.5 * fewest_trials(agreement) / BATCH))
+        return cls(every=2, most=batches, synthetic=batches)
 
 
 @dataclass(frozen=True)
@@ -101,7 +126,14 @@ def calibration_label(calibration: Calibration, inputs: Inputs) -> str:
     return "synthetic noise" if falls_back_to_noise(inputs) else "synthetic"
 
 
-def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibration, inputs: Inputs) -> Measurements:
+def measure(
+    model: nn.Module,
+    sites: Sequence[ConvSite],
+    calibration: Calibration,
+    inputs: Inputs,
+    *,
+    agreement: float | None = None,
+) -> Measurements:
     """Measure the sites of a model on the user's images or on synthetic ones.
 
     Args:
@@ -109,6 +141,7 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
         sites: The sites that can be replaced.
         calibration: Images, "synthetic", or None.
         inputs: The example input.
+        agreement: The agreement that is asked for; half of the images are held back then, if so many are needed.
 
     Raises:
         CalibrationError: As `statistics` and `image_batches`.
@@ -118,13 +151,14 @@ def measure(model: nn.Module, sites: Sequence[ConvSite], calibration: Calibratio
     """
     if calibration is None or not sites:
         return Measurements()
+    held_back = _HeldBack.to_show(agreement)
     synthetic = BatchReservoir(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
         metrics, norm_statistics = _measure_synthetic(model, sites, synthetic, draws=SYNTHETIC_DRAWS)
-        held_back = synthetic_batches(model, inputs, seed=_SYNTHETIC_SEED, batches=_SYNTHETIC_HELD_BACK)
-        return Measurements(metrics, tuple(synthetic.sample), norm_statistics, tuple(held_back), synthetic=True)
+        unseen = synthetic_batches(model, inputs, seed=_SYNTHETIC_SEED, batches=held_back.synthetic)
+        return Measurements(metrics, tuple(synthetic.sample), norm_statistics, tuple(unseen), synthetic=True)
     checked = ImageCheck(model, image_batches(calibration, inputs), inputs)
-    seen = HoldsBack(iter(checked), every=_HELD_BACK_EVERY, most=_HELD_BACK_MOST)
+    seen = HoldsBack(iter(checked), every=held_back.every, most=held_back.most)
     images = BatchReservoir(track(seen, "calibrating"))
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.

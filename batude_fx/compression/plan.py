@@ -20,8 +20,8 @@ from batude_fx.graph.provenance import attach_
 from batude_fx.graph.shared_parts import refuse_shared_parts
 from batude_fx.graph.site_table import Sites, add_site_row, describe_ranks, new_site_table, skip_notes
 from batude_fx.graph.surgery import replace_modules
-from batude_fx.quality.comparison import measure_quality
-from batude_fx.quality.quality import Quality
+from batude_fx.quality.comparison import QualityMeter
+from batude_fx.quality.quality import Quality, Search
 from batude_fx.report.record import LIBRARIES, Record, site_records
 from batude_fx.support.inputs import Inputs
 from batude_fx.support.model_state import private_copy
@@ -58,6 +58,7 @@ class Plan:
         seconds: The same of the compressed model: measured by `plan`; predicted by `at` where the budget limits it.
         calibration: `"weights only"`, `"synthetic"`, `"synthetic noise"` (no images fit its input) or `"images"`.
         round_to: Multiple of the ranks.
+        search: How the smallest model of the quality that the budget asks for was found; None where it asks for none.
         quality: How close the compressed model's outputs are to the model's, on images that were held back; None where
             nothing was measured, as for weights only, fewer than 40 images, or a plan made by `at`.
     """
@@ -76,6 +77,7 @@ class Plan:
     calibration: str
     round_to: int
     quality: Quality | None = field(default=None, compare=False, kw_only=True)
+    search: Search | None = field(default=None, compare=False, kw_only=True)
     _checksum: int = field(repr=False, compare=False)  # of the model's parameters
     _limits: CostLimits = field(repr=False, compare=False)
     _candidates: Mapping[str, SiteCandidate] = field(repr=False, compare=False)
@@ -109,6 +111,17 @@ class Plan:
         Warns:
             QualityWarning: As `apply`.
         """
+        small, plan = self.construct(model)
+        plan = plan._with_quality(model, small)  # noqa: SLF001 - of another plan
+        attach_(small, plan.record())
+        return small, plan
+
+    def construct(self, model: ModelT) -> "tuple[ModelT, Plan]":
+        """Return what `build` returns, but measure nothing and attach no record.
+
+        Raises:
+            BatudeError: As `apply`.
+        """
         check_model(model)
         if not self.ranks:
             warnings.warn(
@@ -130,9 +143,7 @@ class Plan:
                 ) from error
             small = plan._build(model)  # noqa: SLF001 - of another plan
         refuse_shared_parts(small, model, self._inputs)
-        plan = plan._with_quality(model, small)  # noqa: SLF001
         remember_input_size_(small, self._inputs)
-        attach_(small, plan.record())
         return small, plan
 
     def record(self) -> Record:
@@ -141,7 +152,7 @@ class Plan:
             model=self.model_name, budget=str(self.budget), calibration=self.calibration, round_to=self.round_to,
             seed=SEED, dense_flops=self.dense_flops, flops=self.flops, dense_params=self.dense_params,
             params=self.params, dense_seconds=self.dense_seconds, seconds=self.seconds, weights=self._checksum,
-            quality=self.quality,
+            quality=self.quality, search=self.search,
             versions=library_versions(*LIBRARIES),
             sites=site_records(
                 self.sites,
@@ -192,7 +203,7 @@ class Plan:
         seconds = None if budget.latency is None else chosen.seconds
         return replace(
             self, budget=budget, ranks=chosen.ranks, losses=chosen.losses, flops=chosen.flops, params=chosen.params,
-            seconds=seconds, quality=None,
+            seconds=seconds, quality=None, search=None,
         )  # fmt: skip
 
     def measured(self, model: nn.Module) -> "Plan":
@@ -206,12 +217,16 @@ class Plan:
         """
         return self.build(model)[1] if self.ranks and self._measurements.held_back else self
 
+    def quality_meter(self, model: nn.Module) -> QualityMeter:
+        """Return what measures the quality of networks that are compressed from the plan's model."""
+        return QualityMeter(model, self._measurements.held_back, synthetic=self._measurements.synthetic)
+
     def _with_quality(self, model: nn.Module, small: nn.Module) -> "Plan":
         """Return the plan with the quality of its compressed model, and warn where that is low."""
         held_back = self._measurements.held_back
         if self.quality is not None or not held_back:
             return self
-        quality = measure_quality(model, small, held_back, synthetic=self._measurements.synthetic)
+        quality = self.quality_meter(model).measure(small)
         if quality.is_low:
             warnings.warn(
                 f"the compressed {self.model_name} {quality}. {_way_out(quality)}", QualityWarning, stacklevel=4
@@ -257,7 +272,8 @@ def plan_table(plan: Plan) -> "Table":
 def _quality_text(plan: Plan) -> str:
     """The part of the caption about quality."""
     if plan.quality:
-        return f"The compressed network {plan.quality}."
+        found = f" It was {plan.search}." if plan.search else ""
+        return f"The compressed network {plan.quality}.{found}"
     if plan.calibration == "weights only":
         return "Quality was not measured, as no images were given."
     return "Quality is not measured."

@@ -14,6 +14,7 @@ from batude_fx.compression.calibrate import Calibration, calibration_label, matc
 from batude_fx.compression.checks import check_constant_sizes, check_model, check_options, warn_of_tucker_modules
 from batude_fx.compression.latency_search import refine_by_timing, with_latency
 from batude_fx.compression.plan import ModelT, Plan
+from batude_fx.compression.quality_search import Evaluate, check_evaluate, find_smallest
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
 from batude_fx.errors import BudgetError
 from batude_fx.graph.discovery import discover
@@ -35,14 +36,16 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     exclude: str | Iterable[str] = (),
     round_to: int | Literal["auto"] = 8,
     ranks: Mapping[str, Ranks | None] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Plan:
     """Decide the Tucker-2 ranks of a model under a budget.
 
     Args:
         model: Any module; it is bit-identical afterwards.
         budget: The fraction of flops that remains (0.5), a factor ("2.5x"), a percentage ("40%"), an absolute count
-            ("0.9GFLOPs"), or a `Budget` with several limits, latency among them. Flops are fvcore's: one multiply-add
-            is one. Latency is the wall time of the model in eval mode on its device, with torch's current threads.
+            ("0.9GFLOPs"), or a `Budget` with several limits, on latency and quality among them. Flops are fvcore's: one
+            multiply-add is one. Latency is the wall time of the model in eval mode on its device, with torch's current
+            threads.
         example_inputs: Arguments of one run: a single tensor, (1, C, H, W) for an image model, a tuple of positional
             arguments, or a dict of keyword arguments. Batch and memory format count for latency. By default an image
             of the size of the calibration images, or else what timm or torchvision knows of the model.
@@ -54,14 +57,17 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
         round_to: Ranks are multiples of this, all groups of a site together. "auto" measures which multiple suits this
             machine, and leaves sites dense that would be no faster, as far as the budget can then be met.
         ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
+        evaluate: A function from a network in eval mode to its score, the larger the better, for a budget with a
+            `score` or a `max_drop`. It is called for up to eight networks, and for the model where a drop is limited.
 
     Returns:
         The plan; `print` shows it as a table, `plan.apply(model)` builds the network.
 
     Raises:
-        BudgetError: The budget cannot be read, or is out of reach; then the message names the smallest reachable one.
+        BudgetError: The budget cannot be read, or is out of reach; then the message names the smallest reachable one,
+            or the best quality that was found.
         DiscoveryError: The model has no convolution, or does not run on the example input.
-        SelectionError: A pattern or a name in `ranks` matches no site.
+        SelectionError: A pattern or a name in `ranks` matches no site, or `evaluate` does not fit the budget.
         CalibrationError: The calibration images are empty, not finite or of the wrong shape.
         UnsupportedError: The model is in half precision, on the meta device, or holds NaN; or this is called inside
             `torch.inference_mode()` or `torch.autocast()`.
@@ -75,7 +81,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     """
     return choose(
         model, budget, example_inputs=example_inputs, calibration=calibration, layers=layers, include=include,
-        exclude=exclude, round_to=round_to, ranks=ranks,
+        exclude=exclude, round_to=round_to, ranks=ranks, evaluate=evaluate,
     ).measured(model)  # fmt: skip
 
 
@@ -85,7 +91,8 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
     Args:
         model: Any module; it is bit-identical afterwards, also when an error is raised.
         budget: As for `plan`.
-        **options: As for `plan`: `example_inputs`, `calibration`, `layers`, `include`, `exclude`, `round_to`, `ranks`.
+        **options: As for `plan`: `example_inputs`, `calibration`, `layers`, `include`, `exclude`, `round_to`, `ranks`,
+            `evaluate`.
 
     Returns:
         A new module of the model's own class, its convolutions replaced by Tucker-2 modules.
@@ -109,10 +116,12 @@ def choose(  # noqa: PLR0913 - those of plan
     exclude: str | Iterable[str] = (),
     round_to: int | Literal["auto"] = 8,
     ranks: Mapping[str, Ranks | None] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Plan:
     """Decide the ranks as `plan` does, whose arguments and errors these are, without building a network to measure."""
     budget = Budget.parse(budget)
     check_options(round_to, calibration)
+    check_evaluate(budget, evaluate)
     check_model(model)
     inputs, calibration = match_example(model, example_inputs, calibration)
     sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
@@ -136,12 +145,12 @@ def choose(  # noqa: PLR0913 - those of plan
         raise _with_linear_hint(error, lambda: space_for(wider, int(round_to))) from None
     warn_of_tucker_modules(sites)
 
-    measurements = measure(model, list(replaceable.values()), calibration, inputs)
+    measurements = measure(model, list(replaceable.values()), calibration, inputs, agreement=budget.least_agreement)
     candidates = decompose_sites(model, replaceable, space.options, measurements.metrics)
     chosen, limits = choose_ranks(candidates, space.limits), space.limits
     if timer:
         chosen, limits = refine_by_timing(chosen, timer, candidates, limits)
-    return Plan(
+    planned = Plan(
         model_name=type(model).__name__,
         budget=budget,
         sites=sites,
@@ -161,6 +170,7 @@ def choose(  # noqa: PLR0913 - those of plan
         _measurements=measurements,
         _inputs=inputs,
     )
+    return find_smallest(planned, model, evaluate) if budget.asks_for_quality else planned
 
 
 def _find_space(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,37 +19,53 @@ _IMAGE_NDIM = 4  # (N, C, H, W)
 Outputs = dict[str, Tensor]
 
 
-@torch.no_grad()
-def measure_quality(original: nn.Module, network: nn.Module, batches: Sequence[Inputs], *, synthetic: bool) -> Quality:
-    """Compare the outputs of a network with its original's, both in eval mode.
+@dataclass
+class QualityMeter:
+    """Compares networks with the one that they were compressed from, which runs once on each image.
 
-    Args:
+    Attributes:
         original: The network that was compressed.
-        network: The compressed network, which takes and gives the same.
-        batches: Arguments of both, batches of images that neither was fitted to; at least one.
+        batches: Arguments of a run, batches of images that no network was fitted to; at least one.
         synthetic: Whether the images were generated.
-
-    Returns:
-        The figures of a classifier if there is one output (N, classes) of at least two classes, else the error of each
-        output tensor.
     """
-    images, logits, errors = 0, list[tuple[Tensor, Tensor]](), dict[str, _ErrorSums]()
-    classifies = getattr(original, "num_classes", None) != 0  # timm's networks without a head give features
-    with private_copy(original) as first, private_copy(network) as second:
-        for batch in track(batches, "measuring quality"):
-            expected, actual = (_outputs(copied, batch) for copied in (first, second))
-            count = max((len(tensor) for tensor in batch.tensors() if tensor.ndim), default=1)
-            classifies = classifies and _gives_classes(expected, count) and _gives_classes(actual, count)
-            if classifies:
-                logits.append((next(iter(expected.values())), next(iter(actual.values()))))
-            for name in expected.keys() | actual.keys():
-                sums = errors.setdefault(name, _ErrorSums())
-                sums.add(expected.get(name), actual.get(name), batch.only_tensor)
-            images += count
-    if classifies:
-        return _quality_of_classes(*map(torch.cat, zip(*logits, strict=True)), synthetic=synthetic)
-    outputs = tuple(errors[name].result(name) for name in sorted(errors))
-    return Quality(images=images, synthetic=synthetic, outputs=outputs)
+
+    original: nn.Module
+    batches: Sequence[Inputs]
+    synthetic: bool
+    _logits: list[Tensor] = field(default_factory=list)  # of a classifier; other outputs may be too large to keep
+
+    @torch.no_grad()
+    def measure(self, network: nn.Module) -> Quality:
+        """Compare the outputs of a network with the original's, both in eval mode.
+
+        Args:
+            network: The compressed network, which takes and gives the same.
+
+        Returns:
+            The figures of a classifier if there is one output (N, classes) of at least two classes, else the error of
+            each output tensor.
+        """
+        images, logits, errors = 0, list[Tensor](), dict[str, _ErrorSums]()
+        known = list(self._logits)
+        classifies = getattr(self.original, "num_classes", None) != 0  # timm's networks without a head give features
+        with private_copy(self.original) as first, private_copy(network) as second:
+            for index, batch in enumerate(track(self.batches, "measuring quality")):
+                expected = {"output": known[index]} if known else _outputs(first, batch)
+                actual = _outputs(second, batch)
+                count = max((len(tensor) for tensor in batch.tensors() if tensor.ndim), default=1)
+                classifies = classifies and _gives_classes(expected, count) and _gives_classes(actual, count)
+                if classifies:
+                    self._logits += [] if known else expected.values()
+                    logits += actual.values()
+                for name in expected.keys() | actual.keys():
+                    sums = errors.setdefault(name, _ErrorSums())
+                    sums.add(expected.get(name), actual.get(name), batch.only_tensor)
+                images += count
+        if classifies:
+            return _quality_of_classes(torch.cat(self._logits), torch.cat(logits), synthetic=self.synthetic)
+        self._logits.clear()
+        outputs = tuple(errors[name].result(name) for name in sorted(errors))
+        return Quality(images=images, synthetic=self.synthetic, outputs=outputs)
 
 
 def _outputs(network: nn.Module, batch: Inputs) -> Outputs:

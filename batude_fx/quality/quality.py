@@ -156,6 +156,38 @@ class Quality(_Frozen):
         return "; ".join(parts)
 
 
+class Trial(_Frozen):
+    """A network that a search for the smallest one of a quality has tried.
+
+    Attributes:
+        flops: Multiply-adds of the network.
+        value: What was measured.
+        bound: What counts: the lower end of the interval of an agreement, the value itself of a score.
+    """
+
+    flops: Count
+    value: float
+    bound: float
+
+
+class Search(_Frozen):
+    """How the smallest network of a quality was found.
+
+    Attributes:
+        target: What was asked for: "agreement", "score" or "max_drop".
+        least: The bound that a network must reach.
+        trials: The networks that were tried, in this order.
+    """
+
+    target: str
+    least: float
+    trials: Annotated[tuple[Trial, ...], Field(max_length=100)]
+
+    def __str__(self) -> str:
+        """Return the end of a sentence: "found in 8 trials"."""
+        return f"found in {len(self.trials)} trials"
+
+
 def divergence_of(divergences: "list[float]") -> Divergence | None:
     """Return the mean of the divergences of all images; None where one is not finite."""
     if not all(map(math.isfinite, divergences)):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from batude_fx.errors import printable
+from batude_fx.quality.quality import Search
 from batude_fx.report.record import Record, RoundRecord, SiteRecord
 from batude_fx.report.sweep_points import Point
 from batude_fx.support.arrays import Floats, Integers
@@ -48,6 +49,8 @@ def pictures(record: Record, points: Sequence[Point] = ()) -> Pictures:
         figures["residuals"] = _residuals(record.training.rounds)
     if points:
         figures["sweep"] = sweep_picture(points)
+    if record.search and record.search.trials:
+        figures["search"] = _search(record.search, record.dense_flops)
     return figures
 
 
@@ -69,6 +72,22 @@ def sweep_picture(points: Sequence[Point]) -> Figure:
     right.set_xlabel("milliseconds per image, batch 1")
     left.set_ylabel("share of images")
     left.legend()
+    return figure
+
+
+def _search(search: Search, dense_flops: int) -> Figure:
+    """Draw what each network of a search reached against its share of the flops, and what was asked for."""
+    figure, (axes,) = _figure(6, 3.8)
+    trials = sorted(search.trials, key=attrgetter("flops"))
+    shares = [trial.flops / dense_flops for trial in trials]
+    axes.plot(shares, [trial.bound for trial in trials], color=_BLUE, marker="o", label="counts")
+    if any(trial.value != trial.bound for trial in trials):
+        axes.plot(shares, [trial.value for trial in trials], color=_GREY, marker="s", label="measured")
+    axes.axhline(search.least, color=_VERMILION, linestyle="--", label="asked for")
+    axes.set_xlabel("share of the flops")
+    axes.set_ylabel("score" if search.target == "max_drop" else search.target)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 

@@ -24,6 +24,7 @@ _TITLES = {
     "flops": "Flops of each convolution before and after compression",
     "spectra": "Predicted loss at each rank, and the chosen ranks",
     "sweep": "Accuracy at other budgets",
+    "search": "Networks that were tried, and the quality that was asked for",
     "ranks": "Ranks during training",
     "residuals": "Residuals of BC-ADL and flops during training",
 }

@@ -15,7 +15,7 @@ from batude_fx.budget.rank_options import RankOptions
 from batude_fx.errors import SavedModelError, first_line
 from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite, FoundBy
-from batude_fx.quality.quality import Quality
+from batude_fx.quality.quality import Quality, Search
 from batude_fx.support.arrays import Floats
 from batude_fx.support.atomic_files import newest, write_text
 from batude_fx.support.validation import first_mistake, read_limited
@@ -151,6 +151,7 @@ class Record(_Frozen):
         dense_seconds: Wall time of one forward pass of the original; None if not measured.
         seconds: Wall time of one forward pass of the compressed network; None if not measured.
         quality: How close its outputs are to the original's, on images held back; None if that was not measured.
+        search: How the smallest network of a quality was found; None if none was asked for.
         weights: Checksum of the original's parameters; None if the network was trained by a recipe.
         sites: All convolutions, in the order of their first call.
         training: The training by a recipe; None if there was none.
@@ -170,6 +171,7 @@ class Record(_Frozen):
     dense_seconds: Seconds | None = None
     seconds: Seconds | None = None
     quality: Quality | None = None
+    search: Search | None = None
     weights: Count | None = None
     sites: Annotated[tuple[SiteRecord, ...], Field(max_length=_MOST_SITES)]
     training: TrainingRecord | None = None

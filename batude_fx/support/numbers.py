@@ -21,13 +21,24 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}"
 
 
+_Z2 = 1.959964**2  # square of the standard errors on each side of a mean, for 95 %
+
+
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """Return the 95 % interval of a share of which some trials were seen.
 
     Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", Journal of the
     American Statistical Association 22, 1927.
     """
-    z2 = 1.959964**2 / trials
+    z2 = _Z2 / trials
     share = successes / trials
     centre, width = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
     return max(0.0, (centre - width) / (1 + z2)), min(1.0, (centre + width) / (1 + z2))
+
+
+def fewest_trials(share: float) -> int:
+    """Return the least number of trials whose 95 % interval by Wilson begins at a share if all of them succeed.
+
+    The interval then begins at trials / (trials + z^2).
+    """
+    return math.ceil(_Z2 * share / (1 - share))

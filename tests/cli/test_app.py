@@ -34,6 +34,12 @@ def test_discover_lists_what_the_library_finds() -> None:
     assert "excluded by 'layer1*'" in shown
 
 
+def test_a_network_is_found_by_the_agreement_that_is_asked_for() -> None:
+    facts = run_json("plan", NAME, "--no-pretrained", "--agreement", "20%")
+    assert facts["quality"]["agreement"]["images"] == 128
+    assert facts["flops"] < facts["dense_flops"]
+
+
 def test_plan_decides_what_the_library_decides() -> None:
     torch.manual_seed(0)
     plan = batude_fx.plan(

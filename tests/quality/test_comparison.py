@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batude_fx.quality.comparison import measure_quality
+from batude_fx.quality.comparison import QualityMeter
 from batude_fx.support.inputs import Inputs
 
 
@@ -29,7 +29,9 @@ def test_a_classifier_is_judged_by_divergence_and_agreement() -> None:
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [0.1, 0.1, 0.8], [0.5, 0.3, 0.2]])
     others = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.45, 0.25], [0.2, 0.1, 0.7], [0.2, 0.3, 0.5]])
     tables = torch.stack([probabilities, others], 1).log()  # (N, 2, classes)
-    quality = measure_quality(_Gives(lambda x: x[:, 0]), _Gives(lambda x: x[:, 1]), _batches(tables), synthetic=False)
+    quality = QualityMeter(_Gives(lambda x: x[:, 0]), _batches(tables), synthetic=False).measure(
+        _Gives(lambda x: x[:, 1])
+    )
     divergences = (probabilities.double() * (probabilities.double() / others.double()).log()).sum(1)
     assert quality.images == 4
     assert quality.divergence is not None
@@ -44,7 +46,7 @@ def test_a_classifier_is_judged_by_divergence_and_agreement() -> None:
 
 def test_the_same_network_agrees_with_itself_everywhere() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
-    quality = measure_quality(network, network, _batches(torch.randn(7, 3, 2, 2)), synthetic=True)
+    quality = QualityMeter(network, _batches(torch.randn(7, 3, 2, 2)), synthetic=True).measure(network)
     assert quality.agreement.value == 1
     assert quality.divergence.mean == pytest.approx(0, abs=1e-6)
     assert "7 generated images held back" in str(quality)
@@ -53,7 +55,7 @@ def test_the_same_network_agrees_with_itself_everywhere() -> None:
 def test_a_network_that_gives_nan_agrees_with_nothing() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     broken = _Gives(lambda x: x.new_full((len(x), 5), torch.nan))
-    quality = measure_quality(network, broken, _batches(torch.randn(4, 3, 2, 2)), synthetic=False)
+    quality = QualityMeter(network, _batches(torch.randn(4, 3, 2, 2)), synthetic=False).measure(broken)
     assert quality.agreement.hits == 0
     assert quality.divergence is None
 
@@ -67,7 +69,7 @@ def test_other_outputs_are_judged_by_the_error_of_each() -> None:
         return _Gives(lambda i: {"image": table[row, i], "features": [table[row, i].mean((2, 3))]})
 
     original, other, indices = gives(0), gives(1), torch.arange(5)
-    quality = measure_quality(original, other, _batches(indices, 2), synthetic=False)
+    quality = QualityMeter(original, _batches(indices, 2), synthetic=False).measure(other)
     image, features = (next(error for error in quality.outputs if key in error.name) for key in ("image", "features"))
     assert image.relative_error == pytest.approx(float(noise.square().sum() / x.square().sum()))
     assert image.r_squared == pytest.approx(1 - float(noise.square().mean() / x.var(correction=0)))
@@ -79,7 +81,7 @@ def test_other_outputs_are_judged_by_the_error_of_each() -> None:
 
 def test_an_output_of_the_size_of_the_image_has_a_psnr() -> None:
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    quality = measure_quality(_Gives(lambda x: x), _Gives(lambda x: x + 0.1), _batches(x), synthetic=False)
+    quality = QualityMeter(_Gives(lambda x: x), _batches(x), synthetic=False).measure(_Gives(lambda x: x + 0.1))
     (error,) = quality.outputs
     assert error.name == "output"
     assert error.psnr == pytest.approx(float(20 * torch.log10((x.max() - x.min()) / 0.1)), rel=1e-6)
@@ -87,7 +89,7 @@ def test_an_output_of_the_size_of_the_image_has_a_psnr() -> None:
 
 def test_boxes_that_differ_in_number_are_not_compared() -> None:
     original, other = _Gives(lambda x: [x[:, :, :2]]), _Gives(lambda x: [x[:, :, :1]])
-    quality = measure_quality(original, other, _batches(torch.randn(2, 3, 4)), synthetic=False)
+    quality = QualityMeter(original, _batches(torch.randn(2, 3, 4)), synthetic=False).measure(other)
     assert [error.relative_error for error in quality.outputs] == [None]
     assert "other shapes" in str(quality)
 
@@ -95,6 +97,6 @@ def test_boxes_that_differ_in_number_are_not_compared() -> None:
 def test_features_are_no_classes() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     model.num_classes = 0  # type: ignore[assignment] # as timm's models without a head
-    quality = measure_quality(model, model, _batches(torch.randn(2, 3, 2, 2)), synthetic=False)
+    quality = QualityMeter(model, _batches(torch.randn(2, 3, 2, 2)), synthetic=False).measure(model)
     assert quality.agreement is None
     assert quality.outputs[0].relative_error == 0

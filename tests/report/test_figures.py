@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 import batude_fx
+from batude_fx.quality.quality import Search, Trial
 from batude_fx.report import figures, html_page, record, sweep_points
 from tests.report.html_tables import Tables
 
@@ -17,6 +18,17 @@ def test_pictures_show_the_numbers(plan: batude_fx.Plan, points: list[sweep_poin
     assert widths == [site.dense_flops for site in known.sites] + [site.flops for site in known.sites]
     line = drawn["sweep"].axes[1].lines[0]
     assert line.get_xydata().tolist() == [[point.milliseconds, point.agreement] for point in points]
+
+
+def test_a_search_shows_what_was_tried_and_asked_for(plan: batude_fx.Plan) -> None:
+    trials = tuple(Trial(flops=flops, value=value, bound=value - 0.1) for flops, value in ((80, 0.9), (40, 0.7)))
+    known = plan.record().model_copy(
+        update={"search": Search(target="agreement", least=0.75, trials=trials), "dense_flops": 100}
+    )
+    counts, measured, asked = figures.pictures(known)["search"].axes[0].lines
+    assert np.allclose(counts.get_xydata(), [[0.4, 0.6], [0.8, 0.8]])
+    assert np.allclose(measured.get_xydata(), [[0.4, 0.7], [0.8, 0.9]])
+    assert asked.get_ydata() == [0.75, 0.75]
 
 
 ROUND: dict[str, Any] = {

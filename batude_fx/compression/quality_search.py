@@ -1,0 +1,147 @@
+"""Find the smallest network that still has the quality that a budget asks for, without calibrating again.
+
+Each trial halves the range of flops in which the smallest network lies: a plan for its middle is made from the same
+measurements, and its network is built and measured.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from batude_fx.budget.budget import Budget
+from batude_fx.compression.plan import Plan
+from batude_fx.errors import BudgetError, SelectionError
+from batude_fx.quality.quality import Search, Trial
+from batude_fx.support.model_state import private_copy
+from batude_fx.support.numbers import fewest_trials, human, wilson_interval
+
+_MOST_TRIALS = 8
+_CLOSE = 0.01  # of the flops: near enough to stop
+Evaluate = Callable[[nn.Module], float]
+"""A user's own measure of a network, the larger the better."""
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What a network must reach.
+
+    Attributes:
+        name: What the budget calls it.
+        least: What its bound must reach.
+        measure: Returns the value of a network and its bound.
+    """
+
+    name: str
+    least: float
+    measure: Callable[[nn.Module], tuple[float, float]]
+
+
+def find_smallest(plan: Plan, model: nn.Module, evaluate: Evaluate | None) -> Plan:
+    """Return the plan of the smallest network that has the quality which the plan's budget asks for.
+
+    Args:
+        plan: The plan of the largest network that the limits of the budget allow.
+        model: The model that it was made for.
+        evaluate: Measures a network, for a budget that asks for a score or limits its drop.
+
+    Raises:
+        BudgetError: When no network within the limits has the quality, with the best that was found.
+        SelectionError: When `evaluate` returns no finite number.
+    """
+    goal = _goal(plan, model, evaluate)
+    trials: list[Trial] = []
+
+    def reaches(candidate: Plan) -> bool:
+        small, built = candidate.construct(model)
+        value, bound = goal.measure(small)
+        trials.append(Trial(flops=built.flops, value=value, bound=bound))
+        return bound >= goal.least
+
+    low, high, best = 0.0, plan.flops / plan.dense_flops, plan
+    if plan.ranks and not reaches(plan):
+        raise _out_of_reach(goal, plan, trials)
+    while len(trials) < _MOST_TRIALS and high - low > _CLOSE * high:
+        middle = (low + high) / 2
+        try:
+            candidate = plan.at(plan.budget.model_copy(update={"flops": middle}))
+        except BudgetError:  # no ranks are so small
+            low = middle
+            continue
+        if reaches(candidate):
+            best, high = candidate, candidate.flops / plan.dense_flops
+        else:
+            low = middle
+    if not best.ranks:
+        raise _out_of_reach(goal, plan, trials)
+    return replace(best, budget=plan.budget, search=Search(target=goal.name, least=goal.least, trials=tuple(trials)))
+
+
+def check_evaluate(budget: Budget, evaluate: Evaluate | None) -> None:
+    """Refuse a budget that asks for a score without the function that measures it, and such a function without a use.
+
+    Raises:
+        SelectionError: With the way out.
+    """
+    asks_for_score = (budget.score, budget.max_drop) != (None, None)
+    if asks_for_score and evaluate is None:
+        raise SelectionError("a score needs evaluate=, a function from a network to its score, the larger the better.")
+    if not asks_for_score and evaluate is not None:
+        raise SelectionError("evaluate= has no use without Budget(score=...) or Budget(max_drop=...).")
+
+
+def _goal(plan: Plan, model: nn.Module, evaluate: Evaluate | None) -> _Goal:
+    budget = plan.budget
+    if budget.least_agreement is not None:
+        return _agreement_goal(plan, model, budget.least_agreement)
+
+    def measure(network: nn.Module) -> tuple[float, float]:
+        value = float(evaluate(network.eval())) if evaluate else math.nan
+        if not math.isfinite(value):
+            raise SelectionError(f"evaluate returned {value}, which is no score.")
+        return value, value
+
+    if budget.score is not None:
+        return _Goal("score", budget.score, measure)
+    with private_copy(model) as copied:
+        original, _ = measure(copied)
+    return _Goal("max_drop", original - (budget.max_drop or 0.0), measure)
+
+
+def _agreement_goal(plan: Plan, model: nn.Module, least: float) -> _Goal:
+    meter = plan.quality_meter(model)
+    images = sum(len(batch.tensors()[0]) for batch in meter.batches)
+    if not images:
+        raise BudgetError(
+            f"an agreement of {least:g} cannot be measured: no images are held back. Give 16 or more, calibration=."
+        )
+    if (highest := wilson_interval(images, images)[0]) < least:
+        raise BudgetError(
+            f"{images} images are held back, too few to show an agreement of {least:g}: where a network agrees on all "
+            f"of them, the 95 % interval begins at {highest:.3f}. Give {2 * fewest_trials(least) + 16} images, "
+            "of which half is held back, or ask for less."
+        )
+
+    def measure(network: nn.Module) -> tuple[float, float]:
+        agreement = meter.measure(network).agreement
+        if agreement is None:
+            raise BudgetError(
+                f"{plan.model_name} is no classifier, so there is no agreement; use Budget(score=...) and evaluate=."
+            )
+        return agreement.value, agreement.interval[0]
+
+    return _Goal("agreement", least, measure)
+
+
+def _out_of_reach(goal: _Goal, plan: Plan, trials: list[Trial]) -> BudgetError:
+    found = "nothing can be replaced"
+    if trials:
+        best = max(trials, key=lambda trial: trial.bound)
+        found = f"the best of {len(trials)} networks, of {human(best.flops)}FLOPs, reaches {best.bound:.4g}"
+        if best.bound != best.value:
+            found += f", the lower end of the 95 % interval of {best.value:.4g}"
+    return BudgetError(
+        f"{plan.budget}: no smaller network reaches {goal.least:.4g}; {found}. Ask for less, calibrate with more "
+        "images of its task, or train it by a recipe."
+    )
