@@ -236,6 +236,7 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
     import batude_fx
     from batude_fx.graph.example_inputs import example_inputs
     from batude_fx.graph.flops import count_flops
+    from batude_fx.report.record import read_or_warn
     from batude_fx.saving.config import read_config
     from batude_fx_cli.tables import saved_table
 
@@ -245,6 +246,8 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
     if config.model_args.library is not None:
         network = batude_fx.load(folder)
         facts["flops"] = count_flops(network, example_inputs(network))
+    else:
+        read_or_warn(folder)
     show(saved_table(folder, facts), facts, as_json)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from batude_fx.errors import SavedModelError
+from batude_fx.errors import SavedModelError, printable
 from batude_fx.graph.site_table import describe_convolution, describe_ranks
 from batude_fx.report import record as records
 from batude_fx.report import sweep_points
@@ -115,7 +115,7 @@ def render(record: Record, points: Sequence[sweep_points.Point] = ()) -> str:
     images = {name: base64.b64encode(svg(figure)).decode() for name, figure in pictures(record, points).items()}
     environment = Environment(
         loader=PackageLoader("batude_fx.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: printable(value) if isinstance(value, str) else value,
     )  # fmt: skip
     environment.filters |= {"human": human}
     return environment.get_template(PAGE).render(

@@ -18,6 +18,7 @@ from batude_fx.graph.sites import ConvSite, FoundBy
 from batude_fx.quality.quality import Quality, Search
 from batude_fx.support.arrays import Floats
 from batude_fx.support.atomic_files import newest, write_text
+from batude_fx.support.user_warning import warn_user
 from batude_fx.support.validation import first_mistake, read_limited
 from batude_fx.tucker.ranks import Ranks, SiteLoss
 
@@ -25,12 +26,12 @@ FILE = "report.json"
 LIBRARIES = ("python", "batude_fx", "torch", "timm", "torchvision", "fvcore", "safetensors")
 """Whose versions a record names."""
 _SPECTRUM_POINTS = 64  # intervals between the ranks at which a spectrum is recorded
-_MOST_SITES, _MOST_ROUNDS = 5000, 10_000  # of networks and runs anyone has; a report shows all of them
+_MOST_SITES, _MOST_ROUNDS = 5000, 20_000  # in a file from an unknown source, as a report shows all of them
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 AboveZero = Annotated[int, Field(ge=1, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-RankPair = tuple[Count, Count]
+RankPair = tuple[AboveZero, AboveZero]
 Spectrum = Annotated[tuple[Share, ...], Field(min_length=1, max_length=_SPECTRUM_POINTS + 1)]
 
 
@@ -124,7 +125,7 @@ class TrainingRecord(_Frozen):
     recipe: str
     original_accuracy: Share
     accuracy: Share
-    rounds: Annotated[tuple[RoundRecord, ...], Field(max_length=_MOST_ROUNDS)]
+    rounds: tuple[RoundRecord, ...]
 
     @model_validator(mode="after")
     def _check_rounds(self) -> Self:
@@ -162,7 +163,7 @@ class Record(_Frozen):
     model: str
     budget: str
     calibration: str
-    round_to: Count
+    round_to: AboveZero
     seed: int
     dense_flops: Count
     flops: Count
@@ -173,7 +174,7 @@ class Record(_Frozen):
     quality: Quality | None = None
     search: Search | None = None
     weights: Count | None = None
-    sites: Annotated[tuple[SiteRecord, ...], Field(max_length=_MOST_SITES)]
+    sites: tuple[SiteRecord, ...]
     training: TrainingRecord | None = None
     versions: dict[str, str]
 
@@ -245,12 +246,38 @@ def read(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        return Record.model_validate_json(read_limited(path))
+        return _checked_counts(Record.model_validate_json(read_limited(path)))
     except ValidationError as error:
         reason = str(first_mistake(error))
     except (OSError, ValueError) as error:
         reason = f"{first_line(error)}."
-    raise SavedModelError(f"{path} is broken: {reason} Remove it; the network can be loaded without it.")
+    raise SavedModelError(f"{path} is broken: {reason} The network is loaded without it. Remove it, or save the network again.")
+
+
+def read_or_warn(folder: Path) -> Record | None:
+    """Read `report.json`; return None if the folder has none, or a broken one, as the network does not depend on it.
+
+    Warns:
+        UserWarning: When the file is broken.
+    """
+    try:
+        return read(folder)
+    except SavedModelError as error:
+        warn_user(str(error))
+        return None
+
+
+def _checked_counts(record: Record) -> Record:
+    """Return a record that was read; refuse one that no report could show.
+
+    Raises:
+        ValueError: When it has too many sites or rounds.
+    """
+    rounds = len(record.training.rounds) if record.training else 0
+    for count, most, kind in ((len(record.sites), _MOST_SITES, "sites"), (rounds, _MOST_ROUNDS, "rounds")):
+        if count > most:
+            raise ValueError(f"it has {count:,} {kind}, and a report shows at most {most:,}")
+    return record
 
 
 def _cost(options: RankOptions, ranks: Ranks) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -38,20 +37,26 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINED_NETWORK = "model"
 """Name of the folder inside a training run's folder that holds its trained network."""
 FORMAT = 1
-_MOST_VALUES = 2**23  # of an image: more than twice those of the largest that timm's networks take
+_MOST_VALUES = 2**27  # of an image or a video: those of 45 megapixels in three colours, or half a gigabyte of float32
+_LONGEST_SIDE = 8192
 _CLOSED = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _check_size(size: tuple[int, ...]) -> tuple[int, ...]:
     """Refuse the size of an image that would fill the memory."""
-    if math.prod(size) > _MOST_VALUES:
-        raise ValueError(f"an image of {' x '.join(map(str, size))} values is larger than any that networks take")
+    if math.prod(size) > _MOST_VALUES or max(size) > _LONGEST_SIDE:
+        raise ValueError(
+            f"an image of {' x '.join(map(str, size))} values is too large; at most {_MOST_VALUES:,} in all and "
+            f"{_LONGEST_SIDE} to a side are allowed"
+        )
     return size
 
 
-_ImageSize = Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=4), AfterValidator(_check_size)]
+_ImageSize = Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4), AfterValidator(_check_size)]  # C, H, W, or C, T, H, W
 _CropShare = Annotated[float, Field(ge=0.1, le=2)]  # a smaller one would enlarge images before they are cropped
 _Channels = Field(max_length=1024)
+_Mean = Annotated[float, Field(ge=-1e6, le=1e6)]  # of pixels from 0 to 1, or from 0 to 255
+_Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 _Names = str | tuple[str, ...] | None
 _Name = Annotated[str, Field(max_length=32)] | None
 _Side = Annotated[int, Field(ge=1, le=2048)]
@@ -76,8 +81,8 @@ class ImageConfig(TypedDict, total=False):
     crop_pct: _CropShare
     test_crop_pct: _CropShare | None
     crop_mode: Literal["center", "squash", "border"]
-    mean: Annotated[tuple[float, ...], _Channels]
-    std: Annotated[tuple[PositiveFloat, ...], _Channels]
+    mean: Annotated[tuple[_Mean, ...], _Channels]
+    std: Annotated[tuple[_Deviation, ...], _Channels]
     num_classes: NonNegativeInt
     label_offset: int | None
     label_names: tuple[str, ...] | None

@@ -135,6 +135,9 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     Raises:
         SavedModelError: When the folder is missing, broken, of another format or model, or unsafe.
 
+    Warns:
+        UserWarning: When `report.json` is broken; the network is loaded without its report.
+
     Source: timm's model folders, for the layout; the safetensors library.
     """
     return read_newest(Path(folder), lambda newest_folder: _load(newest_folder, model))
@@ -148,6 +151,10 @@ def _load(folder: Path, model: nn.Module | None) -> nn.Module:
         check_fits(architecture.build(weightless=True), shapes)  # so that a false config cannot use up the memory
     network = architecture.build() if model is None else architecture.replace_sites(model)
     load_weights_(network, read_weights(folder / WEIGHTS))
+    if (count := count_params(network)) != config.params:
+        raise SavedModelError(
+            f"{folder / CONFIG} says {config.params:,} parameters, the network has {count:,}; save the model again."
+        )
     if config.channels_last:
         to_channels_last_(network)
     if config.pretrained_cfg and model is None:
@@ -155,7 +162,7 @@ def _load(folder: Path, model: nn.Module | None) -> nn.Module:
         vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**default, **config.pretrained_cfg}
     elif size := config.pretrained_cfg.get("input_size"):
         remember_input_size_(network, image_of_size(network, size))
-    provenance.attach_(network, record.read(folder))
+    provenance.attach_(network, record.read_or_warn(folder))
     network.eval()
     return network
 

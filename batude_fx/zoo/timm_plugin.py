@@ -153,7 +153,7 @@ def _load_(model: nn.Module, arguments: EntrypointArguments) -> None:
         return
     weights.load_weights_(model, state)
     if folder := arguments.local_folder:
-        provenance.attach_(model, record.read(folder))
+        provenance.attach_(model, record.read_or_warn(folder))
         if read_config(folder).channels_last:
             weights.to_channels_last_(model)
 

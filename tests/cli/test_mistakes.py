@@ -168,3 +168,14 @@ def test_errors_of_libraries_keep_their_words(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(batude_fx, "discover", truncated)
     result = run("discover", NAME)
     assert "image file is truncated" in str(result.exception)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_broken_report_is_a_warning_and_the_network_is_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, broken := tmp_path / "broken")
+    (broken / "report.json").write_text("{")
+    for arguments in (("info", broken), ("discover", broken), ("export", broken, tmp_path / "small.pt2")):
+        result = run(*arguments)
+        assert result.exit_code == 0
+        assert "report.json is broken" in result.stderr
+        assert result.stderr.count("\n") == 1

@@ -45,9 +45,11 @@ def test_the_page_needs_nothing_from_elsewhere(folder: Path) -> None:
     assert "url(" not in text
 
 
-def test_html_in_the_name_of_a_model_is_escaped(plan: batude_fx.Plan) -> None:
-    text = html_page.render(plan.record().model_copy(update={"model": "<script>alert(1)</script>"}))
+def test_html_and_control_characters_in_the_name_of_a_model_are_escaped(plan: batude_fx.Plan) -> None:
+    text = html_page.render(plan.record().model_copy(update={"model": "<script>alert(1)</script>\x1b[2J"}))
     assert "<script" not in text
+    assert "\x1b" not in text
+    assert r"\x1b[2J" in text
 
 
 def test_dollars_in_names_are_not_read_as_formulas(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import timm
 
 import batude_fx
 from batude_fx.errors import SavedModelError
+from tests.saving.networks import compressed, timm_net
 
 
 def _edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -55,9 +56,12 @@ _BROKEN = {
     "other classes": (_set("model_args", "args", value={"num_classes": 9}), "the weights are not those"),
     "other network": (_set("model_args", "base", value="resnet14t"), "is not the model that was saved"),
     "a huge image": (_set("pretrained_cfg", "input_size", value=[3, 30000, 30000]), "3 x 30000 x 30000 values"),
+    "a long image": (_set("pretrained_cfg", "input_size", value=[1, 8193, 1]), "8192 to a side"),
+    "an image without width": (_set("pretrained_cfg", "input_size", value=[224, 224]), "pretrained_cfg.input_size"),
     "a size of no image": (_set("pretrained_cfg", "input_size", value=[3, 0, 224]), "pretrained_cfg.input_size.1"),
     "a tiny crop": (_set("pretrained_cfg", "crop_pct", value=1e-3), "pretrained_cfg.crop_pct"),
     "a mean of text": (_set("pretrained_cfg", "mean", value="abc"), "pretrained_cfg.mean"),
+    "a mean beyond numbers": (_set("pretrained_cfg", "mean", value=[1e308] * 3), "pretrained_cfg.mean.0"),
     "a deviation of zero": (_set("pretrained_cfg", "std", value=[0, 1, 1]), "pretrained_cfg.std.0"),
     "a resampling of nobody": (_set("pretrained_cfg", "interpolation", value="magic"), "pretrained_cfg.interpolation"),
     "unknown image key": (_set("pretrained_cfg", "loader", value="os.system"), "loader"),
@@ -84,6 +88,19 @@ def test_a_config_that_is_wrong_is_refused_in_one_line(name: str, folder: Path) 
         with pytest.raises(SavedModelError, match=re.escape(message)) as caught:
             read(folder)
         assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_number_of_parameters_is_refused(folder: Path) -> None:
+    _edit(folder, _set("params", value=1))
+    with pytest.raises(SavedModelError, match=r"config\.json says 1 parameters, the network has [0-9,]{7,}"):
+        batude_fx.load(folder)
+
+
+def test_the_largest_images_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    small = compressed(timm_net("resnet10t", num_classes=5))
+    vars(small)["pretrained_cfg"] = {**small.pretrained_cfg, "input_size": (3, 1800, 1800)}
+    batude_fx.save(small, tmp_path / "out")
+    assert batude_fx.load(tmp_path / "out").pretrained_cfg["input_size"] == (3, 1800, 1800)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+"""Warnings that point at the caller's line, however deep inside the package they are found."""
+
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def warn_user(text: str) -> None:
+    """Warn, and name the line outside the package from which it was called.
+
+    Frames of other libraries, such as torch's decorators, may lie between those of the package. So the line is that
+    before the first call of the package. `skip_file_prefixes`, which Python has from 3.12 on, stops at the last one.
+
+    Warns:
+        UserWarning: With the text.
+    """
+    level = outermost = 1
+    frame = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads the source of every frame
+    while frame is not None:
+        level += 1
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            outermost = level
+        frame = frame.f_back  # type: ignore[assignment]
+    warnings.warn(text, stacklevel=outermost + 1)
