@@ -1,12 +1,11 @@
 """Whether calibration images look like those that a network was trained on: normalized alike, and not just a few.
 
-A network calibrated with images from 0 to 255, where it expects a mean of 0, is wrong without any error. Two things
-tell: the mean and standard deviation that timm's config normalizes by, under which pixels lie from 0 to 1; and the
-statistics that the first batch-norm remembers of its inputs in training.
+A network calibrated with images from 0 to 255, where it expects a mean of 0, is wrong without any error. It is noticed
+by the mean and standard deviation in timm's config, with which pixels become values from 0 to 1 again, or by the
+statistics of its inputs in training that the first batch-norm holds.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -14,10 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from batude_fx.calibration.synthetic_inputs import values_per_channel
 from batude_fx.graph.example_inputs import timm_config
 from batude_fx.support.hooks import observe_calls
 from batude_fx.support.inputs import Inputs
 from batude_fx.support.model_state import private_copy
+from batude_fx.support.user_warning import warn_user
 
 _FEW_IMAGES = 16
 _MOST_OUTSIDE = 0.4  # share of the values that may be darker than black or brighter than white
@@ -33,10 +34,16 @@ class ImageCheck:
         model: The network that is calibrated.
         batches: Arguments of the model.
         example: The example input, on which flops are counted.
+        name: What the warnings call the images.
+        purpose: What is uncertain with few images, such as "ranks chosen by".
     """
 
-    def __init__(self, model: nn.Module, batches: Iterator[Inputs], example: Inputs) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Iterator[Inputs], example: Inputs, *, name: str = "calibration",
+        purpose: str = "ranks chosen by",
+    ) -> None:  # fmt: skip
         self._model, self._batches, self._example = model, batches, example
+        self._name, self._purpose = name, purpose
         self._count, self._sizes = 0, set[tuple[int, ...]]()
 
     def __iter__(self) -> Iterator[Inputs]:
@@ -56,12 +63,15 @@ class ImageCheck:
         if len(self._sizes) > 1:
             sizes = " and ".join(map(_pixels, sorted(self._sizes)))
             counted = _pixels(self._example.tensors()[0].shape[2:])
-            _warn(
-                f"calibration images have {sizes} pixels; flops are counted at {counted}, and on images of other sizes "
+            warn_user(
+                f"{self._name} images have {sizes} pixels; flops are counted at {counted}, and on images of other sizes "
                 "the budget may be exceeded. Resize them to one size."
             )
         if 0 < self._count < _FEW_IMAGES:
-            _warn(f"calibration has {self._count} images only; ranks chosen by so few are uncertain. Give 128 or more.")
+            images = "1 image" if self._count == 1 else f"{self._count} images"
+            warn_user(
+                f"{self._name} has only {images}; {self._purpose} so few are uncertain. Give 128 or more."
+            )
 
     def _warn_unless_normalized(self, batch: Inputs) -> None:
         images = batch.only_tensor
@@ -69,11 +79,7 @@ class ImageCheck:
             return
         reason = _mistake_by_config(images, timm_config(self._model)) or _mistake_by_norm(self._model, batch)
         if reason:
-            _warn(f"calibration images look as if they were not normalized as the network expects: {reason}.")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+            warn_user(f"{self._name} images look as if they were not normalized as the network expects: {reason}.")
 
 
 def _pixels(size: Sequence[int]) -> str:
@@ -83,7 +89,7 @@ def _pixels(size: Sequence[int]) -> str:
 def _mistake_by_config(images: Tensor, config: Any) -> str:  # noqa: ANN401 - a mapping of many types
     """Return what is wrong with images (N, C, H, W) that should have been normalized by a config; empty if nothing."""
     channels = images.shape[1]
-    mean, std = (torch.tensor(config.get(key, ()), device="cpu").to(images) for key in ("mean", "std"))  # (C,) each
+    mean, std = (values_per_channel(config.get(key)).to(images) for key in ("mean", "std"))  # (C,) each
     if len(mean) != channels or len(std) != channels:
         return ""
     pixels = images * std[:, None, None] + mean[:, None, None]  # from 0, black, to 1, white

@@ -59,6 +59,18 @@ def falls_back_to_noise(inputs: Inputs) -> bool:
     return any(not _is_image_or_clip(_count_and_shape(tensor)[1]) for tensor in floats)
 
 
+def values_per_channel(value: object) -> Tensor:
+    """Return the mean or deviation that a model's config gives, as (C,); empty where it is no list of numbers.
+
+    Anyone may write into the config of a model.
+    """
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+    except Exception:  # noqa: BLE001 - torch raises a different kind for each wrong value
+        return torch.empty(0, device="cpu")
+    return numbers if numbers.ndim == 1 else torch.empty(0, device="cpu")
+
+
 def _count_and_shape(tensor: Tensor) -> tuple[int, Sequence[int]]:
     """Return the number of items in a tensor of a structure, and the shape of an item.
 
@@ -78,10 +90,10 @@ def _synthetic_tensor(model: nn.Module, count: int, shape: Sequence[int], seed: 
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), device="cpu")
     channels, *frames, height, width = shape
     config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (
-        torch.tensor(config.get(key, default)[:channels], device="cpu").view(-1, 1, 1)
-        for key, default in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD))
-    )
+    values = [values_per_channel(config.get(key))[:channels] for key in ("mean", "std")]
+    if any(len(numbers) != channels for numbers in values):
+        values = [torch.tensor(numbers[:channels], device="cpu") for numbers in (_IMAGENET_MEAN, _IMAGENET_STD)]
+    mean, std = (numbers.view(-1, 1, 1) for numbers in values)
     steps = sum(frames)
     images = dead_leaves(count, (height + steps, width + steps), seed=seed)  # (count, 3, H + steps, W + steps)
     images = ((images if channels == 3 else images.mean(1, keepdim=True)) - mean) / std  # noqa: PLR2004 - RGB

@@ -51,10 +51,26 @@ def test_the_first_batch_norm_tells_it_of_other_networks(scale: float, words: st
     assert re.search(rf"at 1, the first batch-norm, channel means .* {words} those of training", message), message
 
 
-def test_a_handful_of_images_is_noticed() -> None:
-    assert _warnings(timm.create_model("test_resnet"), torch.randn(4, 3, 16, 16)) == [
-        "calibration has 4 images only; ranks chosen by so few are uncertain. Give 128 or more."
+@pytest.mark.parametrize(("count", "words"), [(1, "1 image"), (4, "4 images")])
+def test_a_handful_of_images_is_noticed(count: int, words: str) -> None:
+    assert _warnings(timm.create_model("test_resnet"), torch.randn(count, 3, 16, 16)) == [
+        f"calibration has only {words}; ranks chosen by so few are uncertain. Give 128 or more."
     ]
+
+
+@pytest.mark.parametrize("mean", [None, 0.5, "abc", [1, [2]], [0.5], object(), [0.5, None, 0.5], 10**400])
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_a_config_of_other_values_is_passed_over(key: str, mean: object) -> None:
+    model = timm.create_model("test_resnet")
+    vars(model)["pretrained_cfg"] = {**model.pretrained_cfg, key: mean}
+    assert _warnings(model, torch.randn(16, 3, 16, 16)) == []
+
+
+@pytest.mark.parametrize("compress", [batude_fx.plan, batude_fx.compress])
+def test_a_warning_names_the_line_of_the_caller(compress: Callable[..., object]) -> None:
+    with pytest.warns(UserWarning, match="4 images") as caught:
+        compress(timm.create_model("test_resnet"), 0.8, calibration=torch.randn(4, 3, 16, 16))
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_several_sizes_are_noticed() -> None:
