@@ -99,7 +99,7 @@ def read(path: Path) -> Checkpoint:
     """Return what `write` wrote; tuples become lists.
 
     Raises:
-        TrainingError: When the file is missing or broken.
+        TrainingError: When the file is missing or broken, or was written by a batude_fx without checksums.
     """
     if not path.is_file():
         raise TrainingError(f"{path} does not exist, so there is nothing to resume; start without --resume.")
@@ -107,8 +107,10 @@ def read(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             metadata = file.metadata() or {}
+        if "tree" in metadata and "checksum" not in metadata:
+            raise _of_older_version(path)
         if metadata["checksum"] != _checksum(metadata["tree"], tensors):
-            raise ValueError("its checksum is wrong")  # noqa: TRY301 - told like all other damage
+            raise ValueError("its checksum is wrong")  # noqa: TRY301 - damage of all kinds has one message
         return Checkpoint.model_validate(_unpack(json.loads(metadata["tree"]), tensors))
     except ValidationError as error:
         reason = str(first_mistake(error))
@@ -117,6 +119,13 @@ def read(path: Path) -> Checkpoint:
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         reason = last_line(error)
     raise TrainingError(f"{path} is broken: {reason.rstrip('.')}. Start again in a new folder, without --resume.")
+
+
+def _of_older_version(path: Path) -> TrainingError:
+    return TrainingError(
+        f"{path} was written by an older batude_fx, without the checksum that this one needs. Resume the run with that "
+        "version, or start again in a new folder, without --resume."
+    )
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -78,6 +78,12 @@ def test_a_checkpoint_of_another_structure_is_refused(change: dict[str, Any], wo
         read(tmp_path / "one")
 
 
+def test_a_checkpoint_without_a_checksum_is_of_an_older_version(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "one", {"tree": '{"pairs": []}'})
+    with pytest.raises(TrainingError, match="was written by an older batude_fx, without the checksum"):
+        read(tmp_path / "one")
+
+
 def test_a_checkpoint_nested_without_end_is_refused(tmp_path: Path) -> None:
     text = "[" * 100_000
     save_file({}, tmp_path / "one", {"tree": text, "checksum": _checksum(text, {})})
