@@ -35,7 +35,7 @@ def comparison_table(path: str, size: int, comparison: Comparison, *, on_noise: 
     else:
         if comparison.agreement is not None and comparison.agreement_interval is not None:
             low, high = comparison.agreement_interval
-            share = f"{comparison.agreement:.1%} ({low:.1%} to {high:.1%}) of {comparison.images} images"
+            share = f"{comparison.agreement:.1%} of {comparison.images} images, 95 % interval {low:.1%} to {high:.1%}"
             rows.append(("same class as the network", share))
         rows.append(("squared error of the outputs", f"{comparison.relative_error:.1%} of the squared outputs"))
     return facts_table(path, rows)

@@ -1,7 +1,8 @@
 """Write a network as a file that runs without batude_fx: ONNX, OpenVINO or torch.export.
 
-Batch-norms are folded first. The file is written to a temporary folder, run on the example input in batches of one and
-three, and compared with the network before it is moved to its place; so no file is left that computes something else.
+Batch-norms are folded first. The file is written to a temporary folder, run on images of the size of the example input
+in batches of one and three, and on a larger one where sizes are free. Its outputs are compared with the network's before
+it is moved to its place; so no file is left that computes something else.
 
 Source: torch.onnx (the exporter based on torch.export); OpenVINO's `convert_model`; for int8, see `deploy.int8`.
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from batude_fx.calibration.images import Images, image_batches
+from batude_fx.calibration.plausibility import ImageCheck
 from batude_fx.deploy.comparison import Comparison, Runner, compare
 from batude_fx.deploy.fold import fold
 from batude_fx.deploy.int8 import equalize_, quantize
@@ -81,6 +83,9 @@ def export(
         DiscoveryError: No `example_inputs` are given, and none are declared for the model.
         CalibrationError: The images are empty, not finite or of the wrong shape.
 
+    Warns:
+        UserWarning: The images for int8 are few, or not normalized as the network expects.
+
     Source: `torch.onnx.export(dynamo=True)`, `openvino.convert_model`, `onnxruntime.quantization.quantize_static`.
     """
     path = Path(path)
@@ -93,7 +98,7 @@ def export(
         )
     if dynamic_size and request.inputs.image is None:
         raise ExportError(f"{type(model).__name__} does not take one batch of images; leave out dynamic_size.")
-    images = [] if int8 is None else _checked_images(int8, request.inputs)
+    images = [] if int8 is None else _checked_images(model, int8, request.inputs)
     with _temporary_folder_beside(path) as folder:
         try:
             network = fold(model, request.inputs).cpu().requires_grad_(requires_grad=False)
@@ -186,10 +191,10 @@ def _cpu_inputs(model: nn.Module, given: ExampleInputs | None) -> Inputs:
     return inputs.map(lambda tensor: tensor.cpu().contiguous())
 
 
-def _checked_images(images: Images, inputs: Inputs) -> list[Inputs]:
-    """Return batches of images; refuse images of another size than the file will take."""
+def _checked_images(model: nn.Module, images: Images, inputs: Inputs) -> list[Inputs]:
+    """Return batches of images; refuse images of another size than the file will take, and warn of odd ones."""
     batches, (example,) = [], inputs.tensors()
-    for batch in image_batches(images, inputs):
+    for batch in ImageCheck(model, image_batches(images, inputs), inputs, name="int8", purpose="ranges measured on"):
         shape, expected = (tuple(tensor.shape[1:]) for tensor in (*batch.tensors(), example))
         if shape != expected:
             raise CalibrationError(

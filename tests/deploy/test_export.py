@@ -123,6 +123,18 @@ def _sums_of_pairs_fit_sixteen_bits(weights: np.ndarray) -> bool:
     return bool((255 * largest <= 2**15 - 1).all())
 
 
+@pytest.mark.parametrize(("images", "words"), [
+    (torch.rand(16, 3, 160, 160), "int8 images look as if they were not normalized"),
+    (torch.randn(1, 3, 160, 160), "int8 has only 1 image; ranges measured on so few are uncertain"),
+])  # fmt: skip
+def test_images_that_ranges_should_not_be_measured_on_are_noticed(
+    images: torch.Tensor, words: str, small: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=words) as caught:
+        batude_fx.export(small, tmp_path / "int8.onnx", int8=images)
+    assert caught[0].filename == __file__
+
+
 def test_int8_weights_are_small_enough_for_every_processor(small: nn.Module, tmp_path: Path) -> None:
     batude_fx.export(small, tmp_path / "int8.onnx", int8=torch.randn(8, 3, 160, 160))
     weights = _quantized_weights(tmp_path / "int8.onnx")
