@@ -63,12 +63,14 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     Raises:
         TrainingError: When there is no such dataset, it has too few images for a batch or other classes than the model,
             batches cannot be split for the processes, or timm refuses the augmentation.
+        RecipeError: When a batch-norm would get batches of one image.
     """
     section = recipe.data
     config: dict[str, Any] = resolve_data_config({"input_size": size}, model=model)  # type: ignore[no-untyped-call]
     train = _SeededDataset(_dataset(recipe, section.train_split, config), recipe.seed)
     held_out = _dataset(recipe, section.val_split, config)
     _check_batches(recipe, train, accelerator.num_processes)
+    _check_batch_norm(recipe, model, accelerator.num_processes)
     _check_classes(recipe, train.dataset, held_out, classes)
     if section.pad:
         _check_size(train, size)
@@ -250,6 +252,22 @@ def _check_batches(recipe: Recipe, train: "_SeededDataset", processes: int) -> N
         )
 
 
+def _check_batch_norm(recipe: Recipe, model: nn.Module, processes: int) -> None:
+    """Refuse batches of one image for a network with batch-norms, which normalize by the statistics of a batch.
+
+    Raises:
+        RecipeError: When it has one.
+    """
+    section = recipe.data
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))  # noqa: SLF001
+    if section.batch_size == section.accumulate * processes and (name := next(names, None)) is not None:
+        raise recipe.problem(
+            "data.batch_size",
+            f"{section.batch_size} in {section.accumulate} parts for {processes} processes leaves 1 image in each, and "
+            f"the batch-norm {name} needs several; use at least {2 * section.batch_size}",
+        )
+
+
 def _check_classes(recipe: Recipe, train: Dataset[Batch], held_out: Dataset[Batch], classes: int) -> None:
     """Refuse a dataset whose classes differ from those of the network, or between its splits.
 
@@ -268,6 +286,11 @@ def _check_classes(recipe: Recipe, train: Dataset[Batch], held_out: Dataset[Batc
         raise TrainingError(
             f"{section.root or section.name} has classes in {section.val_split!r} that {section.train_split!r} lacks: "
             f"{', '.join(map(repr, unknown))}. Images belong in subfolders of the same names in both."
+        )
+    if held_out_classes and (missing := sorted(train_classes.keys() - held_out_classes.keys())):
+        raise TrainingError(
+            f"{section.root or section.name} has classes in {section.train_split!r} that {section.val_split!r} lacks: "
+            f"{', '.join(map(repr, missing[:8]))}. The accuracy would be that of the others; give images of each class."
         )
 
 

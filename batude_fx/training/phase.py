@@ -69,7 +69,8 @@ def run_phase(
                 trainer.check_loss(done, loss)  # a checkpoint of a diverged run would be useless
                 session.write_checkpoint(phase, done, trainer.parts)
             if is_stopped:
-                raise TrainingError(f"interrupted after step {done} of {phase}; {session.way_to_resume}.")
+                reason = f"interrupted after step {done} of {phase}; {session.way_to_resume}."
+                raise TrainingError(reason) from KeyboardInterrupt()  # from which the command line knows its exit code
         if rounds:
             rounds.end(step_count)
             bar.line(training_line(session.log[-1]))
@@ -238,8 +239,8 @@ class _Trainer:
         """
         if not loss.isfinite():
             raise TrainingError(
-                f"the loss is {float(loss)} after step {done} of {self.phase}; lower {self.phase}.lr, "
-                f"now {self.settings.lr:g}."
+                f"the loss is {float(loss)} after step {done} of {self.phase}. "
+                f"{self.session.way_to_converge(self.phase, self.settings.lr)}."
             )
 
     def evaluate(self, done: int, loss: Tensor) -> None:

@@ -65,8 +65,8 @@ class Rounds:
             self.lagrangian.project_(self.problem.capacity_at(reduction), self._metrics())
         except (torch.linalg.LinAlgError, CalibrationError) as error:  # type: ignore[attr-defined]
             raise TrainingError(
-                "the weights cannot be decomposed, most likely as they are no longer finite. Lower one_shot.lr, now "
-                f"{self.settings.lr:g}."
+                "the weights cannot be decomposed, most likely as they are no longer finite. "
+                f"{self.session.way_to_converge('one_shot', self.settings.lr)}."
             ) from error
 
     def _metrics(self) -> dict[str, Metric]:

@@ -236,7 +236,24 @@ class Session:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {_reason(error)}"
-            raise TrainingError(f"{place()} failed: {reason}. When that is mended, {self.way_to_resume}.") from error
+            raise TrainingError(f"{place()} failed: {reason}. {self._way_out()}.") from error
+
+    def _way_out(self) -> str:
+        """What a message tells the user to do where the cause may lie in the recipe or outside of it."""
+        if self.folder is None or not (self.folder / CHECKPOINT).is_file():
+            place = "" if self.folder is None else " in a new folder"
+            return f"Mend the cause, or change the recipe, and begin again{place}"
+        return (
+            f"If the cause is outside of the recipe, mend it and {self.way_to_resume}. Otherwise change the recipe and "
+            "give a new folder"
+        )
+
+    def way_to_converge(self, phase: Phase, rate: float) -> str:
+        """What a message tells the user to do where the loss or the weights are no longer finite."""
+        others = [f"clip the gradient by {phase}.clip_grad=1", "look for NaN in the images and in the weights"]
+        if self.recipe.model.precision != "fp32":
+            others.insert(0, f"set model.precision=fp32, now {self.recipe.model.precision}")
+        return f"Lower {phase}.lr, now {rate:g}, {', '.join(others[:-1])}, or {others[-1]}; then give a new folder"
 
     @property
     def way_to_resume(self) -> str:

@@ -14,19 +14,24 @@ from PIL import Image
 from timm.data import dataset_factory
 
 import batude_fx
-from batude_fx import Recipe, TrainingError
+from batude_fx import Recipe, RecipeError, TrainingError
 from batude_fx.training.data import Data, image_data
 from batude_fx.training.problem import dense_network
 from batude_fx.training.recipe import shipped
 from tests.training.tiny_recipe import CLASSES, HELD_OUT, SETTINGS, tiny_recipe
 
 
-def test_a_class_without_validation_images_does_not_renumber_the_others(photos: Path, tmp_path: Path) -> None:
+def test_a_class_without_validation_images_is_refused(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, some := tmp_path / "photos")
     shutil.rmtree(some / "validation" / "class0")
-    recipe = tiny_recipe(some)
-    data = image_data(recipe, dense_network(recipe), (3, 32, 32), CLASSES, Accelerator())
-    assert torch.cat([labels for _, labels in data.evaluation()]).tolist() == [1] * 3 + [2] * 3
+    with pytest.raises(TrainingError, match=r"classes in 'train' that 'validation' lacks: 'class0'\. The accuracy"):
+        batude_fx.run(tiny_recipe(some))
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(1, 1), (4, 4)])
+def test_a_batch_norm_is_not_trained_on_one_image(batch: int, parts: int, photos: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"data\.batch_size: {batch} in {parts} parts .* use at least {2 * batch}"):
+        batude_fx.run(tiny_recipe(photos, data__batch_size=batch, data__accumulate=parts))
 
 
 def test_images_of_the_caller_stay_as_they_are(photos: Path) -> None:

@@ -179,11 +179,23 @@ def test_an_error_in_the_middle_says_when_and_what_to_do(
 
     monkeypatch.setattr(phase._Trainer, "step", step)
     words = (
-        r"^step 3 of one_shot failed: RuntimeError: does not answer\. When that is mended, resume it with --resume, or "
-        r"resume=True\.$"
+        r"^step 3 of one_shot failed: RuntimeError: does not answer\. If the cause is outside of the recipe, mend it and "
+        r"resume it with --resume, or resume=True\. Otherwise change the recipe and give a new folder\.$"
     )
     with pytest.raises(TrainingError, match=words):
         batude_fx.run(tiny_recipe(photos), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("writes", "words"), [(True, "begin again in a new folder"), (False, "begin again")])
+def test_without_a_checkpoint_no_one_is_told_to_resume(
+    writes: bool, words: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(phase._Trainer, "step", step)
+    with pytest.raises(TrainingError, match=rf"no memory\. Mend the cause, or change the recipe, and {words}\.$"):
+        batude_fx.run(tiny_recipe(photos), tmp_path / "run" if writes else None)
 
 
 @pytest.mark.parametrize("file", ["checkpoint.safetensors", "log.jsonl", "original.safetensors"])
