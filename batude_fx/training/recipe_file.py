@@ -150,9 +150,15 @@ class RecipeFile:
         return RecipeError("\n".join(lines))
 
     def problem(self, key: Key, text: str) -> RecipeError:
-        """Return the error of a key, with its place, or that of the nearest section above it that was written."""
+        """Return the error of a key, with its place, or that of the nearest section above it that was written.
+
+        The place of a section is followed by the overrides in it, as its mistake may be theirs.
+        """
         nearest = next(key[:end] for end in range(len(key), -1, -1) if key[:end] in self.places)
-        return RecipeError(f"{self.places[nearest]}: {_dotted(key)}: {text.rstrip('.')}.")
+        inside = (place for inner, place in self.places.items() if key and inner[: len(key)] == key)
+        overrides = (place for place in inside if place.startswith("--set "))
+        places = ", ".join(dict.fromkeys((self.places[nearest], *overrides)))
+        return RecipeError(f"{places}: {_dotted(key)}: {text.rstrip('.')}.")
 
 
 def _explain(details: Any, key: Key, schema: type[BaseModel]) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, of which newer versions have more

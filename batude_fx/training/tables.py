@@ -41,15 +41,20 @@ def schedule_table(recipe: Recipe, preview: Preview) -> Group:
             warmup = f", warm-up {phase.warmup}" if phase.warmup.amount else ""
             schedule = f"{phase.scheduler}{warmup}"
             add_row(phases, name, str(phase.epochs), phase.optimizer, f"{phase.lr:g}", schedule, distillation)
-    unit = recipe.one_shot.epochs.unit.removesuffix("s")
-    rounds = new_table("round", f"from {unit}", "flops that remain", "rho", title="rounds of one_shot")
-    for index, (epoch, keep, rho) in enumerate(preview.rounds):
-        add_row(rounds, str(index), f"{epoch:g}", percent(keep, 1), f"{rho:.2g}")
-    rounds.caption = (
+    summary = (
         f"fvcore counts {human(preview.flops)}FLOPs of {human(preview.plan.dense_flops)}FLOPs, "
         f"{preview.plan.dense_flops / preview.flops:.3f} times fewer. The ranks are those of random weights: they "
         "show that the budget can be met; training will find others. Nothing was trained."
     )
+    if not preview.rounds:
+        length = f"A round of one_shot takes {recipe.one_shot.interval}; how many there are depends on the images."
+        phases.caption = f"{length} {summary}"
+        return Group(phases)
+    unit = recipe.one_shot.epochs.unit.removesuffix("s")
+    rounds = new_table("round", f"from {unit}", "flops that remain", "rho", title="rounds of one_shot")
+    for index, (epoch, keep, rho) in enumerate(preview.rounds):
+        add_row(rounds, str(index), f"{epoch:g}", percent(keep, 1), f"{rho:.2g}")
+    rounds.caption = summary
     return Group(phases, rounds)
 
 

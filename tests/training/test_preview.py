@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import torch
+from rich.table import Table
 
 from batude_fx import Recipe
 from batude_fx.training.preview import preview
+from batude_fx.training.tables import schedule_table
 
 WITHOUT_ACCELERATE = """
 import sys
@@ -36,3 +38,10 @@ def test_a_dry_run_depends_on_the_seed_alone() -> None:
     ranks = [preview(recipe).plan.ranks for _ in range(2)]
     assert ranks[0] == ranks[1]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rounds_whose_number_the_images_decide_have_no_table() -> None:
+    recipe = Recipe.from_yaml("digits-demo", ["one_shot.interval=2 steps"])
+    (phases,) = schedule_table(recipe, preview(recipe)).renderables
+    assert isinstance(phases, Table)
+    assert str(phases.caption).startswith("A round of one_shot takes 2 steps; how many there are depends on the images.")

@@ -70,6 +70,8 @@ def test_a_missing_file_names_close_recipes() -> None:
 @pytest.mark.parametrize(("setting", "words"), [
     ("one_shot.epochs", "expected KEY=VALUE"),
     ("one_shot.epocs=3", "--set one_shot.epocs=3: one_shot.epocs: unknown key; expected epochs"),
+    ("one_shot.min_lr=2", r"my\.yaml:6, --set one_shot\.min_lr=2: one_shot: min_lr 2 is above lr 0\.05"),
+    ("one_shot.warmup=150%", r"my\.yaml:6, --set one_shot\.warmup=150%: one_shot: a warmup of 150%"),
     ("budget=[", "the value is not YAML"),
     ("budget=2", r"--set budget=2: budget: .*inside \(0, 1\)"),
     ("budget.params=0.9", r"--set budget.params=0.9: budget is '2.5x', which has no params; expected the whole of it"),
