@@ -12,10 +12,14 @@ from rich.console import Console
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
+_INTERRUPTED = 130  # the exit code that shells give to a command that Ctrl-C has ended: 128 + SIGINT
 
 
 def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
-    """Decorate a command so that an expected error ends it with one line and exit code 1, not with a traceback."""
+    """Decorate a command so that an expected error ends it with one line and exit code 1, not with a traceback.
+
+    After Ctrl-C the exit code is 130.
+    """
 
     @wraps(command)
     def run(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
@@ -29,7 +33,10 @@ def one_line_errors(command: Callable[ParamsT, ResultT]) -> Callable[ParamsT, Re
             first, *more = str(error).splitlines() if isinstance(error, RecipeError) else [str(error)]
             for line in (f"error: {first}", *more):  # a recipe may have several problems, one per line
                 print_to_stderr(line, "red")
-            raise typer.Exit(1) from None
+            raise typer.Exit(_INTERRUPTED if isinstance(error.__cause__, KeyboardInterrupt) else 1) from None
+        except KeyboardInterrupt:
+            print_to_stderr("error: interrupted.", "red")
+            raise typer.Exit(_INTERRUPTED) from None
         except BrokenPipeError:  # the reader of the output has ended, as `head` does; click exits quietly
             raise
         except OSError as error:

@@ -85,10 +85,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {last_line(error)}") from error
     if config.model_args.library is None:
+        normalizes = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
         warnings.warn(
             f"{type(model).__name__} cannot be rebuilt by name: no timm or torchvision architecture gives the same "
-            f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model); "
-            "save a network before it is folded.",
+            f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model)"
+            + ("." if normalizes else ". If it was folded, save it before that."),
             stacklevel=3,
         )
 

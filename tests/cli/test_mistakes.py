@@ -179,3 +179,16 @@ def test_a_broken_report_is_a_warning_and_the_network_is_read(folder: Path, tmp_
         assert result.exit_code == 0
         assert "report.json is broken" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def stopped(*_: object, **__: object) -> None:
+        raise batude_fx.TrainingError("interrupted after step 3") from KeyboardInterrupt()
+
+    for stop, words in ((interrupted, "error: interrupted.\n"), (stopped, "error: interrupted after step 3\n")):
+        monkeypatch.setattr(batude_fx, "discover", stop)
+        result = run("discover", NAME)
+        assert (result.exit_code, result.stderr) == (130, words)
