@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import batude_fx
-from batude_fx import BatudeError, Budget, Plan, UnsupportedError
+from batude_fx import BatudeError, Budget, BudgetError, Plan, UnsupportedError
 from batude_fx.compression.planning import choose
 from batude_fx.errors import first_line
 from batude_fx.evaluation.image_folder import batches, image_paths
@@ -23,6 +23,8 @@ def parse_limits(budget: str | None, params: str | None, latency: str | None, ag
     Raises:
         BudgetError: When none is given, or one cannot be read.
     """
+    if (budget, params, latency, agreement) == (None, None, None, None):
+        raise BudgetError("no limit is given; use --budget, --params, --latency or --agreement, such as --budget 0.5.")
     if budget is not None and (params, latency, agreement) == (None, None, None):
         return Budget.parse(budget)
     return Budget(flops=budget, params=params, latency=latency, agreement=agreement)

@@ -135,7 +135,7 @@ def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
         return float(match[1]) / 100, None
     if match := re.fullmatch(rf"{_NUMBER}\s*{_UNITS[unit]}", text):
         return None, int(min(float(match[1]) * (_SCALES | _NANOSECONDS)[match[2]], _MOST))
-    if re.fullmatch(_NUMBER, text):
+    if re.fullmatch(rf"-?{_NUMBER}", text):
         return float(text), None
     raise ValueError(f"cannot read {text!r}")
 
@@ -148,7 +148,7 @@ def _check_limit(limit: float | str | None, unit: str) -> float | str | None:
     if keep is not None and not 0 < keep < 1:
         raise ValueError(
             f"{limit!r} keeps {keep:g} of the {unit if unit == 'latency' else f'{unit}s'}; "
-            "the fraction that remains must be inside (0, 1)"
+            f"the fraction that remains must be inside (0, 1){_meant(str(limit), keep)}"
         )
     if count is not None and count <= 0:
         raise ValueError(f"{limit!r} is not a positive count")
@@ -165,6 +165,13 @@ def _check_share(limit: float | str | None) -> float | str | None:
     if limit is not None and not 0 < _share(limit) < 1:
         raise ValueError(f"{limit!r} is no share of the images inside (0, 1), such as 0.98")
     return limit
+
+
+def _meant(limit: str, keep: float) -> str:
+    """Return what a plain number above 1 may have been meant as; empty for other limits."""
+    if not re.fullmatch(_NUMBER, limit.strip()) or not 1 < keep < 100:  # noqa: PLR2004 - percent
+        return ""
+    return f'; "{keep:g}%" keeps {keep:g} percent, and "{keep:g}x" is a factor'
 
 
 def _absolute_limit(limit: float | str | None, unit: str, dense: int) -> int | None:

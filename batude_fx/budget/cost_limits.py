@@ -148,7 +148,7 @@ class CostLimits:
 
     def _out_of_reach(self, unit: str, least: int, most: int, dense: int, sites: int) -> BudgetError:
         """Return the error for a cost whose least value is above its limit, with the way out."""
-        budget = f"budget of {most / dense:.4f} of the {unit} is out of reach"
+        budget = f"budget of {_share(most / dense)} of the {unit} is out of reach"
         if not sites:
             return BudgetError(f"{budget}: no site can be replaced; print(batude_fx.discover(model)) says why.")
         keep = _smallest_keep(least, dense)
@@ -217,3 +217,8 @@ def _smallest_keep(least: int, dense: int) -> float:
     """Return the smallest fraction of four digits that allows a cost, when it is rounded down as a budget is."""
     digits = math.ceil(least / dense * 1e4)
     return (digits if math.floor(digits / 1e4 * dense) >= least else digits + 1) / 1e4
+
+
+def _share(keep: float) -> str:
+    """Return a share with four decimals, which are never all zero."""
+    return "less than 0.0001" if keep < 1e-4 else f"{keep:.4f}"  # noqa: PLR2004 - four decimals

@@ -85,8 +85,12 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
             "calibration images need a model that takes one tensor (N, ...), this one takes other arguments. "
             'Use calibration="synthetic" or calibration=None.'
         )
-    if not isinstance(images, Iterable):
-        raise CalibrationError(f"calibration is a {type(images).__name__}, not a tensor (N, ...) or batches of images.")
+    given: object = images
+    if not isinstance(given, Tensor) and (hasattr(given, "__array__") or not isinstance(given, Iterable)):
+        name = type(given).__name__
+        raise CalibrationError(
+            f"calibration is of type {name}, not a tensor (N, ...) or batches of images.{_hint(given)}"
+        )
     batches: Iterable[object] = (images,) if isinstance(images, Tensor) else images
     for _, images_of_one_shape in groupby(_single_images(batches, example), attrgetter("shape")):
         while batch := tuple(islice(images_of_one_shape, BATCH)):
@@ -99,15 +103,24 @@ def _single_images(batches: Iterable[object], example: Tensor) -> Iterator[Tenso
         yield from (image.clone() for image in batch)  # a loader may fill the same tensor again
 
 
+def _hint(value: object) -> str:
+    """Return the way out for an array of another library."""
+    return " Pass torch.as_tensor(array)." if hasattr(value, "__array__") else ""
+
+
 def _checked_batch(batch: object, index: int, example: Tensor) -> Tensor:
     """Return the batch, or refuse one that the model does not take."""
     if not isinstance(batch, Tensor):
         raise CalibrationError(
-            f"calibration batch {index} is a {type(batch).__name__}, not a tensor (N, ...) or an (images, labels) pair."
+            f"calibration batch {index} is of type {type(batch).__name__}, not a tensor (N, ...) or a pair of images and "
+            f"labels.{_hint(batch)}"
         )
     if batch.ndim != example.ndim or batch.shape[1] != example.shape[1]:
         expected = ", ".join(["N", *map(str, example.shape[1:])])
         hint = " Add the batch axis: images.unsqueeze(0)." if batch.ndim == example.ndim - 1 else ""
+        if batch.ndim == example.ndim and batch.shape[-1] == example.shape[1]:
+            hint = " If its last axis is the channels, move it: images.movedim(-1, 1)."
+            expected = f"N, {example.shape[1]}, ..."  # the example may have the size of these images
         raise CalibrationError(
             f"calibration batch {index} has shape {tuple(batch.shape)}, the model takes ({expected}).{hint}"
         )

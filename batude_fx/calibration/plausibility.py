@@ -64,14 +64,12 @@ class ImageCheck:
             sizes = " and ".join(map(_pixels, sorted(self._sizes)))
             counted = _pixels(self._example.tensors()[0].shape[2:])
             warn_user(
-                f"{self._name} images have {sizes} pixels; flops are counted at {counted}, and on images of other sizes "
-                "the budget may be exceeded. Resize them to one size."
+                f"{self._name} images have {sizes} pixels; flops are counted at {counted}, and on images of other "
+                "sizes the budget may be exceeded. Resize them to one size."
             )
         if 0 < self._count < _FEW_IMAGES:
             images = "1 image" if self._count == 1 else f"{self._count} images"
-            warn_user(
-                f"{self._name} has only {images}; {self._purpose} so few are uncertain. Give 128 or more."
-            )
+            warn_user(f"{self._name} has only {images}; {self._purpose} so few are uncertain. Give 128 or more.")
 
     def _warn_unless_normalized(self, batch: Inputs) -> None:
         images = batch.only_tensor

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batude_fx.errors import CalibrationError, SelectionError, UnsupportedError
+from batude_fx.errors import CalibrationError, DiscoveryError, SelectionError, UnsupportedError
 from batude_fx.graph.discovery import PART_OF_TUCKER
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.surgery import refuse_wrappers
+from batude_fx.support.inputs import Inputs
 
 _BYTES_OF_FLOAT32 = 4
 
@@ -26,6 +27,30 @@ def check_options(round_to: int | Literal["auto"], calibration: object) -> None:
         raise SelectionError(f'round_to={round_to!r} is not a rank multiple; use 1 or more, 8 by default, or "auto".')
     if isinstance(calibration, str) and calibration != "synthetic":
         raise CalibrationError(f'calibration={calibration!r}: give images, "synthetic", or None for weights only.')
+
+
+def check_example(inputs: Inputs) -> None:
+    """Refuse an example input that holds no image, or values that no output can be compared on.
+
+    Raises:
+        DiscoveryError: It does.
+    """
+    image = inputs.only_tensor
+    if image is not None and not image.numel():
+        raise DiscoveryError(f"example_inputs has shape {tuple(image.shape)} and no values; give one image or more.")
+    if any(tensor.is_floating_point() and tensor.isnan().any() for tensor in inputs.tensors()):
+        raise DiscoveryError("example_inputs holds NaN; give an image, or torch.zeros of its shape.")
+
+
+def with_dtype_hint(error: DiscoveryError, model: nn.Module, inputs: Inputs) -> DiscoveryError:
+    """Return the error of a model that does not run, with the way out if its input has another dtype than its weights."""
+    example = inputs.only_tensor
+    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if example is None or weight is None or example.dtype == weight.dtype:
+        return error
+    return DiscoveryError(
+        f"{error} The example is {example.dtype} and the weights are {weight.dtype}: pass images.to({weight.dtype})."
+    )
 
 
 def check_model(model: object) -> None:

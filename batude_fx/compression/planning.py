@@ -11,12 +11,19 @@ from batude_fx.budget.cost_limits import SearchSpace, make_search_space
 from batude_fx.budget.layer_timer import LayerTimer
 from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.compression.calibrate import Calibration, calibration_label, match_example, measure
-from batude_fx.compression.checks import check_constant_sizes, check_model, check_options, warn_of_tucker_modules
+from batude_fx.compression.checks import (
+    check_constant_sizes,
+    check_example,
+    check_model,
+    check_options,
+    warn_of_tucker_modules,
+    with_dtype_hint,
+)
 from batude_fx.compression.latency_search import refine_by_timing, with_latency
 from batude_fx.compression.plan import ModelT, Plan
 from batude_fx.compression.quality_search import Evaluate, check_evaluate, find_smallest
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
-from batude_fx.errors import BudgetError
+from batude_fx.errors import BudgetError, DiscoveryError
 from batude_fx.graph.discovery import discover
 from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
@@ -124,7 +131,11 @@ def choose(  # noqa: PLR0913 - those of plan
     check_evaluate(budget, evaluate)
     check_model(model)
     inputs, calibration = match_example(model, example_inputs, calibration)
-    sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
+    check_example(inputs)
+    try:
+        sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
+    except DiscoveryError as error:
+        raise with_dtype_hint(error, model, inputs) from error
     replaceable, adds_bias = sites.replaceable(), calibration is not None
 
     timer = None
@@ -136,7 +147,8 @@ def choose(  # noqa: PLR0913 - those of plan
         make_search_space, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias,
         notes=dense_notes(sites),
     )  # fmt: skip
-    try:  # a budget out of reach is said before any image is looked at
+    # A budget out of reach is refused before calibration. Of the images only the first batch was read, for its size.
+    try:
         space = _find_space(partial(space_for, replaceable), budget, timer, round_to)
     except BudgetError as error:
         if timer or layers != "conv":

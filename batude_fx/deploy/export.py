@@ -1,8 +1,8 @@
 """Write a network as a file that runs without batude_fx: ONNX, OpenVINO or torch.export.
 
 Batch-norms are folded first. The file is written to a temporary folder, run on images of the size of the example input
-in batches of one and three, and on a larger one where sizes are free. Its outputs are compared with the network's before
-it is moved to its place; so no file is left that computes something else.
+in batches of one and three, and on a larger one where sizes are free. Its outputs are compared with the network's
+before it is moved to its place; so no file is left that computes something else.
 
 Source: torch.onnx (the exporter based on torch.export); OpenVINO's `convert_model`; for int8, see `deploy.int8`.
 """

@@ -89,6 +89,11 @@ def _transform(model: nn.Module) -> Any:  # noqa: ANN401 - a torchvision transfo
             "plan and compress do not need any with --calibration synthetic or none."
         )
     config = resolve_data_config({"input_size": tuple(image.shape[1:])}, model=model)  # type: ignore[no-untyped-call]
+    if wrong := [key for key in ("mean", "std") if len(config[key]) not in {1, _COLOURS}]:
+        raise CalibrationError(
+            f"pretrained_cfg of {type(model).__name__} gives {wrong[0]} for {len(config[wrong[0]])} channels, its "
+            f"images have {_COLOURS}; set it to one value per channel."
+        )
     return create_transform(**config, is_training=False)
 
 

@@ -77,7 +77,7 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: scores
         A point for each budget that can be met; the last point is the original network.
 
     Raises:
-        BudgetError: When no budget can be met; raised before any image is read.
+        BudgetError: When no budget can be met; raised before the networks are evaluated.
         UnsupportedError: When the model is no classifier.
         CalibrationError: When a file cannot be read as an image.
 

@@ -251,7 +251,9 @@ def read(folder: Path) -> Record | None:
         reason = str(first_mistake(error))
     except (OSError, ValueError) as error:
         reason = f"{first_line(error)}."
-    raise SavedModelError(f"{path} is broken: {reason} The network is loaded without it. Remove it, or save the network again.")
+    raise SavedModelError(
+        f"{path} is broken: {reason} The network is loaded without it. Remove it, or save the network again."
+    )
 
 
 def read_or_warn(folder: Path) -> Record | None:

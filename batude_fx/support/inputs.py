@@ -38,10 +38,13 @@ class Inputs:
         hint = ""
         if isinstance(given, list):
             hint = " A model that takes one list gets (images,), one that takes several tensors tuple(images)."
+        elif isinstance(given, Mapping):
+            key = next(name for name in given if not isinstance(name, str))
+            hint = f" Its key {key!r} is not the name of an argument; the tensor alone may be given, too."
         elif hasattr(given, "__array__"):
             hint = " Pass torch.as_tensor(array)."
         raise TypeError(
-            f"it is a {type(given).__name__}, not a tensor, a tuple of positional arguments, or a dict of keyword "
+            f"it is of type {type(given).__name__}, not a tensor, a tuple of positional arguments, or a dict of keyword "
             f"arguments.{hint}"
         )
 

@@ -427,6 +427,10 @@ def find(source: str | Path) -> Path:
     path = shipped().get(str(source), Path(source))
     if not path.is_file():
         close_names = difflib.get_close_matches(str(source), shipped(), n=3, cutoff=0.3)
+        if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+            raise RecipeError(
+                f"{source}: there is no such recipe file. batude-fx recipes list names those that are shipped."
+            )
         raise RecipeError(
             f"{source}: no such file, and no shipped recipe has this name. "
             f"Expected one of {', '.join(close_names or shipped())}, or a path."

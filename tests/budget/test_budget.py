@@ -59,6 +59,16 @@ def test_anything_else_is_refused_in_one_line_with_the_way_out(written: float | 
     assert "2.5x" in str(error.value)
 
 
+@pytest.mark.parametrize(("written", "words"), [
+    ("50", 'must be inside \\(0, 1\\); "50%" keeps 50 percent, and "50x" is a factor'),
+    (2.5, '"2.5%" keeps 2.5 percent, and "2.5x" is a factor'),
+    (-1, "-1 of the flops; the fraction that remains must be inside"),
+])  # fmt: skip
+def test_a_number_outside_its_range_is_told_what_it_may_mean(written: float | str, words: str) -> None:
+    with pytest.raises(BudgetError, match=words):
+        Budget.parse(written)
+
+
 def test_a_budget_needs_a_limit_and_knows_its_fields() -> None:
     with pytest.raises(BudgetError, match="no limit given"):
         Budget()

@@ -49,7 +49,10 @@ def _one_nan() -> Iterator[Tensor]:
         (torch.zeros(3, 7, 7), "unsqueeze"),
         (torch.zeros(4, 3, 7, 7, dtype=torch.uint8), "normalize"),
         (_one_nan(), "NaN"),
-        (["a.jpg"], "is a str, not a tensor"),
+        (["a.jpg"], "is of type str, not a tensor"),
+        (torch.zeros(4, 3, 7, 7).numpy(), r"is of type ndarray, not a tensor .* Pass torch\.as_tensor\(array\)"),
+        ([torch.zeros(4, 3, 7, 7).numpy()], r"batch 0 is of type ndarray, .* Pass torch\.as_tensor\(array\)"),
+        (torch.zeros(4, 7, 7, 3), r"takes \(N, 3, \.\.\.\)\. If its last axis is the channels, .*movedim\(-1, 1\)"),
     ],
 )
 def test_bad_images_are_refused_in_one_line(source: object, message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import batude_fx
-from batude_fx.errors import BatudeError, SelectionError, UnsupportedError
+from batude_fx.errors import BatudeError, BudgetError, DiscoveryError, SelectionError, UnsupportedError
 from tests.compression.common import EXAMPLE
 from tests.toy_networks import varied_net
 
@@ -80,3 +80,21 @@ def test_lazy_layers_and_names_of_models_are_refused() -> None:
         batude_fx.compress("resnet18", 0.5)  # type: ignore[type-var]
     with pytest.raises(SelectionError, match="give Ranks"):
         batude_fx.compress(varied_net(), 0.5, example_inputs=EXAMPLE, ranks={"stem": (8, 8)})
+
+
+@pytest.mark.parametrize(("example", "words"), [
+    ((50 * EXAMPLE).to(torch.uint8), r"is torch\.uint8 and the weights are torch\.float32: pass images\.to\(torch\.fl"),
+    (EXAMPLE.double(), r"is torch\.float64 and the weights are torch\.float32"),
+    (EXAMPLE * float("nan"), "example_inputs holds NaN"),
+    (EXAMPLE[:0], r"has shape \(0, 3, \d+, \d+\) and no values"),
+    ({1: EXAMPLE}, "of type dict, .* Its key 1 is not the name of an argument"),
+    (EXAMPLE.numpy(), r"of type ndarray, .* Pass torch\.as_tensor\(array\)"),
+])  # fmt: skip
+def test_an_example_that_no_model_runs_on_is_refused(example: Any, words: str) -> None:
+    with pytest.raises(DiscoveryError, match=words):
+        batude_fx.compress(varied_net(), 0.6, calibration=None, example_inputs=example)
+
+
+def test_a_tiny_budget_is_not_shown_as_zero() -> None:
+    with pytest.raises(BudgetError, match="budget of less than 0.0001 of the flops is out of reach"):
+        batude_fx.compress(varied_net(), "1e-9", calibration=None, example_inputs=EXAMPLE)

@@ -44,4 +44,6 @@ def test_rounds_whose_number_the_images_decide_have_no_table() -> None:
     recipe = Recipe.from_yaml("digits-demo", ["one_shot.interval=2 steps"])
     (phases,) = schedule_table(recipe, preview(recipe)).renderables
     assert isinstance(phases, Table)
-    assert str(phases.caption).startswith("A round of one_shot takes 2 steps; how many there are depends on the images.")
+    assert str(phases.caption).startswith(
+        "A round of one_shot takes 2 steps; how many there are depends on the images."
+    )

@@ -67,6 +67,12 @@ def test_a_missing_file_names_close_recipes() -> None:
         Recipe.from_yaml("resnet20-cifar10")
 
 
+@pytest.mark.parametrize("source", ["my.yaml", Path("nowhere") / "my"])
+def test_a_missing_path_names_no_recipes(source: str | Path) -> None:
+    with pytest.raises(RecipeError, match=rf"^{source}: there is no such recipe file\."):
+        Recipe.from_yaml(source)
+
+
 @pytest.mark.parametrize(("setting", "words"), [
     ("one_shot.epochs", "expected KEY=VALUE"),
     ("one_shot.epocs=3", "--set one_shot.epocs=3: one_shot.epocs: unknown key; expected epochs"),
