@@ -112,8 +112,8 @@ def _checked_batch(batch: object, index: int, example: Tensor) -> Tensor:
     """Return the batch, or refuse one that the model does not take."""
     if not isinstance(batch, Tensor):
         raise CalibrationError(
-            f"calibration batch {index} is of type {type(batch).__name__}, not a tensor (N, ...) or a pair of images and "
-            f"labels.{_hint(batch)}"
+            f"calibration batch {index} is of type {type(batch).__name__}, not a tensor (N, ...) or a pair of images "
+            f"and labels.{_hint(batch)}"
         )
     if batch.ndim != example.ndim or batch.shape[1] != example.shape[1]:
         expected = ", ".join(["N", *map(str, example.shape[1:])])

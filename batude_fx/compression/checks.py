@@ -43,7 +43,7 @@ def check_example(inputs: Inputs) -> None:
 
 
 def with_dtype_hint(error: DiscoveryError, model: nn.Module, inputs: Inputs) -> DiscoveryError:
-    """Return the error of a model that does not run, with the way out if its input has another dtype than its weights."""
+    """Return the error of a model that does not run, with the way out if its input has another dtype."""
     example = inputs.only_tensor
     weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     if example is None or weight is None or example.dtype == weight.dtype:

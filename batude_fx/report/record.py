@@ -251,9 +251,7 @@ def read(folder: Path) -> Record | None:
         reason = str(first_mistake(error))
     except (OSError, ValueError) as error:
         reason = f"{first_line(error)}."
-    raise SavedModelError(
-        f"{path} is broken: {reason} The network is loaded without it. Remove it, or save the network again."
-    )
+    raise SavedModelError(f"{path} is broken: {reason} The network is loaded without it; remove it.")
 
 
 def read_or_warn(folder: Path) -> Record | None:

@@ -52,9 +52,8 @@ def _check_size(size: tuple[int, ...]) -> tuple[int, ...]:
     return size
 
 
-_ImageSize = Annotated[
-    tuple[PositiveInt, ...], Field(min_length=3, max_length=4), AfterValidator(_check_size)
-]  # C, H, W, or C, T, H, W
+# C, H, W, or C, T, H, W.
+_ImageSize = Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=4), AfterValidator(_check_size)]
 _CropShare = Annotated[float, Field(ge=0.1, le=2)]  # a smaller one would enlarge images before they are cropped
 _Channels = Field(max_length=1024)
 _Mean = Annotated[float, Field(ge=-1e6, le=1e6)]  # of pixels from 0 to 1, or from 0 to 255

@@ -44,8 +44,8 @@ class Inputs:
         elif hasattr(given, "__array__"):
             hint = " Pass torch.as_tensor(array)."
         raise TypeError(
-            f"it is of type {type(given).__name__}, not a tensor, a tuple of positional arguments, or a dict of keyword "
-            f"arguments.{hint}"
+            f"it is of type {type(given).__name__}, not a tensor, a tuple of positional arguments, or a dict of "
+            f"keyword arguments.{hint}"
         )
 
     def run(self, model: nn.Module) -> Any:  # noqa: ANN401 - whatever the model returns

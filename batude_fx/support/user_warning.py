@@ -3,6 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -17,10 +18,10 @@ def warn_user(text: str) -> None:
         UserWarning: With the text.
     """
     level = outermost = 1
-    frame = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads the source of every frame
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads the source of every frame
     while frame is not None:
         level += 1
         if frame.f_code.co_filename.startswith(_PACKAGE):
             outermost = level
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     warnings.warn(text, stacklevel=outermost + 1)

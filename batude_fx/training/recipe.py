@@ -429,7 +429,7 @@ def find(source: str | Path) -> Path:
         close_names = difflib.get_close_matches(str(source), shipped(), n=3, cutoff=0.3)
         if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
             raise RecipeError(
-                f"{source}: there is no such recipe file. batude-fx recipes list names those that are shipped."
+                f"{source}: there is no such recipe file. `batude-fx recipes list` names the shipped ones."
             )
         raise RecipeError(
             f"{source}: no such file, and no shipped recipe has this name. "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import batude_fx
+from batude_fx.graph.example_inputs import timm_config
 
 PHOTOS = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))  # pixels from 0 to 1
 
@@ -62,7 +63,7 @@ def test_a_handful_of_images_is_noticed(count: int, words: str) -> None:
 @pytest.mark.parametrize("key", ["mean", "std"])
 def test_a_config_of_other_values_is_passed_over(key: str, mean: object) -> None:
     model = timm.create_model("test_resnet")
-    vars(model)["pretrained_cfg"] = {**model.pretrained_cfg, key: mean}
+    vars(model)["pretrained_cfg"] = {**timm_config(model), key: mean}
     assert _warnings(model, torch.randn(16, 3, 16, 16)) == []
 
 

@@ -96,5 +96,5 @@ def test_an_example_that_no_model_runs_on_is_refused(example: Any, words: str) -
 
 
 def test_a_tiny_budget_is_not_shown_as_zero() -> None:
-    with pytest.raises(BudgetError, match="budget of less than 0.0001 of the flops is out of reach"):
+    with pytest.raises(BudgetError, match=r"budget of less than 0\.0001 of the flops is out of reach"):
         batude_fx.compress(varied_net(), "1e-9", calibration=None, example_inputs=EXAMPLE)

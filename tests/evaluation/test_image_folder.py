@@ -102,3 +102,10 @@ def test_an_image_that_would_fill_the_memory_when_resized_is_refused(tmp_path: P
     Image.new("L", (200_000, 1)).save(tmp_path / "long.png")
     with pytest.raises(batude_fx.CalibrationError, match="200000 x 1 pixels, a side over 100 times the other"):
         next(image_folder.batches(ConstantClassifier(0), [tmp_path / "long.png"]))
+
+
+def test_a_mean_of_other_channels_is_refused(class_folders: Path) -> None:
+    model = ConstantClassifier(0)
+    vars(model)["pretrained_cfg"] = {"input_size": (3, 32, 32), "mean": (0.5, 0.5)}
+    with pytest.raises(batude_fx.CalibrationError, match="gives mean for 2 channels, its images have 3"):
+        next(image_folder.batches(model, image_folder.image_paths(class_folders)))

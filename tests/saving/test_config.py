@@ -11,6 +11,7 @@ import timm
 
 import batude_fx
 from batude_fx.errors import SavedModelError
+from batude_fx.graph.example_inputs import timm_config
 from tests.saving.networks import compressed, timm_net
 
 
@@ -98,7 +99,7 @@ def test_a_wrong_number_of_parameters_is_refused(folder: Path) -> None:
 
 def test_the_largest_images_can_be_saved_and_loaded(tmp_path: Path) -> None:
     small = compressed(timm_net("resnet10t", num_classes=5))
-    vars(small)["pretrained_cfg"] = {**small.pretrained_cfg, "input_size": (3, 1800, 1800)}
+    vars(small)["pretrained_cfg"] = {**timm_config(small), "input_size": (3, 1800, 1800)}
     batude_fx.save(small, tmp_path / "out")
     assert batude_fx.load(tmp_path / "out").pretrained_cfg["input_size"] == (3, 1800, 1800)
 

@@ -179,8 +179,8 @@ def test_an_error_in_the_middle_says_when_and_what_to_do(
 
     monkeypatch.setattr(phase._Trainer, "step", step)
     words = (
-        r"^step 3 of one_shot failed: RuntimeError: does not answer\. If the cause is outside of the recipe, mend it and "
-        r"resume it with --resume, or resume=True\. Otherwise change the recipe and give a new folder\.$"
+        r"^step 3 of one_shot failed: RuntimeError: does not answer\. If the cause is outside of the recipe, mend it "
+        r"and resume it with --resume, or resume=True\. Otherwise change the recipe and give a new folder\.$"
     )
     with pytest.raises(TrainingError, match=words):
         batude_fx.run(tiny_recipe(photos), tmp_path / "run")

@@ -157,6 +157,6 @@ def test_runs_that_cannot_start_are_refused_with_the_reason(
         batude_fx.run(tiny_recipe(photos, data__auto_augment="randaugment"))
     with pytest.raises(
         TrainingError,
-        match=r"Lower pretrain\.lr, now 1e\S+, clip the gradient by pretrain\.clip_grad=1, or look for NaN",
+        match=r"Lower pretrain\.lr, now 1e\S+, clip the gradient by .*, or look for NaN",
     ):
         batude_fx.run(tiny_recipe(photos, pretrain={"epochs": 1, "lr": 1e30}))
