@@ -236,7 +236,8 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
     import batude_fx
     from batude_fx.graph.example_inputs import example_inputs
     from batude_fx.graph.flops import count_flops
-    from batude_fx.report.record import read_or_warn
+    from batude_fx.graph.provenance import attached_record
+    from batude_fx.report.record import Record, read_or_warn
     from batude_fx.saving.config import read_config
     from batude_fx_cli.tables import saved_table
 
@@ -246,9 +247,12 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
     if config.model_args.library is not None:
         network = batude_fx.load(folder)
         facts["flops"] = count_flops(network, example_inputs(network))
+        record = attached_record(network)
     else:
-        read_or_warn(folder)
-    show(saved_table(folder, facts), facts, as_json)
+        record = read_or_warn(folder)
+    quality = record.quality if isinstance(record, Record) else None
+    facts["quality"] = quality.model_dump() if quality else None
+    show(saved_table(folder, facts, quality), facts, as_json)
 
 
 @app.command()

@@ -7,13 +7,14 @@ from rich.table import Table
 
 from batude_fx.deploy.comparison import Comparison
 from batude_fx.graph.site_table import describe_ranks
+from batude_fx.quality.quality import Quality
 from batude_fx.report.sweep_points import Point
 from batude_fx.support.numbers import human
 from batude_fx.support.tables import add_row, facts_table, new_table
 
 
-def saved_table(folder: object, facts: dict[str, Any]) -> Table:
-    """Return the table of a saved folder: its sites with their ranks, and its size."""
+def saved_table(folder: object, facts: dict[str, Any], quality: Quality | None = None) -> Table:
+    """Return the table of a saved folder: its sites with their ranks, its size, and its quality where it is known."""
     saved = facts["model_args"]
     title = f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}"
     table = new_table("site", "ranks", title=title)
@@ -22,7 +23,7 @@ def saved_table(folder: object, facts: dict[str, Any]) -> Table:
     flops = f"{human(facts['flops'])}FLOPs, " if "flops" in facts else ""
     table.caption = (
         f"{flops}{human(facts['params'])} parameters, {human(facts['bytes'])}B on disk; {len(saved['ranks'])} sites in "
-        "Tucker form. Ranks are out / in, per group."
+        f"Tucker form. Ranks are out / in, per group.{f' The network {quality}.' if quality else ''}"
     )
     return table
 

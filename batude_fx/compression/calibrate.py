@@ -1,7 +1,6 @@
 """What `plan` measures on images: the metric of every site, and what the compressed network is matched with later."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +19,7 @@ from batude_fx.quality.held_back import HoldsBack
 from batude_fx.support.inputs import ExampleInputs, Inputs
 from batude_fx.support.numbers import fewest_trials
 from batude_fx.support.progress import track
+from batude_fx.support.user_warning import warn_user
 from batude_fx.tucker.metric import Metric
 
 Calibration = Images | Literal["synthetic"] | None
@@ -105,10 +105,9 @@ def match_example(
         return inputs, calibration
     if example_inputs is None:
         return image_of_size(model, (example.shape[1], *size[1:])), calibration
-    warnings.warn(
+    warn_user(
         f"flops are counted on the example input of {_pixels(tuple(example.shape))} pixels, and the calibration images "
-        f"have {_pixels(size)}: on images of that size the budget may be exceeded. Pass example_inputs= of their size.",
-        stacklevel=4,
+        f"have {_pixels(size)}: on images of that size the budget may be exceeded. Pass example_inputs= of their size."
     )
     return inputs, calibration
 

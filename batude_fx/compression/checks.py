@@ -1,6 +1,5 @@
 """Checks of a model and of the options of `plan`, before anything is computed."""
 
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from batude_fx.graph.discovery import PART_OF_TUCKER
 from batude_fx.graph.site_table import Sites
 from batude_fx.graph.surgery import refuse_wrappers
 from batude_fx.support.inputs import Inputs
+from batude_fx.support.user_warning import warn_user
 
 _BYTES_OF_FLOAT32 = 4
 
@@ -85,11 +85,10 @@ def warn_of_tucker_modules(sites: Sites) -> None:
     """
     parts = [site.name for site in sites if site.skip_reason == PART_OF_TUCKER]
     if parts:
-        warnings.warn(
+        warn_user(
             f"the network was compressed before: {len(parts)} parts of Tucker modules, {parts[0]} first, stay as they "
             "are, and the budget is a share of its present costs. To make it smaller, compress the original to the "
-            "final budget.",
-            stacklevel=3,
+            "final budget."
         )
 
 

@@ -1,6 +1,5 @@
 """Ranks that meet a latency: sites get times, then the whole network is timed until it meets the limit."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -13,6 +12,7 @@ from batude_fx.budget.rank_options import NANOSECONDS, RankOptions
 from batude_fx.compression.rank_search import RankPlan, SiteCandidate, choose_ranks
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.support.progress import track
+from batude_fx.support.user_warning import warn_user
 from batude_fx.tucker.ranks import Ranks
 
 _MOST_TRIALS = 6
@@ -130,11 +130,10 @@ def refine_by_timing(
         plan = following
     meets_limit = any(trial.excess <= 0 for trial in trials)
     if not settled and (meets_limit or following is not None):
-        warnings.warn(
+        warn_user(
             f"in {len(trials)} timings the network did not come within {_CLOSE:.0%} of latency "
             f"{limits.budget.latency}: no ranks give a time nearer to it, or the machine may be busy. The plan says "
-            "what was measured.",
-            stacklevel=5,
+            "what was measured."
         )
     best = min(trials, key=lambda trial: (trial.excess > 0, abs(trial.excess)))
     _check_met(best, len(trials), timer.dense_nanoseconds)

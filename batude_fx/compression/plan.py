@@ -1,6 +1,5 @@
 """The plan: which sites get which ranks, what that costs, and how a compressed network is built from it."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -28,6 +27,7 @@ from batude_fx.support.model_state import private_copy
 from batude_fx.support.numbers import human, milliseconds, percent
 from batude_fx.support.progress import track
 from batude_fx.support.tables import as_text, set_caption
+from batude_fx.support.user_warning import warn_user
 from batude_fx.support.versions import library_versions
 from batude_fx.tucker.modules import TuckerModule
 from batude_fx.tucker.ranks import Ranks
@@ -124,10 +124,9 @@ class Plan:
         """
         check_model(model)
         if not self.ranks:
-            warnings.warn(
+            warn_user(
                 f"nothing is replaced: the dense {self.model_name} meets the budget, {self.budget}. What is returned "
-                "is a copy of it.",
-                stacklevel=3,
+                "is a copy of it."
             )
         plan, small = self, self._build(model)
         limit = self.budget.limits(self.dense_flops, self.dense_params).flops
@@ -228,9 +227,7 @@ class Plan:
             return self
         quality = self.quality_meter(model).measure(small)
         if quality.is_low:
-            warnings.warn(
-                f"the compressed {self.model_name} {quality}. {_way_out(quality)}", QualityWarning, stacklevel=4
-            )
+            warn_user(f"the compressed {self.model_name} {quality}. {_way_out(quality)}", QualityWarning)
         return replace(self, quality=quality)
 
     def __str__(self) -> str:

@@ -291,6 +291,8 @@ def _write(
             with torch.no_grad():
                 larger.run(network)
             return wider, write(network, wider, path, images)
+        except (OSError, MemoryError, torch.OutOfMemoryError):  # which say nothing of the network
+            raise
         except Exception as error:  # noqa: BLE001 - torch.export raises many kinds
             reasons.append(first_line(error))
     size = " x ".join(map(str, cast("Tensor", request.inputs.image).shape[2:]))

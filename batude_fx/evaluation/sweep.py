@@ -1,7 +1,6 @@
 """Compress a network to many budgets after one calibration, and evaluate it at each of them."""
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from statistics import median
@@ -12,6 +11,7 @@ from batude_fx.compression.plan import Plan
 from batude_fx.errors import BudgetError, UnsupportedError
 from batude_fx.evaluation import scores
 from batude_fx.report.sweep_points import Point
+from batude_fx.support.user_warning import warn_user
 
 _FORMS = "Write 0.3:0.9:0.1 (first, last, step) or 0.3,0.5,0.75."
 _MOST_BUDGETS = 100
@@ -90,7 +90,7 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: scores
     try:
         truth = photos.labels(original.shape[1])
     except UnsupportedError as error:  # agreement needs no labels
-        warnings.warn(f"{error}.", stacklevel=2)
+        warn_user(f"{error}.")
         truth = None
     results, original_times = [], []
     for budget, plan_at_budget in plans.items():  # one compressed network in memory at a time
@@ -121,7 +121,7 @@ def _plans_within_reach(plan: Plan, budgets: Sequence[float]) -> dict[float, Pla
         *_, largest = errors.values()
         if not plans:
             raise largest
-        warnings.warn(f"left out: {', '.join(errors)}, as the {largest}", stacklevel=3)
+        warn_user(f"left out: {', '.join(errors)}, as the {largest}")
     return plans
 
 

@@ -7,7 +7,6 @@ rebuild it.
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +41,7 @@ from batude_fx.support.atomic_files import (
     visible_entries,
     write_text,
 )
+from batude_fx.support.user_warning import warn_user
 from batude_fx.support.validation import first_mistake
 from batude_fx.support.versions import library_versions
 from batude_fx.tucker.modules import TuckerModule
@@ -86,11 +86,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise SavedModelError(f"{type(model).__name__} cannot be saved to {folder}: {last_line(error)}") from error
     if config.model_args.library is None:
         normalizes = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
-        warnings.warn(
+        warn_user(
             f"{type(model).__name__} cannot be rebuilt by name: no timm or torchvision architecture gives the same "
             f"outputs with these weights. Read it with batude_fx.load({str(folder)!r}, model=fresh_dense_model)"
-            + ("." if normalizes else ". If it was folded, save it before that."),
-            stacklevel=3,
+            + ("." if normalizes else ". If it was folded, save it before that.")
         )
 
 

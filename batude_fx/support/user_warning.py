@@ -8,14 +8,14 @@ from types import FrameType
 _PACKAGE = str(Path(__file__).parents[1])
 
 
-def warn_user(text: str) -> None:
+def warn_user(text: str, category: type[UserWarning] = UserWarning) -> None:
     """Warn, and name the line outside the package from which it was called.
 
     Frames of other libraries, such as torch's decorators, may lie between those of the package. So the line is that
     before the first call of the package. `skip_file_prefixes`, which Python has from 3.12 on, stops at the last one.
 
     Warns:
-        UserWarning: With the text.
+        UserWarning: With the text, or of a category of it.
     """
     level = outermost = 1
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads the source of every frame
@@ -24,4 +24,4 @@ def warn_user(text: str) -> None:
         if frame.f_code.co_filename.startswith(_PACKAGE):
             outermost = level
         frame = frame.f_back
-    warnings.warn(text, stacklevel=outermost + 1)
+    warnings.warn(text, category, stacklevel=outermost + 1)
