@@ -114,6 +114,7 @@ Calibration = Annotated[
         '"synthetic" (generated images), or "none" (the weights alone decide).'
     ),
 ]
+_NO_LIMIT = "1TFLOPs"  # a plan without a budget, for its measurements alone
 Count = Annotated[int, typer.Option(help="Number of images to take from the folder, evenly spread.", min=1)]
 
 
@@ -156,6 +157,30 @@ def plan_ranks(
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to).measured(network)
     show(plan_table(plan), _plan_facts(plan), as_json)
+
+
+@app.command()
+@one_line_errors
+def sensitivity(
+    model: Model, calibration: Calibration = "synthetic", images: Count = 256,
+    sites: Annotated[int, typer.Option(help="Number of sites to measure, the most expensive ones.", min=0)] = 10,
+    layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
+    pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Show what each layer alone costs when it is cut: as predicted, and as measured for the most expensive ones.
+
+    Example: batude-fx sensitivity resnet50 --calibration photos/
+    """
+    from batude_fx import Budget
+    from batude_fx.compression.sensitivity import sensitivity_table
+    from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name
+
+    source = calibration_source(calibration, images)
+    network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
+    plan = make_plan(network, Budget(flops=_NO_LIMIT), source, layers.value, include, exclude, round_to)
+    found = plan.sensitivity(network, measured=sites)
+    facts = {"rank_correlation": found.rank_correlation, "sites": [asdict(site) for site in found.sites]}
+    show(sensitivity_table(found), facts, as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from batude_fx.calibration.moment_matching import match_moments_
 from batude_fx.compression.calibrate import Measurements
 from batude_fx.compression.checks import check_model
 from batude_fx.compression.rank_search import SiteCandidate, choose_ranks
+from batude_fx.compression.sensitivity import Sensitivity, measure_sensitivity
 from batude_fx.errors import BudgetError, QualityWarning, SelectionError
 from batude_fx.graph.example_inputs import remember_input_size_
 from batude_fx.graph.flops import count_flops, dense_cost, site_cost
@@ -229,6 +230,25 @@ class Plan:
         if quality.is_low:
             warn_user(f"the compressed {self.model_name} {quality}. {_way_out(quality)}", QualityWarning)
         return replace(self, quality=quality)
+
+    def sensitivity(self, model: nn.Module, *, measured: int = 10) -> Sensitivity:
+        """Return what each site alone costs when it is cut, as predicted and as measured.
+
+        Args:
+            model: The model that the plan was made for.
+            measured: Number of sites, the most expensive ones, that are cut to half of their flops and measured on the
+                images that were held back; each takes as long as `apply`. Without such images none is measured.
+
+        Raises:
+            BatudeError: As `apply`.
+        """
+        meter = self.quality_meter(model)
+
+        def quality_with(ranks: Mapping[str, Ranks]) -> Quality:
+            return meter.measure(replace(self, ranks=ranks).construct(model)[0])
+
+        measures = quality_with if meter.batches else None
+        return measure_sensitivity(self.model_name, self._candidates, measures, measured=measured)
 
     def __str__(self) -> str:
         """Return the plan as a table."""

@@ -105,7 +105,7 @@ def test_a_torchvision_name_can_be_compressed(tmp_path: Path) -> None:
 def test_a_budget_may_be_on_parameters_and_must_be_on_something() -> None:
     facts = run_json("plan", NAME, "--params", 0.5, "--no-pretrained", "--calibration", "none")
     assert facts["params"] <= 0.5 * facts["dense_params"]
-    assert "no limit given" in run_error("plan", NAME, "--no-pretrained")
+    assert "no limit is given" in run_error("plan", NAME, "--no-pretrained")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the user asks for")

@@ -35,7 +35,7 @@ def test_a_bad_budget_ends_in_one_line_and_writes_nothing(budget: str, tmp_path:
         (("plan", NAME, "--budget", 0.5, "--no-pretrained", "--device", "nonsense"), "Use --device cpu"),
         (("plan", NAME, "--budget", 0.5, "--no-pretrained", "--device", "meta"), "Use --device cpu"),
         (("info", "/nowhere"), "has no config.json"),
-        (("compress", NAME, "--output", "/nowhere"), "use --budget, --params or --latency"),
+        (("compress", NAME, "--output", "/nowhere"), "use --budget, --params, --latency or --agreement"),
         (("plan", "/", "--budget", 0.5), "is no saved folder"),
     ],
 )
