@@ -97,10 +97,11 @@ class Problem:
                 reach or met by the dense network.
         """
         settings = recipe.one_shot
-        if recipe.budget.latency is not None:
-            raise recipe.problem(
-                "budget.latency", "training can limit flops and params only; measure latency afterwards"
-            )
+        for name in ("latency", "agreement", "score", "max_drop"):
+            if getattr(recipe.budget, name) is not None:
+                raise recipe.problem(
+                    f"budget.{name}", "training can limit flops and params only; measure the rest afterwards"
+                )
         try:
             inputs = _inputs_(model, recipe.data)
             classes = _classes(model, inputs)

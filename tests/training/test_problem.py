@@ -32,3 +32,9 @@ def test_weights_kept_in_half_precision_train_in_float32(photos: Path, tmp_path:
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
     with pytest.raises(RecipeError, match=r"pickled\.pth is broken.* becomes one of safetensors by safetensors"):
         batude_fx.run(tiny_recipe(photos, model={**section, "checkpoint": tmp_path / "pickled.pth"}))
+
+
+@pytest.mark.parametrize("limit", [{"latency": 0.5}, {"agreement": 0.9}, {"score": 1.0}, {"max_drop": 0.1}])
+def test_a_budget_that_training_cannot_meet_is_refused(limit: dict[str, float], photos: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"budget\.{next(iter(limit))}: training can limit flops and params only"):
+        batude_fx.run(tiny_recipe(photos, budget=limit))
