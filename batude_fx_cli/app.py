@@ -114,7 +114,7 @@ Calibration = Annotated[
         '"synthetic" (generated images), or "none" (the weights alone decide).'
     ),
 ]
-_NO_LIMIT = "1TFLOPs"  # a plan without a budget, for its measurements alone
+_NO_LIMIT = "1e6TFLOPs"  # a plan without a budget, for its measurements alone
 Count = Annotated[int, typer.Option(help="Number of images to take from the folder, evenly spread.", min=1)]
 
 
@@ -393,6 +393,7 @@ def _plan_facts(plan: "Plan") -> dict[str, Any]:
         "flops": plan.flops, "dense_params": plan.dense_params, "params": plan.params,
         "dense_seconds": plan.dense_seconds, "seconds": plan.seconds, "round_to": plan.round_to,
         "quality": plan.quality.model_dump() if plan.quality else None,
+        "search": plan.search.model_dump() if plan.search else None,
         "ranks": {name: asdict(ranks) for name, ranks in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason},
     }  # fmt: skip

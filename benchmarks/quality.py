@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -92,9 +92,8 @@ def _rows(name: str, model: nn.Module, normalization: tuple[Any, Any], keeps: tu
         for keep in keeps:
             small, plan = first.at(keep).build(model)
             seconds = time.perf_counter() - start
-            yield Row(
-                name, level, keep, plan.quality, meter.measure(small), _right(small, labelled, labels), seconds
-            )  # fmt: skip
+            tested = cast("Quality", meter.measure(small))
+            yield Row(name, level, keep, plan.quality, tested, _right(small, labelled, labels), seconds)
             start = time.perf_counter()
 
 

@@ -40,6 +40,12 @@ def main(folder: Path) -> None:
     except batude_fx.BudgetError as error:
         console.print(f"At 0.01: {error}", markup=False)
 
+    smallest = batude_fx.plan(
+        model, batude_fx.Budget(max_drop=0.01), evaluate=lambda network: accuracy(network, *held_out),
+        calibration=images[::5], example_inputs=images[:1],
+    )  # fmt: skip
+    console.print(f"At most 0.01 of the accuracy lost: {smallest.flops:,} flops, {smallest.search}")
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A trained network at several budgets.")

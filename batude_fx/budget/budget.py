@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,11 +15,64 @@ _FORMS = 'a fraction that remains (0.5), a factor ("2.5x"), a percentage ("40%")
 _ABSOLUTE = {
     "flops": 'count ("0.9GFLOPs")', "params": 'count ("12MParams")', "latency": 'time ("12ms"; s, ms, us or ns)'
 }  # fmt: skip
+_QUALITY_FORMS = {
+    "agreement": 'a share of the images, 0.98 or "98%"', "score": "a value of the function that is given as evaluate=",
+    "max_drop": "how far the value of evaluate= may fall, from 0 on",
+}  # fmt: skip
 _NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
 _MOST = 2**62  # a count is never larger, so that it fits into an integer of 64 bits
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS = {"flop": r"([kmgt]?)flops?", "param": r"([kmgt]?)params?", "latency": r"(ns|us|ms|s)"}
 _NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+
+
+def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
+    """Read one limit as (fraction that remains, absolute count), of which exactly one is not None."""
+    text = text.strip().lower()
+    if match := re.fullmatch(rf"{_NUMBER}x", text):
+        return (1 / factor if (factor := float(match[1])) > 0 else math.inf), None
+    if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
+        return float(match[1]) / 100, None
+    if match := re.fullmatch(rf"{_NUMBER}\s*{_UNITS[unit]}", text):
+        return None, int(min(float(match[1]) * (_SCALES | _NANOSECONDS)[match[2]], _MOST))
+    if re.fullmatch(rf"-?{_NUMBER}", text):
+        return float(text), None
+    raise ValueError(f"cannot read {text!r}")
+
+
+def _check_limit(limit: float | str | None, unit: str) -> float | str | None:
+    """Return the limit as it is, once it is known to be readable and to lie in its range."""
+    if limit is None:
+        return None
+    keep, count = _keep_or_count(str(limit), unit)
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(
+            f"{limit!r} keeps {keep:g} of the {unit if unit == 'latency' else f'{unit}s'}; "
+            f"the fraction that remains must be inside (0, 1){_meant(str(limit), keep)}"
+        )
+    if count is not None and count <= 0:
+        raise ValueError(f"{limit!r} is not a positive count")
+    return limit
+
+
+def _share(limit: float | str) -> float:
+    """Return a share that is written as a number or a percentage; NaN for anything else."""
+    match = re.fullmatch(rf"{_NUMBER}\s*(%?)", str(limit).strip())
+    return float(match[1]) / (100 if match[2] else 1) if match else math.nan
+
+
+def _check_share(limit: float | str | None) -> float | str | None:
+    """Return the agreement as it is, once it is known to be a share."""
+    if limit is not None and not 0 < _share(limit) < 1:
+        raise ValueError(f"{limit!r} is no share of the images inside (0, 1)")
+    return limit
+
+
+def _meant(limit: str, keep: float) -> str:
+    """Return what a plain number above 1 may have been meant as; empty for other limits."""
+    if not re.fullmatch(_NUMBER, limit.strip()) or not 1 < keep < 100:  # noqa: PLR2004 - percent
+        return ""
+    return f'; "{keep:g}%" keeps {keep:g} percent, and "{keep:g}x" is a factor'
 
 
 class Budget(BaseModel):
@@ -43,11 +97,11 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    flops: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "flop"))] = None
-    params: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "param"))] = None
-    latency: Annotated[float | str | None, AfterValidator(lambda limit: _check_limit(limit, "latency"))] = None
+    flops: Annotated[float | str | None, AfterValidator(partial(_check_limit, unit="flop"))] = None
+    params: Annotated[float | str | None, AfterValidator(partial(_check_limit, unit="param"))] = None
+    latency: Annotated[float | str | None, AfterValidator(partial(_check_limit, unit="latency"))] = None
 
-    agreement: Annotated[float | str | None, AfterValidator(lambda share: _check_share(share))] = None  # noqa: PLW0108 - it is defined below
+    agreement: Annotated[float | str | None, AfterValidator(_check_share)] = None
     score: float | None = None
     max_drop: Annotated[float | None, Field(ge=0)] = None
 
@@ -58,8 +112,8 @@ class Budget(BaseModel):
             mistake = first_mistake(error)
             name = mistake.path[0] if mistake.path else ""
             limit = f" {name}={limits[name]!r}" if name else ""
-            absolute = _ABSOLUTE.get(name, _ABSOLUTE["flops"])
-            raise BudgetError(f"budget{limit}: {mistake.reason}. Write {_FORMS} {absolute}.") from None
+            forms = _QUALITY_FORMS.get(name) or f"{_FORMS} {_ABSOLUTE.get(name, _ABSOLUTE['flops'])}"
+            raise BudgetError(f"budget{limit}: {mistake.reason}. Write {forms}.") from None
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":
@@ -95,8 +149,13 @@ class Budget(BaseModel):
         return None if self.agreement is None else _share(self.agreement)
 
     def without_latency(self) -> "Budget":
-        """Return the same limits on flops and parameters; there may be none left."""
+        """Return the same limits but for that on latency; there may be none left."""
         return self.model_copy(update={"latency": None})
+
+    def only_costs(self, *, flops: float | None = None) -> "Budget":
+        """Return the same limits without the quality that is asked for, with another one on flops if it is given."""
+        changes = {"agreement": None, "score": None, "max_drop": None, "flops": self.flops if flops is None else flops}
+        return self.model_copy(update=changes)
 
     def __str__(self) -> str:
         """Return the limits in the user's words: "flops 2.5x, params 40%"."""
@@ -124,54 +183,6 @@ class AbsoluteLimits:
     flops: int | None
     params: int | None
     nanoseconds: int | None
-
-
-def _keep_or_count(text: str, unit: str) -> tuple[float | None, int | None]:
-    """Read one limit as (fraction that remains, absolute count), of which exactly one is not None."""
-    text = text.strip().lower()
-    if match := re.fullmatch(rf"{_NUMBER}x", text):
-        return (1 / factor if (factor := float(match[1])) > 0 else math.inf), None
-    if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
-        return float(match[1]) / 100, None
-    if match := re.fullmatch(rf"{_NUMBER}\s*{_UNITS[unit]}", text):
-        return None, int(min(float(match[1]) * (_SCALES | _NANOSECONDS)[match[2]], _MOST))
-    if re.fullmatch(rf"-?{_NUMBER}", text):
-        return float(text), None
-    raise ValueError(f"cannot read {text!r}")
-
-
-def _check_limit(limit: float | str | None, unit: str) -> float | str | None:
-    """Return the limit as it is, once it is known to be readable and to lie in its range."""
-    if limit is None:
-        return None
-    keep, count = _keep_or_count(str(limit), unit)
-    if keep is not None and not 0 < keep < 1:
-        raise ValueError(
-            f"{limit!r} keeps {keep:g} of the {unit if unit == 'latency' else f'{unit}s'}; "
-            f"the fraction that remains must be inside (0, 1){_meant(str(limit), keep)}"
-        )
-    if count is not None and count <= 0:
-        raise ValueError(f"{limit!r} is not a positive count")
-    return limit
-
-
-def _share(limit: float | str) -> float:
-    keep, _ = _keep_or_count(str(limit).strip(), "flop")
-    return math.nan if keep is None else keep
-
-
-def _check_share(limit: float | str | None) -> float | str | None:
-    """Return the agreement as it is, once it is known to be a share."""
-    if limit is not None and not 0 < _share(limit) < 1:
-        raise ValueError(f"{limit!r} is no share of the images inside (0, 1), such as 0.98")
-    return limit
-
-
-def _meant(limit: str, keep: float) -> str:
-    """Return what a plain number above 1 may have been meant as; empty for other limits."""
-    if not re.fullmatch(_NUMBER, limit.strip()) or not 1 < keep < 100:  # noqa: PLR2004 - percent
-        return ""
-    return f'; "{keep:g}%" keeps {keep:g} percent, and "{keep:g}x" is a factor'
 
 
 def _absolute_limit(limit: float | str | None, unit: str, dense: int) -> int | None:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, islice
 from operator import attrgetter
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -92,7 +93,18 @@ def image_batches(images: Images, inputs: Inputs) -> Iterator[Inputs]:
             f"calibration is of type {name}, not a tensor (N, ...) or batches of images.{_hint(given)}"
         )
     batches: Iterable[object] = (images,) if isinstance(images, Tensor) else images
-    for _, images_of_one_shape in groupby(_single_images(batches, example), attrgetter("shape")):
+    yield from batched(_single_images(batches, example), inputs)
+
+
+def batched(images: Iterable[Tensor], inputs: Inputs) -> Iterator[Inputs]:
+    """Yield images in batches of at most 8 that follow each other and have one shape.
+
+    Args:
+        images: Images without a batch axis.
+        inputs: The example input of a model that takes one tensor (1, ...); the batches get its dtype and device.
+    """
+    example = cast("Tensor", inputs.only_tensor)
+    for _, images_of_one_shape in groupby(images, attrgetter("shape")):
         while batch := tuple(islice(images_of_one_shape, BATCH)):
             yield inputs.with_tensor(torch.stack(batch).to(example))
 

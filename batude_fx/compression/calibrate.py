@@ -8,11 +8,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from batude_fx.calibration.batch_norm import renormalize, running_statistics
-from batude_fx.calibration.images import BATCH, BatchReservoir, Images, first_image_size, image_batches
+from batude_fx.calibration.images import BATCH, BatchReservoir, Images, batched, first_image_size, image_batches
 from batude_fx.calibration.plausibility import ImageCheck
 from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_to_noise, synthetic_batches
-from batude_fx.errors import DiscoveryError
+from batude_fx.errors import BudgetError, DiscoveryError
 from batude_fx.graph.example_inputs import image_of_size, resolve_inputs
 from batude_fx.graph.sites import ConvSite
 from batude_fx.quality.held_back import HoldsBack
@@ -23,31 +23,40 @@ from batude_fx.support.user_warning import warn_user
 from batude_fx.tucker.metric import Metric
 
 Calibration = Images | Literal["synthetic"] | None
-_FEWEST_TO_SHOW = 16  # batches, where an agreement is asked for
+_FEWEST_TO_SHOW, _MOST_TO_SHOW = 128, 1024  # images that are held back where an agreement is asked for
 _SYNTHETIC_SEED = 1000  # of what is held back, far from that of the images for calibration
 
 
 @dataclass(frozen=True)
 class _HeldBack:
-    """How much is held back, in batches of 8 images.
+    """How much is held back.
 
     Attributes:
-        every: One of this many batches of the user's images.
-        most: Most of these batches.
-        synthetic: Number of batches of generated images.
+        every: One of this many images of the user's.
+        most: Most of these images.
+        synthetic: Number of generated images.
     """
 
     every: int = 5
-    most: int = 8
-    synthetic: int = 4
+    most: int = 64
+    synthetic: int = 32
 
     @classmethod
     def to_show(cls, agreement: float | None) -> "_HeldBack":
-        """Return more where an agreement is asked for, so that a network may miss some of the images and show it."""
+        """Return more where an agreement is asked for, so that a network may miss some of the images and show it.
+
+        Raises:
+            BudgetError: When so many images would be needed that they would not fit into memory.
+        """
         if agreement is None:
             return cls()
-        batches = max(_FEWEST_TO_SHOW, math.ceil(1.5 * fewest_trials(agreement) / BATCH))
-        return cls(every=2, most=batches, synthetic=batches)
+        images = max(_FEWEST_TO_SHOW, math.ceil(1.5 * fewest_trials(agreement)))
+        if images > _MOST_TO_SHOW:
+            raise BudgetError(
+                f"an agreement of {agreement:g} can be shown by {images:,} images only, and {_MOST_TO_SHOW:,} are held "
+                "back at most; ask for 0.99, or measure it yourself and give Budget(score=...) and evaluate=."
+            )
+        return cls(every=2, most=images, synthetic=images)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,11 @@ class Measurements:
     norm_statistics: Mapping[str, Tensor] = field(default_factory=dict)
     held_back: tuple[Inputs, ...] = ()
     synthetic: bool = False
+
+    @property
+    def images_held_back(self) -> int:
+        """The number of images that were held back; 0 for a model that does not take one tensor of them."""
+        return sum(len(batch.only_tensor) for batch in self.held_back if batch.only_tensor is not None)
 
 
 def match_example(
@@ -144,6 +158,7 @@ def measure(
 
     Raises:
         CalibrationError: As `statistics` and `image_batches`.
+        BudgetError: When the agreement needs more images than are held back at most.
 
     Warns:
         UserWarning: When the images do not look like those that the network was trained on; see `ImageCheck`.
@@ -154,16 +169,17 @@ def measure(
     synthetic = BatchReservoir(synthetic_batches(model, inputs))
     if isinstance(calibration, str):
         metrics, norm_statistics = _measure_synthetic(model, sites, synthetic, draws=SYNTHETIC_DRAWS)
-        unseen = synthetic_batches(model, inputs, seed=_SYNTHETIC_SEED, batches=held_back.synthetic)
+        unseen = synthetic_batches(model, inputs, seed=_SYNTHETIC_SEED, batches=math.ceil(held_back.synthetic / BATCH))
         return Measurements(metrics, tuple(synthetic.sample), norm_statistics, tuple(unseen), synthetic=True)
     checked = ImageCheck(model, image_batches(calibration, inputs), inputs)
-    seen = HoldsBack(iter(checked), every=held_back.every, most=held_back.most)
-    images = BatchReservoir(track(seen, "calibrating"))
+    singles = (image for batch in checked for image in batch.tensors()[0])
+    seen = HoldsBack(singles, every=held_back.every, most=held_back.most)
+    images = BatchReservoir(track(batched(seen, inputs), "calibrating"))
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.
     if not falls_back_to_noise(inputs):
         metrics = average_metrics(metrics, _measure_synthetic(model, sites, synthetic, draws=1)[0])
-    return Measurements(metrics, tuple(images.sample), held_back=tuple(seen.held))
+    return Measurements(metrics, tuple(images.sample), held_back=tuple(batched(seen.held, inputs)))
 
 
 def _measure_synthetic(

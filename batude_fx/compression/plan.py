@@ -16,7 +16,7 @@ from batude_fx.compression.sensitivity import Sensitivity, measure_sensitivity
 from batude_fx.errors import BudgetError, QualityWarning, SelectionError
 from batude_fx.graph.example_inputs import remember_input_size_
 from batude_fx.graph.flops import count_flops, dense_cost, site_cost
-from batude_fx.graph.provenance import attach_
+from batude_fx.graph.provenance import attach_, checksum
 from batude_fx.graph.shared_parts import refuse_shared_parts
 from batude_fx.graph.site_table import Sites, add_site_row, describe_ranks, new_site_table, skip_notes
 from batude_fx.graph.surgery import replace_modules
@@ -56,7 +56,8 @@ class Plan:
         dense_params: Parameters of the model.
         params: Parameters of the compressed model.
         dense_seconds: Wall time of one run of the example input, where the budget limits it or ranks suit the machine.
-        seconds: The same of the compressed model: measured by `plan`; predicted by `at` where the budget limits it.
+        seconds: The same of the compressed model: measured by `plan`; predicted by `at`, and in the search for a
+            quality, where the budget limits it.
         calibration: `"weights only"`, `"synthetic"`, `"synthetic noise"` (no images fit its input) or `"images"`.
         round_to: Multiple of the ranks.
         search: How the smallest model of the quality that the budget asks for was found; None where it asks for none.
@@ -114,7 +115,8 @@ class Plan:
         """
         small, plan = self.construct(model)
         plan = plan._with_quality(model, small)  # noqa: SLF001 - of another plan
-        attach_(small, plan.record())
+        measured = checksum(small) if plan.quality else None
+        attach_(small, plan.record().model_copy(update={"weights_measured": measured}))
         return small, plan
 
     def construct(self, model: ModelT) -> "tuple[ModelT, Plan]":
@@ -134,7 +136,7 @@ class Plan:
         while self.sites.sizes_vary and limit is not None and (count := count_flops(small, self._inputs)) > limit:
             try:
                 tighter = plan.flops / self.dense_flops * min(max(limit / count, _STEPS[0]), _STEPS[1])
-                plan = plan.at(self.budget.model_copy(update={"flops": tighter}))
+                plan = replace(plan.at(self.budget.only_costs(flops=tighter)), budget=self.budget, search=self.search)
             except BudgetError as error:
                 raise BudgetError(
                     f"fvcore counts {count:,} flops for the compressed {self.model_name}, {limit:,} are allowed: it "
@@ -198,6 +200,8 @@ class Plan:
             BudgetError: As `plan`.
         """
         budget = Budget.parse(budget)
+        if budget.asks_for_quality:
+            raise BudgetError(f"{budget}: a quality is searched for by `plan`, which measures networks; call it.")
         chosen = choose_ranks(self._candidates, replace(self._limits, budget=budget))
         # The latency model is a line near the limit, so that without a limit it predicts nothing.
         seconds = None if budget.latency is None else chosen.seconds
@@ -227,7 +231,7 @@ class Plan:
         if self.quality is not None or not held_back:
             return self
         quality = self.quality_meter(model).measure(small)
-        if quality.is_low:
+        if quality and quality.is_low:
             warn_user(f"the compressed {self.model_name} {quality}. {_way_out(quality)}", QualityWarning)
         return replace(self, quality=quality)
 
@@ -244,8 +248,8 @@ class Plan:
         """
         meter = self.quality_meter(model)
 
-        def quality_with(ranks: Mapping[str, Ranks]) -> Quality:
-            return meter.measure(replace(self, ranks=ranks).construct(model)[0])
+        def quality_with(ranks: Mapping[str, Ranks]) -> Quality | None:
+            return meter.measure(replace(self, ranks=ranks)._build(model))  # noqa: SLF001 - of another plan
 
         measures = quality_with if meter.batches else None
         return measure_sensitivity(self.model_name, self._candidates, measures, measured=measured)

@@ -21,7 +21,7 @@ from batude_fx.compression.checks import (
 )
 from batude_fx.compression.latency_search import refine_by_timing, with_latency
 from batude_fx.compression.plan import ModelT, Plan
-from batude_fx.compression.quality_search import Evaluate, check_evaluate, find_smallest
+from batude_fx.compression.quality_search import Evaluate, check_evaluate, check_held_back, find_smallest
 from batude_fx.compression.rank_search import choose_ranks, decompose_sites
 from batude_fx.errors import BudgetError, DiscoveryError
 from batude_fx.graph.discovery import discover
@@ -82,6 +82,8 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     Warns:
         UserWarning: The calibration images are few or look as if they were not normalized, or the model holds Tucker
             modules already, which stay as they are.
+        QualityWarning: The compressed model, which is built to be measured, often gives other outputs than the model on
+            images that were held back.
 
     Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
@@ -106,6 +108,9 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
 
     Raises:
         BatudeError: As `plan`.
+
+    Warns:
+        UserWarning: As `plan`.
 
     Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
     """
@@ -158,6 +163,7 @@ def choose(  # noqa: PLR0913 - those of plan
     warn_of_tucker_modules(sites)
 
     measurements = measure(model, list(replaceable.values()), calibration, inputs, agreement=budget.least_agreement)
+    check_held_back(budget.least_agreement, measurements.images_held_back)
     candidates = decompose_sites(model, replaceable, space.options, measurements.metrics)
     chosen, limits = choose_ranks(candidates, space.limits), space.limits
     if timer:

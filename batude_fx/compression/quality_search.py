@@ -65,7 +65,7 @@ def find_smallest(plan: Plan, model: nn.Module, evaluate: Evaluate | None) -> Pl
     while len(trials) < _MOST_TRIALS and high - low > _CLOSE * high:
         middle = (low + high) / 2
         try:
-            candidate = plan.at(plan.budget.model_copy(update={"flops": middle}))
+            candidate = plan.at(plan.budget.only_costs(flops=middle))
         except BudgetError:  # no ranks are so small
             low = middle
             continue
@@ -97,9 +97,13 @@ def _goal(plan: Plan, model: nn.Module, evaluate: Evaluate | None) -> _Goal:
         return _agreement_goal(plan, model, budget.least_agreement)
 
     def measure(network: nn.Module) -> tuple[float, float]:
-        value = float(evaluate(network.eval())) if evaluate else math.nan
+        returned = evaluate(network.eval()) if evaluate else None
+        try:
+            value = float(returned)  # type: ignore[arg-type] # it may return anything
+        except (TypeError, ValueError, RuntimeError):
+            value = math.nan
         if not math.isfinite(value):
-            raise SelectionError(f"evaluate returned {value}, which is no score.")
+            raise SelectionError(f"evaluate returned {str(returned)[:80]!r}, which is no score; return a number.")
         return value, value
 
     if budget.score is not None:
@@ -109,27 +113,41 @@ def _goal(plan: Plan, model: nn.Module, evaluate: Evaluate | None) -> _Goal:
     return _Goal("max_drop", original - (budget.max_drop or 0.0), measure)
 
 
-def _agreement_goal(plan: Plan, model: nn.Module, least: float) -> _Goal:
-    meter = plan.quality_meter(model)
-    images = sum(len(batch.tensors()[0]) for batch in meter.batches)
+def check_held_back(asked: float | None, images: int) -> None:
+    """Refuse an agreement that so few images cannot show.
+
+    Args:
+        asked: The agreement that is asked for; None where none is.
+        images: Number of images that are held back.
+
+    Raises:
+        BudgetError: With the number that is needed.
+    """
+    if asked is None:
+        return
     if not images:
         raise BudgetError(
-            f"an agreement of {least:g} cannot be measured: no images are held back. Give 16 or more, calibration=."
+            f"an agreement of {asked:g} cannot be measured: no images are held back. Calibrate with images, 96 "
+            "or more, of a classifier that takes one batch of them."
         )
-    if (highest := wilson_interval(images, images)[0]) < least:
+    if (highest := wilson_interval(images, images)[0]) < asked:
         raise BudgetError(
-            f"{images} images are held back, too few to show an agreement of {least:g}: where a network agrees on all "
-            f"of them, the 95 % interval begins at {highest:.3f}. Give {2 * fewest_trials(least) + 16} images, "
-            "of which half is held back, or ask for less."
+            f"{images} images are held back, too few to show an agreement of {asked:g}: where a network agrees "
+            f"on all of them, the 95 % interval begins at {highest:.3f}. Give {2 * fewest_trials(asked) + 2} "
+            "images, of which half is held back, or ask for less."
         )
 
+
+def _agreement_goal(plan: Plan, model: nn.Module, least: float) -> _Goal:
+    meter = plan.quality_meter(model)
+
     def measure(network: nn.Module) -> tuple[float, float]:
-        agreement = meter.measure(network).agreement
-        if agreement is None:
+        quality = meter.measure(network)
+        if quality is None or quality.agreement is None:
             raise BudgetError(
                 f"{plan.model_name} is no classifier, so there is no agreement; use Budget(score=...) and evaluate=."
             )
-        return agreement.value, agreement.interval[0]
+        return quality.agreement.value, quality.agreement.interval[0]
 
     return _Goal("agreement", least, measure)
 

@@ -3,7 +3,7 @@
 It tells which layers a network depends on, and how far the predictions, by which ranks are chosen, can be trusted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from batude_fx.budget.rank_options import FLOPS, RankOptions
 from batude_fx.compression.rank_search import SiteCandidate
 from batude_fx.graph.flops import dense_cost
 from batude_fx.quality.quality import Quality
+from batude_fx.support.arrays import Floats
 from batude_fx.support.numbers import human
 from batude_fx.support.progress import track
 from batude_fx.support.tables import add_row, as_text, new_table, set_caption
@@ -60,7 +61,7 @@ class Sensitivity:
 
     @property
     def rank_correlation(self) -> float | None:
-        """Spearman's rank correlation of predicted and measured; None for fewer than three sites.
+        """Spearman's rank correlation of predicted and measured; None for fewer than three sites, or equal values.
 
         Source: C. Spearman, "The Proof and Measurement of Association between Two Things", American Journal of
         Psychology 15, 1904.
@@ -72,18 +73,28 @@ class Sensitivity:
         ]
         if len(pairs) < _LEAST_FOR_CORRELATION:
             return None
-        places = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)  # (n, 2)
-        return float(np.atleast_2d(np.corrcoef(places.T))[0, 1])
+        predicted, measured = (_places(values) for values in zip(*pairs, strict=True))
+        if not (predicted.std() and measured.std()):
+            return None
+        return float(np.atleast_2d(np.corrcoef(predicted, measured))[0, 1])
 
     def __str__(self) -> str:
         """Return the table as text."""
         return as_text(sensitivity_table(self))
 
 
+def _places(values: Iterable[float | None]) -> Floats:
+    """Return the places of values in their order; equal values share the mean of theirs."""
+    numbers = np.array(list(values), np.float64)
+    ordered = np.sort(numbers)
+    places: Floats = (np.searchsorted(ordered, numbers, "left") + np.searchsorted(ordered, numbers, "right")) / 2
+    return places
+
+
 def measure_sensitivity(
     model_name: str,
     candidates: Mapping[str, SiteCandidate],
-    quality_with: Callable[[Mapping[str, Ranks]], Quality] | None,
+    quality_with: Callable[[Mapping[str, Ranks]], Quality | None] | None,
     *,
     measured: int,
 ) -> Sensitivity:
@@ -135,8 +146,10 @@ def _cut(options: RankOptions, share: float) -> _Cut | None:
     return _Cut(Ranks(*map(int, options.ranks[best])), float(options.losses[best]))
 
 
-def _error(quality: Quality) -> float | None:
+def _error(quality: Quality | None) -> float | None:
     """Return the divergence of a classifier, or the mean relative error of the outputs of another network."""
+    if quality is None:
+        return None
     if quality.agreement is not None:
         return quality.divergence.mean if quality.divergence else None
     errors = [output.relative_error for output in quality.outputs if output.relative_error is not None]

@@ -94,7 +94,7 @@ def sweep(model: nn.Module, plan: Plan, budgets: Sequence[float], photos: scores
         truth = None
     results, original_times = [], []
     for budget, plan_at_budget in plans.items():  # one compressed network in memory at a time
-        small = plan_at_budget.apply(model)
+        small, _ = plan_at_budget.construct(model)
         small_time, original_time = scores.milliseconds([small, model], runs=_RUNS)
         outputs = scores.logits(small, photos.paths)
         results.append((budget, plan_at_budget.flops, plan_at_budget.params, small_time / original_time, outputs))

@@ -150,16 +150,17 @@ def _may_hold_results(value: object) -> bool:
         if id(item) in visited or isinstance(item, _ATOMS):
             continue
         visited.add(id(item))
+        inner: Collection[object] = ()
         if isinstance(item, dict | list | tuple | set | deque):
-            inner: Collection[object] = item.values() if isinstance(item, dict) else item
-            if not isinstance(item, tuple) and (
-                not inner or any(part is None for part in inner)
-            ):  # there is a place to fill
+            inner = item.values() if isinstance(item, dict) else item
+            if not inner and not isinstance(item, tuple):
                 return True
-            queue += inner
         else:
             with suppress(Exception):  # objects without attributes, or that compute them
-                queue += vars(item).values()
+                inner = vars(item).values()
+        if any(part is None for part in inner):  # a place to fill
+            return True
+        queue += inner
     return False
 
 

@@ -1,12 +1,12 @@
-"""The figures that say how close a network's outputs are to its original's, each with its 95 % interval.
+"""The figures that say how close a network's outputs are to its original's.
 
 The agreement of the top class on images that the original itself is unsure of is a coin toss. So a classifier is judged
 by the mean KL divergence of its class probabilities, by the agreement on all images, and by that on the images where
-the original is sure; any other network by the relative error of each of its outputs.
+the original is sure, each with its 95 % interval; any other network by the relative error of each of its outputs.
 """
 
 import math
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,8 @@ LOW_AGREEMENT = 0.8
 HIGH_DIVERGENCE = 0.25
 """Mean KL divergence on generated images over which a user is warned. Agreement says little there: of six networks
 over it, two agreed with their originals on more than 0.8 of the generated images, but on 0.71 and 0.41 of photos."""
+_LARGE_ERROR = 0.5
+_ENOUGH_IMAGES = 32  # to warn of an agreement whose interval does not lie below the limit as a whole
 _Z = 1.959964  # standard errors on each side of a mean, for 95 %
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -65,7 +67,7 @@ class Divergence(_Frozen):
 
     Attributes:
         mean: Mean over the images.
-        standard_error: Standard deviation of one image's, divided by the root of their number.
+        standard_error: Standard deviation of one image's, divided by the root of their number, of which there are two.
     """
 
     mean: float
@@ -88,29 +90,42 @@ class OutputError(_Frozen):
 
     Attributes:
         name: Where the tensor is among the outputs, such as "['boxes']"; "output" for a single one.
-        relative_error: Sum of the squared differences, divided by that of the squared outputs; None where the two
-            networks give tensors of other shapes, as a detector that finds other boxes does.
-        r_squared: Share of the output's variance that is explained; None where that is undefined.
+        problem: Why there are no figures: the two networks give tensors of other shapes, as a detector that finds other
+            boxes does; a value is not finite; or the original gives nothing but zeros.
+        relative_error: Sum of the squared differences, divided by that of the squared outputs.
+        r_squared: Share of the output's variance that is explained; None where the output does not vary.
         psnr: Peak signal-to-noise ratio in decibels, for an output of the size of the input image; else None.
+        equal: Share of the values that are the same, for integers and truth values; else None.
     """
 
     name: str
-    relative_error: Annotated[float, Field(ge=0)] | None
+    problem: Literal["other shapes", "not finite", "zero in the original"] | None = None
+    relative_error: Annotated[float, Field(ge=0)] | None = None
     r_squared: float | None = None
     psnr: float | None = None
+    equal: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether more than half of the output is error, or a value is not finite."""
+        return self.problem == "not finite" or (self.relative_error or 0.0) > _LARGE_ERROR
 
     def __str__(self) -> str:
-        """Return the figures: "['out'] relative error 0.013, R squared 0.98"."""
-        if self.relative_error is None:
-            return f"{self.name} has other shapes"
-        parts = [f"{self.name} relative error {self.relative_error:.2g}"]
+        """Return the figures: "['out']: relative error 0.013, R squared 0.98"."""
+        if self.problem:
+            return f"{self.name}: {self.problem}"
+        if self.equal is not None:
+            return f"{self.name}: {100 * self.equal:.1f} % of the values equal"
+        parts = [f"relative error {self.relative_error:.2g}"]
         parts += [f"R squared {self.r_squared:.3g}"] if self.r_squared is not None else []
         parts += [f"PSNR {self.psnr:.1f} dB"] if self.psnr is not None else []
-        return ", ".join(parts)
+        return f"{self.name}: {', '.join(parts)}"
 
 
 class Quality(_Frozen):
-    """How close a network's outputs are to its original's, on images that no statistic and no step has seen.
+    """How close a network's outputs are to its original's, on images that it was not fitted to.
+
+    One output (N, classes) counts as the scores or probabilities of a classifier.
 
     Attributes:
         images: Number of images.
@@ -133,11 +148,12 @@ class Quality(_Frozen):
 
     @property
     def is_low(self) -> bool:
-        """Whether a classifier disagrees with its original too often, or so much that it would on photos."""
+        """Whether a classifier disagrees too often, or would on photos as it diverges; or another output is wrong."""
         if self.agreement is None:
-            return False
+            return any(output.is_large for output in self.outputs)
+        shown = self.images >= _ENOUGH_IMAGES or self.agreement.interval[1] < LOW_AGREEMENT
         diverges = self.divergence is None or self.divergence.mean > HIGH_DIVERGENCE
-        return self.agreement.value < LOW_AGREEMENT or (self.synthetic and diverges)
+        return (self.agreement.value < LOW_AGREEMENT and shown) or (self.synthetic and diverges)
 
     @property
     def where(self) -> str:
@@ -185,14 +201,14 @@ class Search(_Frozen):
 
     def __str__(self) -> str:
         """Return the end of a sentence: "found in 8 trials"."""
-        return f"found in {len(self.trials)} trials"
+        return f"found in {len(self.trials)} trial{'s' if len(self.trials) > 1 else ''}"
 
 
 def divergence_of(divergences: "list[float]") -> Divergence | None:
-    """Return the mean of the divergences of all images; None where one is not finite."""
-    if not all(map(math.isfinite, divergences)):
+    """Return the mean of the divergences of all images; None where one is not finite, or there are fewer than two."""
+    if len(divergences) < 2 or not all(map(math.isfinite, divergences)):  # noqa: PLR2004 - one has no deviation
         return None
     mean = math.fsum(divergences) / len(divergences)
     squares = math.fsum((value - mean) ** 2 for value in divergences)
-    variance = squares / max(1, len(divergences) - 1)
+    variance = squares / (len(divergences) - 1)
     return Divergence(mean=mean, standard_error=math.sqrt(variance / len(divergences)))

@@ -152,6 +152,7 @@ class Record(_Frozen):
         dense_seconds: Wall time of one forward pass of the original; None if not measured.
         seconds: Wall time of one forward pass of the compressed network; None if not measured.
         quality: How close its outputs are to the original's, on images held back; None if that was not measured.
+        weights_measured: Checksum of the compressed network's parameters when its quality was measured.
         search: How the smallest network of a quality was found; None if none was asked for.
         weights: Checksum of the original's parameters; None if the network was trained by a recipe.
         sites: All convolutions, in the order of their first call.
@@ -172,6 +173,7 @@ class Record(_Frozen):
     dense_seconds: Seconds | None = None
     seconds: Seconds | None = None
     quality: Quality | None = None
+    weights_measured: Count | None = None
     search: Search | None = None
     weights: Count | None = None
     sites: tuple[SiteRecord, ...]

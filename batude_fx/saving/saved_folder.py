@@ -80,6 +80,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             config = _make_config(model, new / WEIGHTS)
             write_text(new / CONFIG, config.model_dump_json(indent=2) + "\n")
             report = cast("record.Record | None", provenance.attached_record(model))
+            if report and report.quality and report.weights_measured != provenance.checksum(model):
+                report = report.model_copy(update={"quality": None, "weights_measured": None})  # it was trained since
             if report and report.params == config.params:  # else the network was changed since it was compressed
                 html_page.write_successor(report, new, folder)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -1,11 +1,13 @@
 """Warnings that point at the caller's line, however deep inside the package they are found."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
 from types import FrameType
 
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = Path(__file__).parents[1]
+_OWN = tuple(f"{folder}{os.sep}" for folder in (_PACKAGE, _PACKAGE.with_name("batude_fx_cli")))
 
 
 def warn_user(text: str, category: type[UserWarning] = UserWarning) -> None:
@@ -21,7 +23,7 @@ def warn_user(text: str, category: type[UserWarning] = UserWarning) -> None:
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - inspect.stack reads the source of every frame
     while frame is not None:
         level += 1
-        if frame.f_code.co_filename.startswith(_PACKAGE):
+        if frame.f_code.co_filename.startswith(_OWN):
             outermost = level
         frame = frame.f_back
     warnings.warn(text, category, stacklevel=outermost + 1)

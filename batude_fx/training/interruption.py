@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -36,9 +36,10 @@ class Interruption:
 
         def note(_number: int, _frame: FrameType | None) -> None:
             self.received = True
-            os.write(2, _ACKNOWLEDGED)  # print is not reentrant
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            with suppress(OSError):  # nobody may read the error stream any more
+                os.write(2, _ACKNOWLEDGED)  # print is not reentrant
 
         for number in handlers:
             signal.signal(number, note)

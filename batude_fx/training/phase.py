@@ -49,7 +49,7 @@ def run_phase(
         TrainingError: When the loss is not finite, a step fails, or the run is interrupted; it can be resumed then.
     """
     if session.is_interrupted(0):
-        raise TrainingError(f"interrupted before {phase}; {session.way_to_resume}.")
+        raise TrainingError(f"interrupted before {phase}; {session.way_to_resume}.") from KeyboardInterrupt()
     step_count = settings.epochs.steps(session.steps_per_epoch)
     trainer = _Trainer(session, phase, settings, model, teacher, rounds)
     start = session.restore_checkpoint_(phase, step_count, trainer.parts)

@@ -61,6 +61,7 @@ def test_plan_decides_what_the_library_decides() -> None:
         "dense_seconds": None,
         "seconds": None,
         "quality": None,
+        "search": None,
         "round_to": 16,
         "ranks": {name: {"rank_out": r.rank_out, "rank_in": r.rank_in} for name, r in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason is not None},

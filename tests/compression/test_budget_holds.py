@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import batude_fx
 from batude_fx.budget.budget import Budget
 from batude_fx.errors import BudgetError
-from tests.compression.common import EXAMPLE, fvcore_flops, parameter_count, photos, smallest_reachable
+from tests.compression.common import EXAMPLE, fvcore_flops, parameter_count, photos, same_bits, smallest_reachable
 from tests.toy_networks import choosy_net, networks, varied_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is not supported:FutureWarning")
@@ -79,6 +79,22 @@ def test_a_copy_that_chooses_more_boxes_gets_smaller_ranks_until_it_meets_the_bu
     limit = 0.5 * fvcore_flops(model, x)
     assert fvcore_flops(plan._build(model), x) > limit
     assert fvcore_flops(plan.apply(model), x) <= limit
+
+
+def test_a_plan_that_was_measured_gives_the_network_that_compress_gives() -> None:
+    model, x = choosy_net(head=64)
+    plan = batude_fx.plan(model, 0.5, example_inputs=x)
+    assert str(plan.budget) == "flops 0.5"
+    small = batude_fx.compress(model, 0.5, example_inputs=x)
+    assert same_bits(plan.apply(model), small)
+
+
+def test_a_site_of_a_detector_is_cut_alone_too() -> None:
+    model, x = choosy_net(head=64)
+    plan = batude_fx.plan(model, 0.5, example_inputs=x, round_to=1)
+    loose = batude_fx.plan(model, 0.9, example_inputs=x, round_to=1)
+    first, second = (each.sensitivity(model).sites for each in (plan, loose))
+    assert first == second
 
 
 def test_too_many_boxes_for_any_ranks_are_an_error() -> None:

@@ -35,7 +35,7 @@ def test_each_site_is_cut_alone() -> None:
 
     fixed = {"2": first.ranks, "0": None, "4": None}
     cut = batude_fx.plan(model, "1TFLOPs", example_inputs=EXAMPLE, calibration=images, round_to=1, ranks=fixed)
-    held_back = [Inputs((images[32:40],)), Inputs((images[72:80],))]
+    held_back = [Inputs((images[4::5],))]
     quality = QualityMeter(model, held_back, synthetic=False).measure(cut.apply(model))
     assert first.measured == pytest.approx(quality.divergence.mean, rel=1e-6)
     assert "each site cut alone" in str(found)
@@ -57,3 +57,11 @@ def test_the_correlation_is_spearmans() -> None:
     # 1 - 6 sum d^2 / (n (n^2 - 1)) with d = 2, 1, 1, 2, 0
     assert Sensitivity("A", sites).rank_correlation == pytest.approx(1 - 6 * 10 / (5 * 24))
     assert Sensitivity("A", sites[:2]).rank_correlation is None
+
+
+def test_equal_values_share_their_places() -> None:
+    tied = tuple(_site(*pair) for pair in [(1.0, 1.0), (1.0, 2.0), (2.0, 3.0), (3.0, 4.0)])
+    places, others = torch.tensor([[1.5, 1.5, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    expected = float(torch.corrcoef(torch.stack([places, others]))[0, 1])
+    assert Sensitivity("A", tied).rank_correlation == pytest.approx(expected)
+    assert Sensitivity("A", tuple(_site(1.0, value) for value in (1.0, 2.0, 3.0))).rank_correlation is None

@@ -149,9 +149,17 @@ def test_a_run_shows_what_cannot_be_seen() -> None:
 
 def test_functions_may_close_over_settings_of_the_model() -> None:
     model = TwoConvolutions()
-    settings = types.SimpleNamespace(scale=2.0, widths=[8, 16], norm=None)
+    settings = types.SimpleNamespace(scale=2.0, widths=[8, 16], norm="batch")
     vars(model).update(settings=settings, scaled=lambda x: x * settings.scale)
     assert copy_model(model).scaled(3) == 6
+
+
+def test_functions_may_not_close_over_an_object_that_waits_for_a_value() -> None:
+    model = TwoConvolutions()
+    cache = types.SimpleNamespace(value=None)
+    vars(model).update(cache=cache, note=lambda x: vars(cache).update(value=x))
+    with pytest.raises(UnsupportedError, match="closes over an object of class SimpleNamespace"):
+        copy_model(model)
 
 
 def test_functions_may_not_close_over_an_object_that_leads_to_a_module() -> None:

@@ -1,5 +1,7 @@
 """The figures of quality are those of closed formulas, scipy's distances and plain counting."""
 
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -41,7 +43,6 @@ def test_a_classifier_is_judged_by_divergence_and_agreement() -> None:
     # Margins 0.5, 0.05, 0.7 and 0.2: three are sure, two of these agree.
     assert (quality.sure_agreement.hits, quality.sure_agreement.images) == (2, 3)
     assert not quality.outputs
-    assert quality.is_low
 
 
 def test_the_same_network_agrees_with_itself_everywhere() -> None:
@@ -90,7 +91,7 @@ def test_an_output_of_the_size_of_the_image_has_a_psnr() -> None:
 def test_boxes_that_differ_in_number_are_not_compared() -> None:
     original, other = _Gives(lambda x: [x[:, :, :2]]), _Gives(lambda x: [x[:, :, :1]])
     quality = QualityMeter(original, _batches(torch.randn(2, 3, 4)), synthetic=False).measure(other)
-    assert [error.relative_error for error in quality.outputs] == [None]
+    assert [error.problem for error in quality.outputs] == ["other shapes"]
     assert "other shapes" in str(quality)
 
 
@@ -100,3 +101,69 @@ def test_features_are_no_classes() -> None:
     quality = QualityMeter(model, _batches(torch.randn(2, 3, 2, 2)), synthetic=False).measure(model)
     assert quality.agreement is None
     assert quality.outputs[0].relative_error == 0
+
+
+class _Named(OrderedDict[str, Any]):
+    """Outputs with names, as transformers' `ModelOutput`; torch's pytrees know no keys of it."""
+
+
+def test_outputs_may_be_in_mappings_and_dataclasses() -> None:
+    @dataclass
+    class Pair:
+        first: Tensor
+        second: None = None
+
+    model = _Gives(lambda x: _Named(loss=None, pair=Pair(x), listed=[x, (x,)]))
+    quality = QualityMeter(model, _batches(torch.randn(4, 3, 2, 2)), synthetic=False).measure(model)
+    assert quality is not None
+    assert [error.name for error in quality.outputs] == ["['listed'][0]", "['listed'][1][0]", "['pair'].first"]
+
+
+def test_values_that_are_not_finite_are_named_and_warned_of() -> None:
+    original, broken = _Gives(lambda x: x), _Gives(lambda x: x * torch.nan)
+    quality = QualityMeter(original, _batches(torch.randn(4, 3, 2, 2)), synthetic=False).measure(broken)
+    assert "not finite" in str(quality)
+    assert quality.is_low
+
+
+def test_an_output_that_is_mostly_error_is_low() -> None:
+    original, other = _Gives(lambda x: x), _Gives(lambda x: -x)
+    quality = QualityMeter(original, _batches(torch.randn(4, 3, 2, 2)), synthetic=False).measure(other)
+    assert quality.outputs[0].relative_error == pytest.approx(4)
+    assert quality.is_low
+
+
+def test_labels_are_equal_or_not() -> None:
+    x = torch.randn(4, 3, 2, 2)
+    original, other = _Gives(lambda x: (x > 0).long()), _Gives(lambda x: (x[:, [0, 0, 0]] > 0).long())
+    quality = QualityMeter(original, _batches(x), synthetic=False).measure(other)
+    assert quality.outputs[0].equal == pytest.approx(float(((x > 0) == (x[:, [0, 0, 0]] > 0)).float().mean()))
+    assert "of the values equal" in str(quality)
+
+
+def test_probabilities_are_not_normalized_again() -> None:
+    scores = torch.randn(6, 2, 5)
+    logits = QualityMeter(_Gives(lambda x: x[:, 0]), _batches(scores), synthetic=False)
+    probabilities = QualityMeter(_Gives(lambda x: x[:, 0].softmax(1)), _batches(scores), synthetic=False)
+    by_logits = logits.measure(_Gives(lambda x: x[:, 1]))
+    by_probabilities = probabilities.measure(_Gives(lambda x: x[:, 1].softmax(1)))
+    assert by_probabilities.divergence.mean == pytest.approx(by_logits.divergence.mean, rel=1e-4)
+    assert by_probabilities.sure_agreement == by_logits.sure_agreement
+
+
+def test_nothing_to_compare_is_no_quality() -> None:
+    model = _Gives(lambda _: None)
+    assert QualityMeter(model, _batches(torch.randn(2, 3)), synthetic=False).measure(model) is None
+    assert QualityMeter(_Gives(lambda x: x), [], synthetic=False).measure(_Gives(lambda x: x)) is None
+
+
+def test_runs_of_several_images_count_once() -> None:
+    model = _Gives(lambda images: [image[None] for image in images])
+    batches = [Inputs(([torch.randn(3, 4, 4)],)) for _ in range(4)]
+    assert QualityMeter(model, batches, synthetic=True).measure(model).images == 4
+
+
+def test_one_image_has_no_interval_of_its_divergence() -> None:
+    model = _Gives(lambda x: x)
+    quality = QualityMeter(model, _batches(torch.randn(1, 5)), synthetic=False).measure(model)
+    assert quality.divergence is None
