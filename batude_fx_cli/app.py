@@ -80,7 +80,7 @@ Agreement = Annotated[
     str | None,
     typer.Option(
         help="Find the smallest network that agrees with the original on this share of the images, 0.98 say; the lower "
-        "end of the 95 % interval counts. Half of the images are held back to measure it."
+        "end of the 95 % interval counts. Up to half of the images are held back to measure it."
     ),
 ]
 Pretrained = Annotated[bool, typer.Option(help="Load trained weights, which timm and torchvision download.")]
@@ -275,9 +275,9 @@ def info(folder: Annotated[Path, typer.Argument(help="What `compress` wrote.")],
         record = attached_record(network)
     else:
         record = read_or_warn(folder)
-    quality = record.quality if isinstance(record, Record) else None
-    facts["quality"] = quality.model_dump() if quality else None
-    show(saved_table(folder, facts, quality), facts, as_json)
+    known = record if isinstance(record, Record) else None
+    facts["quality"] = known.quality.model_dump() if known and known.quality else None
+    show(saved_table(folder, facts, known), facts, as_json)
 
 
 @app.command()

@@ -7,13 +7,13 @@ from rich.table import Table
 
 from batude_fx.deploy.comparison import Comparison
 from batude_fx.graph.site_table import describe_ranks
-from batude_fx.quality.quality import Quality
+from batude_fx.report.record import Record
 from batude_fx.report.sweep_points import Point
 from batude_fx.support.numbers import human
 from batude_fx.support.tables import add_row, facts_table, new_table
 
 
-def saved_table(folder: object, facts: dict[str, Any], quality: Quality | None = None) -> Table:
+def saved_table(folder: object, facts: dict[str, Any], record: Record | None = None) -> Table:
     """Return the table of a saved folder: its sites with their ranks, its size, and its quality where it is known."""
     saved = facts["model_args"]
     title = f"{folder}: {saved['library'] or 'foreign'} {saved['base'] or ''}"
@@ -23,9 +23,19 @@ def saved_table(folder: object, facts: dict[str, Any], quality: Quality | None =
     flops = f"{human(facts['flops'])}FLOPs, " if "flops" in facts else ""
     table.caption = (
         f"{flops}{human(facts['params'])} parameters, {human(facts['bytes'])}B on disk; {len(saved['ranks'])} sites in "
-        f"Tucker form. Ranks are out / in, per group.{f' The network {quality}.' if quality else ''}"
+        f"Tucker form. Ranks are out / in, per group.{_quality_text(record)}"
     )
     return table
+
+
+def _quality_text(record: Record | None) -> str:
+    """Return what is known of the quality of a saved network, as a part of its caption."""
+    if record and record.quality:
+        return f" The network {record.quality}."
+    if record and record.training:
+        accuracy, original = record.training.accuracy, record.training.original_accuracy
+        return f" Accuracy after training: {accuracy:.2%} (original {original:.2%})."
+    return " Its quality was not measured."
 
 
 def comparison_table(path: str, size: int, comparison: Comparison, *, on_noise: bool) -> Table:

@@ -16,8 +16,8 @@ _ABSOLUTE = {
     "flops": 'count ("0.9GFLOPs")', "params": 'count ("12MParams")', "latency": 'time ("12ms"; s, ms, us or ns)'
 }  # fmt: skip
 _QUALITY_FORMS = {
-    "agreement": 'a share of the images, 0.98 or "98%"', "score": "a value of the function that is given as evaluate=",
-    "max_drop": "how far the value of evaluate= may fall, from 0 on",
+    "agreement": 'a share of the images, 0.98 or "98%"', "score": "a number, which the value of evaluate= must reach",
+    "max_drop": "a number from 0 on, by which the value of evaluate= may fall",
 }  # fmt: skip
 _NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
 _MOST = 2**62  # a count is never larger, so that it fits into an integer of 64 bits
@@ -75,6 +75,15 @@ def _meant(limit: str, keep: float) -> str:
     return f'; "{keep:g}%" keeps {keep:g} percent, and "{keep:g}x" is a factor'
 
 
+def _advice(name: str) -> str:
+    """Return what to write for a limit; empty where the mistake is not in one of them."""
+    if name in _QUALITY_FORMS:
+        return f"Write {_QUALITY_FORMS[name]}."
+    if name in _ABSOLUTE:
+        return f"Write {_FORMS} {_ABSOLUTE[name]}."
+    return f"The limits are {', '.join((*_ABSOLUTE, *_QUALITY_FORMS))}." if name else ""
+
+
 class Budget(BaseModel):
     """Limits on the whole compressed model; all of them hold at once.
 
@@ -112,8 +121,7 @@ class Budget(BaseModel):
             mistake = first_mistake(error)
             name = mistake.path[0] if mistake.path else ""
             limit = f" {name}={limits[name]!r}" if name else ""
-            forms = _QUALITY_FORMS.get(name) or f"{_FORMS} {_ABSOLUTE.get(name, _ABSOLUTE['flops'])}"
-            raise BudgetError(f"budget{limit}: {mistake.reason}. Write {forms}.") from None
+            raise BudgetError(f"budget{limit}: {mistake.reason.rstrip('.')}. {_advice(name)}".rstrip()) from None
 
     @model_validator(mode="after")
     def _some_limit(self) -> "Budget":

@@ -221,6 +221,11 @@ class Plan:
         """
         return self.build(model)[1] if self.ranks and self._measurements.held_back else self
 
+    @property
+    def has_held_back(self) -> bool:
+        """Whether images were held back, so that quality can be measured."""
+        return bool(self._measurements.held_back)
+
     def quality_meter(self, model: nn.Module) -> QualityMeter:
         """Return what measures the quality of networks that are compressed from the plan's model."""
         return QualityMeter(model, self._measurements.held_back, synthetic=self._measurements.synthetic)
@@ -285,7 +290,7 @@ def plan_table(plan: Plan) -> "Table":
         f"{human(plan.dense_flops)}FLOPs to {human(plan.flops)}FLOPs ({percent(plan.flops, plan.dense_flops)}), "
         f"{human(plan.dense_params)} to {human(plan.params)} parameters ({percent(plan.params, plan.dense_params)}); "
         f"{_times_text(plan)}{len(plan.ranks)} of {len(plan.sites)} sites replaced. Ranks are out / in, per group, "
-        f"multiples of {plan.round_to}; one multiply-add is one flop.{skip_notes(plan.sites)} {_quality_text(plan)}",
+        f"multiples of {plan.round_to}; one multiply-add is one flop. {_quality_text(plan)}{skip_notes(plan.sites)}",
     )
     return table
 
@@ -297,7 +302,9 @@ def _quality_text(plan: Plan) -> str:
         return f"The compressed network {plan.quality}.{found}"
     if plan.calibration == "weights only":
         return "Quality was not measured, as no images were given."
-    return "Quality is not measured."
+    if not plan.has_held_back:
+        return "Quality was not measured, as fewer than 40 images were given."
+    return "Quality is measured when the plan is applied."
 
 
 def _times_text(plan: Plan) -> str:

@@ -7,14 +7,16 @@ measurements, and its network is built and measured.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from batude_fx.budget.budget import Budget
 from batude_fx.compression.plan import Plan
 from batude_fx.errors import BudgetError, SelectionError
 from batude_fx.quality.quality import Search, Trial
-from batude_fx.support.model_state import private_copy
+from batude_fx.support.model_state import deep_copy
 from batude_fx.support.numbers import fewest_trials, human, wilson_interval
 
 _MOST_TRIALS = 8
@@ -87,6 +89,8 @@ def check_evaluate(budget: Budget, evaluate: Evaluate | None) -> None:
     asks_for_score = (budget.score, budget.max_drop) != (None, None)
     if asks_for_score and evaluate is None:
         raise SelectionError("a score needs evaluate=, a function from a network to its score, the larger the better.")
+    if evaluate is not None and not callable(evaluate):
+        raise SelectionError(f"evaluate={evaluate!r} is no function; give one from a network to its score.")
     if not asks_for_score and evaluate is not None:
         raise SelectionError("evaluate= has no use without Budget(score=...) or Budget(max_drop=...).")
 
@@ -97,20 +101,19 @@ def _goal(plan: Plan, model: nn.Module, evaluate: Evaluate | None) -> _Goal:
         return _agreement_goal(plan, model, budget.least_agreement)
 
     def measure(network: nn.Module) -> tuple[float, float]:
-        returned = evaluate(network.eval()) if evaluate else None
-        try:
-            value = float(returned)  # type: ignore[arg-type] # it may return anything
-        except (TypeError, ValueError, RuntimeError):
-            value = math.nan
-        if not math.isfinite(value):
+        returned: object = evaluate(network.eval()) if evaluate else None
+        value = returned.item() if isinstance(returned, Tensor) and returned.numel() == 1 else returned
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise SelectionError(f"evaluate returned {str(returned)[:80]!r}, which is no score; return a number.")
-        return value, value
+        return float(value), float(value)
 
-    if budget.score is not None:
-        return _Goal("score", budget.score, measure)
-    with private_copy(model) as copied:
-        original, _ = measure(copied)
-    return _Goal("max_drop", original - (budget.max_drop or 0.0), measure)
+    original, _ = measure(deep_copy(model, {}))  # evaluate may train what it is given
+    if budget.max_drop is not None:
+        return _Goal("max_drop", original - budget.max_drop, measure)
+    least = cast("float", budget.score)
+    if original < least:
+        raise BudgetError(f"{budget}: the original itself reaches {original:.4g} only. Ask for less.")
+    return _Goal("score", least, measure)
 
 
 def check_held_back(asked: float | None, images: int) -> None:
@@ -125,16 +128,17 @@ def check_held_back(asked: float | None, images: int) -> None:
     """
     if asked is None:
         return
+    needed = 2 * fewest_trials(asked)
     if not images:
         raise BudgetError(
-            f"an agreement of {asked:g} cannot be measured: no images are held back. Calibrate with images, 96 "
-            "or more, of a classifier that takes one batch of them."
+            f"an agreement of {asked:g} cannot be measured: no images are held back. Calibrate with {needed} images or "
+            "more."
         )
     if (highest := wilson_interval(images, images)[0]) < asked:
         raise BudgetError(
             f"{images} images are held back, too few to show an agreement of {asked:g}: where a network agrees "
-            f"on all of them, the 95 % interval begins at {highest:.3f}. Give {2 * fewest_trials(asked) + 2} "
-            "images, of which half is held back, or ask for less."
+            f"on all of them, the 95 % interval begins at {highest:.3f}. Give {needed} images, of which "
+            "half is held back, or ask for less."
         )
 
 
@@ -156,7 +160,8 @@ def _out_of_reach(goal: _Goal, plan: Plan, trials: list[Trial]) -> BudgetError:
     found = "nothing can be replaced"
     if trials:
         best = max(trials, key=lambda trial: trial.bound)
-        found = f"the best of {len(trials)} networks, of {human(best.flops)}FLOPs, reaches {best.bound:.4g}"
+        tried = f"the best of {len(trials)} networks" if len(trials) > 1 else "the largest one within the other limits"
+        found = f"{tried}, of {human(best.flops)}FLOPs, reaches {best.bound:.4g}"
         if best.bound != best.value:
             found += f", the lower end of the 95 % interval of {best.value:.4g}"
     return BudgetError(

@@ -164,10 +164,15 @@ def sensitivity_table(sensitivity: Sensitivity) -> "Table":
         numbers = (*site.predicted, site.measured)
         add_row(table, site.name, human(site.flops), *("" if number is None else f"{number:.2g}" for number in numbers))
     correlation = sensitivity.rank_correlation
+    measured = "Nothing was measured, as no images were held back."
+    if any(site.measured is not None for site in sensitivity.sites):
+        measured = (
+            "Measured was what the site costs at 0.5: the mean KL divergence of a classifier, the relative error of "
+            "other outputs."
+        )
     trust = f" Spearman's rank correlation of the two at 0.5 is {correlation:.2f}." if correlation is not None else ""
     set_caption(
         table,
-        "Predicted loss of each site at shares of its flops, and what was measured at 0.5 of them: the mean KL "
-        f"divergence of a classifier, the relative error of other outputs.{trust}",
+        f"Predicted loss of each site at shares of its flops, blank where no ranks are so small. {measured}{trust}",
     )
     return table

@@ -80,22 +80,22 @@ def _count(batch: Inputs) -> int:
 def _outputs(network: nn.Module, batch: Inputs) -> Outputs:
     """Return every output tensor, on the CPU, by its place among the outputs."""
     result = batch.copies().run(network)  # networks may work on their inputs in place
-    return {name or "output": tensor.cpu() for name, tensor in _tensors(result, "")}
+    return {name or "output": tensor.cpu() for name, tensor in _tensors(result)}
 
 
-def _tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in dicts, lists, tuples and dataclasses, at any depth, each with its place."""
+def _tensors(value: object, *place: object) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in dicts, lists, tuples and dataclasses, at any depth, each with its place: "0.boxes"."""
     if isinstance(value, Tensor):
-        yield name, torch.view_as_real(value) if value.is_complex() else value
+        yield ".".join(map(str, place)), torch.view_as_real(value) if value.is_complex() else value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _tensors(item, f"{name}[{key!r}]")
+            yield from _tensors(item, *place, key)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _tensors(item, f"{name}[{index}]")
+            yield from _tensors(item, *place, index)
     elif is_dataclass(value):
         for part in fields(value):
-            yield from _tensors(getattr(value, part.name), f"{name}.{part.name}")
+            yield from _tensors(getattr(value, part.name), *place, part.name)
 
 
 def _gives_classes(outputs: Outputs, images: int) -> bool:

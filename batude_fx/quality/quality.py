@@ -89,7 +89,7 @@ class OutputError(_Frozen):
     """How far one output tensor is from the original's, over all images.
 
     Attributes:
-        name: Where the tensor is among the outputs, such as "['boxes']"; "output" for a single one.
+        name: Where the tensor is among the outputs, such as "0.boxes"; "output" for a single one.
         problem: Why there are no figures: the two networks give tensors of other shapes, as a detector that finds other
             boxes does; a value is not finite; or the original gives nothing but zeros.
         relative_error: Sum of the squared differences, divided by that of the squared outputs.
@@ -111,7 +111,7 @@ class OutputError(_Frozen):
         return self.problem == "not finite" or (self.relative_error or 0.0) > _LARGE_ERROR
 
     def __str__(self) -> str:
-        """Return the figures: "['out']: relative error 0.013, R squared 0.98"."""
+        """Return the figures: "out: relative error 0.013, R squared 0.98"."""
         if self.problem:
             return f"{self.name}: {self.problem}"
         if self.equal is not None:
@@ -163,13 +163,15 @@ class Quality(_Frozen):
     def __str__(self) -> str:
         """Return the figures as the end of a sentence that begins with the network, without a full stop."""
         if self.agreement is None:
-            return f"differs on {self.where} by {'; '.join(map(str, self.outputs))}"
+            return f"differs from the original on {self.where}: {'; '.join(map(str, self.outputs))}"
         parts = [f"agrees with the original on {self.agreement} of {self.where}"]
         if sure := self.sure_agreement:
             parts.append(f"on {sure} of the {sure.images} that it is sure of (margin {SURE_MARGIN})")
+        else:
+            parts.append(f"it is sure of none (margin {SURE_MARGIN})")
         if self.divergence:
             parts.append(f"mean KL divergence {self.divergence} nats")
-        return "; ".join(parts)
+        return f"{'; '.join(parts)}; 95 % intervals in brackets"
 
 
 class Trial(_Frozen):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ACKNOWLEDGED = b"\nstopping after this step; once more to stop at once, without a checkpoint\n"
+_ACKNOWLEDGED = b"\nstopping after this step; once more to stop at once, with the last checkpoint\n"
 
 
 class Interruption:

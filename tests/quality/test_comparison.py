@@ -116,7 +116,7 @@ def test_outputs_may_be_in_mappings_and_dataclasses() -> None:
     model = _Gives(lambda x: _Named(loss=None, pair=Pair(x), listed=[x, (x,)]))
     quality = QualityMeter(model, _batches(torch.randn(4, 3, 2, 2)), synthetic=False).measure(model)
     assert quality is not None
-    assert [error.name for error in quality.outputs] == ["['listed'][0]", "['listed'][1][0]", "['pair'].first"]
+    assert [error.name for error in quality.outputs] == ["listed.0", "listed.1.0", "pair.first"]
 
 
 def test_values_that_are_not_finite_are_named_and_warned_of() -> None:
