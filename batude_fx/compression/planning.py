@@ -65,7 +65,7 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
             machine, and leaves sites dense that would be no faster, as far as the budget can then be met.
         ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
         evaluate: A function from a network in eval mode to its score, the larger the better, for a budget with a
-            `score` or a `max_drop`. It is called for up to eight networks, and for the model where a drop is limited.
+            `score` or a `max_drop`. It is called for up to eight networks and for a copy of the model.
 
     Returns:
         The plan; `print` shows it as a table, `plan.apply(model)` builds the network.
