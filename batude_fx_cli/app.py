@@ -345,7 +345,8 @@ def sweep_budgets(
     Example: batude-fx sweep resnet50 --budgets 0.3:0.9:0.1 --calibration photos/ --evaluate more-photos/
     """
     from batude_fx import Budget
-    from batude_fx.evaluation import scores, sweep
+    from batude_fx.compression import sweep
+    from batude_fx.evaluation import scores
     from batude_fx.report import html_page, sweep_points
     from batude_fx.saving.config import network_folder
     from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name

@@ -126,8 +126,7 @@ def train(
     resolved = Recipe.from_yaml(recipe, [*(settings or ()), *([f"model.name={model}"] if model else ())])
     if dry_run:
         from batude_fx.compression.plan import plan_table
-        from batude_fx.training.preview import preview
-        from batude_fx.training.tables import schedule_table
+        from batude_fx.compression.recipe_preview import preview, schedule_table
 
         ahead = preview(resolved)
         if not as_json:

@@ -21,13 +21,13 @@ from torch import nn
 
 import batude_fx
 from batude_fx import Recipe
+from batude_fx.compression.recipe_preview import preview
 from batude_fx.evaluation.image_folder import batches, image_paths, read_image
 from batude_fx.graph.example_inputs import example_inputs
 from batude_fx.graph.flops import count_flops
 from batude_fx.report import html_page, record, sweep_points
 from batude_fx.saving.config import network_folder, read_config
 from batude_fx.training import checkpoint_file
-from batude_fx.training.preview import preview
 from batude_fx_cli.tables import saved_table
 from tests.fuzz.bases import PHOTOS, RUN
 from tests.fuzz.image_files import SUFFIXES, image_file

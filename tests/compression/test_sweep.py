@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 import batude_fx
+from batude_fx.compression import sweep
 from batude_fx.errors import BudgetError
-from batude_fx.evaluation import scores, sweep
+from batude_fx.evaluation import scores
 from tests.toy_networks import small_net
 
 IMAGE = torch.zeros(1, 3, 16, 16)

@@ -1,14 +1,17 @@
-"""A preview of a training run, without images or training: whether the budget can be met, and the schedule."""
+"""What a dry run shows of a recipe, without images or training: whether the budget can be met, and the schedule."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Group
 
 from batude_fx.budget.rank_options import FLOPS
 from batude_fx.compression.plan import Plan
 from batude_fx.compression.planning import plan
 from batude_fx.graph.flops import count_flops
+from batude_fx.support.numbers import human, percent
+from batude_fx.support.tables import add_row, new_table
 from batude_fx.training.problem import Problem, dense_network
 from batude_fx.training.recipe import OneShot, Recipe
 
@@ -66,3 +69,31 @@ def _rounds(settings: OneShot, keep: float) -> list[tuple[float, float, float]]:
     return [
         (entry.first_step / scale, 1 - entry.reduction * (1 - keep), entry.rho) for entry in settings.rounds(_STEPS)
     ]
+
+
+def schedule_table(recipe: Recipe, preview: Preview) -> Group:
+    """Return tables of the phases of a recipe and of the rounds of its one-shot training."""
+    phases = new_table("phase", "length", "optimizer", "lr", "schedule", "distillation", title="schedule")
+    for name in ("pretrain", "one_shot", "finalize"):
+        phase = getattr(recipe, name)
+        if phase:
+            teacher = getattr(phase, "distillation", None)
+            distillation = f"{teacher.weight:g}, T = {teacher.temperature:g}" if teacher else "-"
+            warmup = f", warm-up {phase.warmup}" if phase.warmup.amount else ""
+            schedule = f"{phase.scheduler}{warmup}"
+            add_row(phases, name, str(phase.epochs), phase.optimizer, f"{phase.lr:g}", schedule, distillation)
+    summary = (
+        f"fvcore counts {human(preview.flops)}FLOPs of {human(preview.plan.dense_flops)}FLOPs, "
+        f"{preview.plan.dense_flops / preview.flops:.3f} times fewer. The ranks are those of random weights: they "
+        "show that the budget can be met; training will find others. Nothing was trained."
+    )
+    if not preview.rounds:
+        length = f"A round of one_shot takes {recipe.one_shot.interval}; how many there are depends on the images."
+        phases.caption = f"{length} {summary}"
+        return Group(phases)
+    unit = recipe.one_shot.epochs.unit.removesuffix("s")
+    rounds = new_table("round", f"from {unit}", "flops that remain", "rho", title="rounds of one_shot")
+    for index, (epoch, keep, rho) in enumerate(preview.rounds):
+        add_row(rounds, str(index), f"{epoch:g}", percent(keep, 1), f"{rho:.2g}")
+    rounds.caption = summary
+    return Group(phases, rounds)

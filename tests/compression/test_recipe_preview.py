@@ -8,8 +8,7 @@ import torch
 from rich.table import Table
 
 from batude_fx import Recipe
-from batude_fx.training.preview import preview
-from batude_fx.training.tables import schedule_table
+from batude_fx.compression.recipe_preview import preview, schedule_table
 
 WITHOUT_ACCELERATE = """
 import sys
