@@ -20,7 +20,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 import batude_fx
-from batude_fx.evaluation import scores, sweep
+from batude_fx.compression import sweep
+from batude_fx.evaluation import scores
 from batude_fx.report import figures
 from batude_fx_cli.tables import sweep_table
 from tests.real import inputs
