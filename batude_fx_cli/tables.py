@@ -32,9 +32,9 @@ def _quality_text(record: Record | None) -> str:
     """Return what is known of the quality of a saved network, as a part of its caption."""
     if record and record.quality:
         return f" The network {record.quality}."
-    if record and record.training:
-        accuracy, original = record.training.accuracy, record.training.original_accuracy
-        return f" Accuracy after training: {accuracy:.2%} (original {original:.2%})."
+    if record and record.training and record.training.accuracy is not None:
+        original = record.training.original_accuracy
+        return f" Accuracy after training: {record.training.accuracy:.2%} (original {original:.2%})."
     return " Its quality was not measured."
 
 

@@ -41,7 +41,6 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import batude_fx
-from batude_fx.deploy.fold import fold
 from batude_fx.graph.flops import count_flops
 from batude_fx.graph.surgery import copy_model
 from batude_fx.training.data import Batch, Data
@@ -52,6 +51,7 @@ from batude_fx.training.problem import Problem, dense_network
 from batude_fx.training.recipe import Recipe
 from batude_fx.training.run import run
 from batude_fx.training.session import Session
+from batude_fx.training.teacher import Teacher
 from batude_fx.tucker.ranks import Ranks
 from benchmarks.workers import follow_parent
 from tests.real.inputs import cifar10
@@ -152,7 +152,9 @@ def compressed_first(recipe: Recipe, compress: Callable[[nn.Module, Recipe, Data
     """Compress a network, then train it for as many epochs as one-shot training has in total."""
     session, model = session_of(recipe), dense_network(recipe)
     problem = Problem.of(model, recipe)
-    baseline, teacher = accuracy(session, model), fold(model, problem.inputs).requires_grad_(requires_grad=False)
+    baseline = accuracy(session, model)
+    settings = recipe.finalize.distillation
+    teacher = Teacher(model, problem.inputs, settings) if settings else None
     small = compress(model.eval(), recipe, session.data)
     before = accuracy(session, small)
     whole = Duration(recipe.one_shot.epochs.amount + recipe.finalize.epochs.amount, "epochs")

@@ -1,10 +1,10 @@
 """Calibration images of the user: checked, and brought into small batches on the model's device."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby, islice
 from operator import attrgetter
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,39 +13,45 @@ from batude_fx.errors import CalibrationError
 from batude_fx.support.inputs import Inputs
 from batude_fx.support.model_state import random_states_kept
 
+ItemT = TypeVar("ItemT")
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 BATCH = 8  # images per batch; the backward passes keep the activations of one batch
-_SAMPLE = 8  # batches in a sample of `BatchReservoir`; they pass through the compressed network later
 
 
-class BatchReservoir:
-    """Yields batches from an iterable, and keeps a uniform random sample of them, however many there are.
+class Reservoir(Generic[ItemT]):
+    """Yields the items of an iterable, and keeps a uniform random sample of them, however many there are.
+
+    Args:
+        items: Any iterable.
+        most: Function from the first item to the largest number of items in the sample.
 
     Attributes:
-        sample: Up to 8 of the batches that were yielded so far.
+        sample: The sample of the items that were yielded so far.
 
     Source: algorithm R in J. Vitter, "Random Sampling with a Reservoir", ACM Transactions on Mathematical Software
     11(1), 1985.
     """
 
-    def __init__(self, batches: Iterable[Inputs]) -> None:
-        self._batches = batches
-        self.sample: list[Inputs] = []
+    def __init__(self, items: Iterable[ItemT], *, most: Callable[[ItemT], int]) -> None:
+        self._items, self._most = items, most
+        self.sample: list[ItemT] = []
 
-    def __iter__(self) -> Iterator[Inputs]:
-        """Yield the batches one by one.
+    def __iter__(self) -> Iterator[ItemT]:
+        """Yield the items one by one.
 
-        Batch n enters the sample with probability 8 / n, in place of a random batch of the sample. Each earlier batch
-        was in it with probability 8 / (n - 1) and stays with probability 1 - 1 / n, which is 8 / n again.
+        With a sample of m, item n enters it with probability m / n, in place of a random item of the sample. Each
+        earlier item was in it with probability m / (n - 1) and stays with probability 1 - 1 / n, which is m / n again.
         """
         generator = random.Random(0)  # noqa: S311 - no secret depends on it
-        for index, batch in enumerate(self._batches):
+        most = 0
+        for index, item in enumerate(self._items):
+            most = most or self._most(item)
             slot = generator.randrange(index + 1)
-            if len(self.sample) < _SAMPLE:
-                self.sample.append(batch)
-            elif slot < _SAMPLE:
-                self.sample[slot] = batch
-            yield batch
+            if len(self.sample) < most:
+                self.sample.append(item)
+            elif slot < most:
+                self.sample[slot] = item
+            yield item
 
 
 def first_image_size(images: Images) -> tuple[tuple[int, ...] | None, Images]:

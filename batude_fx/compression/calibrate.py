@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from batude_fx.calibration.batch_norm import renormalize, running_statistics
-from batude_fx.calibration.images import BATCH, BatchReservoir, Images, batched, first_image_size, image_batches
+from batude_fx.calibration.images import BATCH, Images, Reservoir, batched, first_image_size, image_batches
 from batude_fx.calibration.plausibility import ImageCheck
 from batude_fx.calibration.statistics import average_metrics, statistics
 from batude_fx.calibration.synthetic_inputs import SYNTHETIC_DRAWS, falls_back_to_noise, synthetic_batches
@@ -24,6 +24,8 @@ from batude_fx.tucker.metric import Metric
 
 Calibration = Images | Literal["synthetic"] | None
 _FEWEST_TO_SHOW, _MOST_TO_SHOW = 128, 1024  # images that are held back where an agreement is asked for
+_SAMPLE = 8  # batches that moments are matched on
+_MOST_BYTES = 2**29  # of the images that are kept, to restore networks with: 890 of 224 x 224 pixels
 _SYNTHETIC_SEED = 1000  # of what is held back, far from that of the images for calibration
 
 
@@ -70,6 +72,7 @@ class Measurements:
             is, the original that is matched with normalizes by them.
         held_back: Arguments of runs that no statistic has seen, to measure the quality of the compressed network on.
         synthetic: Whether what was held back was generated.
+        seen: Images of the user's, without a batch axis, that statistics have seen: all, or a random sample of them.
     """
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class Measurements:
     norm_statistics: Mapping[str, Tensor] = field(default_factory=dict)
     held_back: tuple[Inputs, ...] = ()
     synthetic: bool = False
+    seen: tuple[Tensor, ...] = ()
 
     @property
     def images_held_back(self) -> int:
@@ -166,24 +170,30 @@ def measure(
     if calibration is None or not sites:
         return Measurements()
     held_back = _HeldBack.to_show(agreement)
-    synthetic = BatchReservoir(synthetic_batches(model, inputs))
+    synthetic = Reservoir(synthetic_batches(model, inputs), most=_sample_size)
     if isinstance(calibration, str):
         metrics, norm_statistics = _measure_synthetic(model, sites, synthetic, draws=SYNTHETIC_DRAWS)
         unseen = synthetic_batches(model, inputs, seed=_SYNTHETIC_SEED, batches=math.ceil(held_back.synthetic / BATCH))
         return Measurements(metrics, tuple(synthetic.sample), norm_statistics, tuple(unseen), synthetic=True)
     checked = ImageCheck(model, image_batches(calibration, inputs), inputs)
     singles = (image for batch in checked for image in batch.tensors()[0])
-    seen = HoldsBack(singles, every=held_back.every, most=held_back.most)
-    images = BatchReservoir(track(batched(seen, inputs), "calibrating"))
+    passed = HoldsBack(singles, every=held_back.every, most=held_back.most)
+    seen = Reservoir(passed, most=lambda image: max(BATCH, _MOST_BYTES // max(1, image.nbytes)))
+    images = Reservoir(track(batched(seen, inputs), "calibrating"), most=_sample_size)
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.
     if not falls_back_to_noise(inputs):
         metrics = average_metrics(metrics, _measure_synthetic(model, sites, synthetic, draws=1)[0])
-    return Measurements(metrics, tuple(images.sample), held_back=tuple(batched(seen.held, inputs)))
+    held = tuple(batched(passed.held, inputs))
+    return Measurements(metrics, tuple(images.sample), held_back=held, seen=tuple(seen.sample))
+
+
+def _sample_size(_: Inputs) -> int:
+    return _SAMPLE
 
 
 def _measure_synthetic(
-    model: nn.Module, sites: Sequence[ConvSite], synthetic: BatchReservoir, *, draws: int
+    model: nn.Module, sites: Sequence[ConvSite], synthetic: Reservoir[Inputs], *, draws: int
 ) -> tuple[dict[str, Metric], dict[str, Tensor]]:
     """Return the metrics of a copy whose batch-norms hold statistics of synthetic images, and these statistics."""
     batches = list(synthetic)

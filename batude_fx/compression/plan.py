@@ -13,7 +13,7 @@ from batude_fx.compression.calibrate import Measurements
 from batude_fx.compression.checks import check_model
 from batude_fx.compression.rank_search import SiteCandidate, choose_ranks
 from batude_fx.compression.sensitivity import Sensitivity, measure_sensitivity
-from batude_fx.errors import BudgetError, QualityWarning, SelectionError
+from batude_fx.errors import BudgetError, CalibrationError, QualityWarning, SelectionError
 from batude_fx.graph.example_inputs import remember_input_size_
 from batude_fx.graph.flops import count_flops, dense_cost, site_cost
 from batude_fx.graph.provenance import attach_, checksum
@@ -21,7 +21,7 @@ from batude_fx.graph.shared_parts import refuse_shared_parts
 from batude_fx.graph.site_table import Sites, add_site_row, describe_ranks, new_site_table, skip_notes
 from batude_fx.graph.surgery import replace_modules
 from batude_fx.quality.comparison import QualityMeter
-from batude_fx.quality.quality import Quality, Search
+from batude_fx.quality.quality import Quality, Restoration, Search
 from batude_fx.report.record import LIBRARIES, Record, site_records
 from batude_fx.support.inputs import Inputs
 from batude_fx.support.model_state import private_copy
@@ -30,6 +30,7 @@ from batude_fx.support.progress import track
 from batude_fx.support.tables import as_text, set_caption
 from batude_fx.support.user_warning import warn_user
 from batude_fx.support.versions import library_versions
+from batude_fx.training.run import check_accelerate
 from batude_fx.tucker.modules import TuckerModule
 from batude_fx.tucker.ranks import Ranks
 
@@ -61,6 +62,7 @@ class Plan:
         calibration: `"weights only"`, `"synthetic"`, `"synthetic noise"` (no images fit its input) or `"images"`.
         round_to: Multiple of the ranks.
         search: How the smallest model of the quality that the budget asks for was found; None where it asks for none.
+        restoration: How the compressed model was taught by the model; None if it was not.
         quality: How close the compressed model's outputs are to the model's, on images that were held back; None where
             nothing was measured, as for weights only, fewer than 40 images, or a plan made by `at`.
     """
@@ -80,21 +82,30 @@ class Plan:
     round_to: int
     quality: Quality | None = field(default=None, compare=False, kw_only=True)
     search: Search | None = field(default=None, compare=False, kw_only=True)
+    restoration: Restoration | None = field(default=None, compare=False, kw_only=True)
     _checksum: int = field(repr=False, compare=False)  # of the model's parameters
     _limits: CostLimits = field(repr=False, compare=False)
     _candidates: Mapping[str, SiteCandidate] = field(repr=False, compare=False)
     _measurements: Measurements = field(repr=False, compare=False)
     _inputs: Inputs = field(repr=False, compare=False)
 
-    def apply(self, model: ModelT) -> ModelT:
+    def apply(self, model: ModelT, *, restore: bool = False) -> ModelT:
         """Build the compressed copy of the model that this plan was made for.
 
         A detector computes its heads for as many boxes as it chooses, and a compressed one may choose more. So where
         sizes depend on values, the flops of the copy are counted, and its ranks are made smaller than planned until it
         meets the budget.
 
+        Args:
+            model: The model; it is bit-identical afterwards.
+            restore: Whether the model then teaches the copy, for minutes, on the images that the plan was made with.
+                The copy is never further from the model than before, on the images that were held back. It trains on
+                the device that accelerate chooses, which needs to be installed, and Ctrl-C ends it early.
+
         Raises:
             SelectionError: When the model lacks a site of the plan.
+            CalibrationError: When it is to be restored, and the plan was made with no images, or with too few.
+            TrainingError: When it is to be restored, and that fails, or accelerate is not installed.
             UnsupportedError: When a site has another shape, dtype or device than in the plan, the model holds NaN, or
                 this is called inside `torch.inference_mode()` or `torch.autocast()`.
             BudgetError: When the copy needs more flops than planned and cannot be made small enough.
@@ -102,9 +113,9 @@ class Plan:
         Warns:
             QualityWarning: When a classifier often disagrees with its original on the images that were held back.
         """
-        return self.build(model)[0]
+        return self.build(model, restore=restore)[0]
 
-    def build(self, model: ModelT) -> "tuple[ModelT, Plan]":
+    def build(self, model: ModelT, *, restore: bool = False) -> "tuple[ModelT, Plan]":
         """Return what `apply` returns, and the plan with the quality that was measured.
 
         Raises:
@@ -113,8 +124,12 @@ class Plan:
         Warns:
             QualityWarning: As `apply`.
         """
+        if restore:
+            self._check_restorable()
         small, plan = self.construct(model)
-        plan = plan._with_quality(model, small)  # noqa: SLF001 - of another plan
+        if restore and plan.ranks:
+            small, plan = plan._restored(model, small)  # noqa: SLF001 - of another plan
+        plan = plan._with_quality(model, small)  # noqa: SLF001
         measured = checksum(small) if plan.quality else None
         attach_(small, plan.record().model_copy(update={"weights_measured": measured}))
         return small, plan
@@ -154,7 +169,7 @@ class Plan:
             model=self.model_name, budget=str(self.budget), calibration=self.calibration, round_to=self.round_to,
             seed=SEED, dense_flops=self.dense_flops, flops=self.flops, dense_params=self.dense_params,
             params=self.params, dense_seconds=self.dense_seconds, seconds=self.seconds, weights=self._checksum,
-            quality=self.quality, search=self.search,
+            quality=self.quality, search=self.search, restoration=self.restoration,
             versions=library_versions(*LIBRARIES),
             sites=site_records(
                 self.sites,
@@ -207,7 +222,7 @@ class Plan:
         seconds = None if budget.latency is None else chosen.seconds
         return replace(
             self, budget=budget, ranks=chosen.ranks, losses=chosen.losses, flops=chosen.flops, params=chosen.params,
-            seconds=seconds, quality=None, search=None,
+            seconds=seconds, quality=None, search=None, restoration=None,
         )  # fmt: skip
 
     def measured(self, model: nn.Module) -> "Plan":
@@ -229,6 +244,38 @@ class Plan:
     def quality_meter(self, model: nn.Module) -> QualityMeter:
         """Return what measures the quality of networks that are compressed from the plan's model."""
         return QualityMeter(model, self._measurements.held_back, synthetic=self._measurements.synthetic)
+
+    def _check_restorable(self) -> None:
+        """Refuse to restore where there is nothing to teach with, or nothing to show that it helped.
+
+        Raises:
+            CalibrationError: As `apply`.
+            TrainingError: As `apply`.
+        """
+        if self.calibration == "weights only":
+            raise CalibrationError(
+                "a network is restored with images, and this plan was made with calibration=None. Pass unlabelled "
+                'images, or calibration="synthetic".'
+            )
+        if not self.has_held_back:
+            raise CalibrationError(
+                "fewer than 40 images were given, too few to hold some back and to see whether restoring helps; give "
+                'more, or calibration="synthetic".'
+            )
+        if self._inputs.only_tensor is None:
+            raise CalibrationError(f"{self.model_name} takes more than one tensor; such networks cannot be restored.")
+        check_accelerate()
+
+    def _restored(self, model: nn.Module, small: ModelT) -> "tuple[ModelT, Plan]":
+        """Return the network after its original has taught it, and the plan that says so."""
+        from batude_fx.training.restore import restore  # accelerate takes a while to import
+
+        before = self.quality_meter(model).measure(small)
+        if before is None or before.distance is None:
+            raise CalibrationError(f"the outputs of {self.model_name} cannot be compared, so it cannot be restored.")
+        measured = self._measurements
+        small, restoration = restore(model, small, measured.seen, self._inputs, measured.held_back, before)
+        return small, replace(self, restoration=restoration, quality=None)
 
     def _with_quality(self, model: nn.Module, small: nn.Module) -> "Plan":
         """Return the plan with the quality of its compressed model, and warn where that is low."""
@@ -256,7 +303,7 @@ class Plan:
         def quality_with(ranks: Mapping[str, Ranks]) -> Quality | None:
             return meter.measure(replace(self, ranks=ranks)._build(model))  # noqa: SLF001 - of another plan
 
-        measures = quality_with if meter.batches else None
+        measures = quality_with if self.has_held_back else None
         return measure_sensitivity(self.model_name, self._candidates, measures, measured=measured)
 
     def __str__(self) -> str:
@@ -299,7 +346,8 @@ def _quality_text(plan: Plan) -> str:
     """The part of the caption about quality."""
     if plan.quality:
         found = f" It was {plan.search}." if plan.search else ""
-        return f"The compressed network {plan.quality}.{found}"
+        restored = f" It {plan.restoration}." if plan.restoration else ""
+        return f"The compressed network {plan.quality}.{found}{restored}"
     if plan.calibration == "weights only":
         return "Quality was not measured, as no images were given."
     if not plan.has_held_back:

@@ -94,12 +94,14 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     ).measured(model)  # fmt: skip
 
 
-def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> ModelT:  # noqa: ANN401 - those of plan
-    """Compress a model to a budget: `plan(model, budget, **options).apply(model)`.
+def compress(model: ModelT, budget: Budget | float | str, *, restore: bool = False, **options: Any) -> ModelT:  # noqa: ANN401 - those of plan
+    """Compress a model to a budget: `plan(model, budget, **options).apply(model, restore=restore)`.
 
     Args:
         model: Any module; it is bit-identical afterwards, also when an error is raised.
         budget: As for `plan`.
+        restore: Whether the model then teaches the compressed one on the calibration images, for minutes; see
+            `Plan.apply`.
         **options: As for `plan`: `example_inputs`, `calibration`, `layers`, `include`, `exclude`, `round_to`, `ranks`,
             `evaluate`.
 
@@ -114,7 +116,7 @@ def compress(model: ModelT, budget: Budget | float | str, **options: Any) -> Mod
 
     Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
     """
-    return choose(model, budget, **options).apply(model)
+    return choose(model, budget, **options).apply(model, restore=restore)
 
 
 def choose(  # noqa: PLR0913 - those of plan

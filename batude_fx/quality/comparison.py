@@ -1,7 +1,7 @@
 """Run a network and its original on the same images, and compare what they give."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
@@ -25,12 +25,12 @@ class QualityMeter:
 
     Attributes:
         original: The network that was compressed.
-        batches: Arguments of a run, batches of images that no network was fitted to.
+        batches: Arguments of a run, batches of images that no network was fitted to; they are iterated anew each time.
         synthetic: Whether the images were generated.
     """
 
     original: nn.Module
-    batches: Sequence[Inputs]
+    batches: Iterable[Inputs]
     synthetic: bool
     _classes: "list[Outputs] | None" = None  # of the original; other outputs may be too large to keep
 
@@ -80,22 +80,22 @@ def _count(batch: Inputs) -> int:
 def _outputs(network: nn.Module, batch: Inputs) -> Outputs:
     """Return every output tensor, on the CPU, by its place among the outputs."""
     result = batch.copies().run(network)  # networks may work on their inputs in place
-    return {name or "output": tensor.cpu() for name, tensor in _tensors(result)}
+    return {name or "output": tensor.cpu() for name, tensor in output_tensors(result)}
 
 
-def _tensors(value: object, *place: object) -> Iterator[tuple[str, Tensor]]:
+def output_tensors(value: object, *place: object) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in dicts, lists, tuples and dataclasses, at any depth, each with its place: "0.boxes"."""
     if isinstance(value, Tensor):
         yield ".".join(map(str, place)), torch.view_as_real(value) if value.is_complex() else value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _tensors(item, *place, key)
+            yield from output_tensors(item, *place, key)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _tensors(item, *place, index)
+            yield from output_tensors(item, *place, index)
     elif is_dataclass(value):
         for part in fields(value):
-            yield from _tensors(getattr(value, part.name), *place, part.name)
+            yield from output_tensors(getattr(value, part.name), *place, part.name)
 
 
 def _gives_classes(outputs: Outputs, images: int) -> bool:

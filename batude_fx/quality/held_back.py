@@ -19,7 +19,7 @@ class HoldsBack:
     Attributes:
         held: The images that were held back, once all have passed: none, or at least 8.
 
-    Source: algorithm R, as in `calibration.images.BatchReservoir`; an image that leaves the sample again passes on.
+    Source: algorithm R, as in `calibration.images.Reservoir`; an image that leaves the sample again passes on.
     """
 
     def __init__(self, images: Iterator[Tensor], *, every: int, most: int) -> None:

@@ -156,6 +156,23 @@ class Quality(_Frozen):
         return (self.agreement.value < LOW_AGREEMENT and shown) or (self.synthetic and diverges)
 
     @property
+    def distance(self) -> float | None:
+        """How far the network is from its original: the divergence, or the mean relative error; None if unknown."""
+        if self.agreement is not None:
+            return self.divergence.mean if self.divergence else None
+        errors = [output.relative_error for output in self.outputs if output.relative_error is not None]
+        is_known = errors and not any(output.problem == "not finite" for output in self.outputs)
+        return math.fsum(errors) / len(errors) if is_known else None
+
+    @property
+    def short(self) -> str:
+        """The most important figures as the end of a sentence."""
+        if self.agreement is None:
+            return f"had {'; '.join(map(str, self.outputs))}"
+        divergence = f" and diverged by {self.divergence} nats" if self.divergence else ""
+        return f"agreed on {self.agreement}{divergence}"
+
+    @property
     def where(self) -> str:
         """What the figures were measured on."""
         return f"{self.images} {'generated images' if self.synthetic else 'images'} held back"
@@ -172,6 +189,34 @@ class Quality(_Frozen):
         if self.divergence:
             parts.append(f"mean KL divergence {self.divergence} nats")
         return f"{'; '.join(parts)}; 95 % intervals in brackets"
+
+
+class Restoration(_Frozen):
+    """How a network was taught by its original after it was compressed.
+
+    Attributes:
+        before: How close it was to its original before.
+        images: Number of images that it was taught with.
+        synthetic: How many of these were generated.
+        steps: Number of steps that were done.
+        kept: Number of steps after which it was as it is now; 0 if no step brought it closer to its original.
+    """
+
+    before: Quality
+    images: Annotated[Count, Field(ge=1)]
+    synthetic: Count
+    steps: Count
+    kept: Count
+
+    def __str__(self) -> str:
+        """Return a sentence that begins with the network, without a full stop."""
+        if not self.kept:
+            return f"could not be brought closer to its original by {self.steps} steps, so it stays as it was"
+        generated = f", {self.synthetic} of them generated" if self.synthetic else ""
+        return (
+            f"was restored in {self.kept} of {self.steps} steps with {self.images} images{generated}; before, it "
+            f"{self.before.short}"
+        )
 
 
 class Trial(_Frozen):

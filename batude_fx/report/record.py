@@ -15,7 +15,7 @@ from batude_fx.budget.rank_options import RankOptions
 from batude_fx.errors import SavedModelError, first_line
 from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite, FoundBy
-from batude_fx.quality.quality import Quality, Search
+from batude_fx.quality.quality import Quality, Restoration, Search
 from batude_fx.support.arrays import Floats
 from batude_fx.support.atomic_files import newest, write_text
 from batude_fx.support.user_warning import warn_user
@@ -117,14 +117,14 @@ class TrainingRecord(_Frozen):
 
     Attributes:
         recipe: The resolved recipe, as YAML.
-        original_accuracy: Accuracy of the network that one-shot training started from.
-        accuracy: Accuracy of the compressed network.
+        original_accuracy: Accuracy of the network that one-shot training started from; None without labels.
+        accuracy: Accuracy of the compressed network; None without labels.
         rounds: All rounds of BC-ADL.
     """
 
     recipe: str
-    original_accuracy: Share
-    accuracy: Share
+    original_accuracy: Share | None
+    accuracy: Share | None
     rounds: tuple[RoundRecord, ...]
 
     @model_validator(mode="after")
@@ -154,6 +154,7 @@ class Record(_Frozen):
         quality: How close its outputs are to the original's, on images held back; None if that was not measured.
         weights_measured: Checksum of the compressed network's parameters when its quality was measured.
         search: How the smallest network of a quality was found; None if none was asked for.
+        restoration: How it was taught by its original; None if it was not.
         weights: Checksum of the original's parameters; None if the network was trained by a recipe.
         sites: All convolutions, in the order of their first call.
         training: The training by a recipe; None if there was none.
@@ -175,6 +176,7 @@ class Record(_Frozen):
     quality: Quality | None = None
     weights_measured: Count | None = None
     search: Search | None = None
+    restoration: Restoration | None = None
     weights: Count | None = None
     sites: tuple[SiteRecord, ...]
     training: TrainingRecord | None = None

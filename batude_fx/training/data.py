@@ -71,10 +71,11 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     held_out = _dataset(recipe, section.val_split, config)
     _check_batches(recipe, train, accelerator.num_processes)
     _check_batch_norm(recipe, model, accelerator.num_processes)
-    _check_classes(recipe, train.dataset, held_out, classes)
+    if section.labels:
+        _check_classes(recipe, train.dataset, held_out, classes)
     if section.pad:
         _check_size(train, size)
-    if not section.name:  # timm would number the class folders of each split separately
+    if section.labels and not section.name:  # timm would number the class folders of each split separately
         held_out = _dataset(recipe, section.val_split, config, _class_numbers(train.dataset))
     common: dict[str, Any] = {
         **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
@@ -88,7 +89,8 @@ def image_data(recipe: Recipe, model: nn.Module, size: tuple[int, ...], classes:
     for batches_of_split in (loader, evaluation):
         batches_of_split.worker_init_fn = partial(_start_worker, batches_of_split.worker_init_fn)
     train_batches: Any = accelerator.prepare_data_loader(loader)
-    evaluation_batches: Any = accelerator.prepare_data_loader(evaluation)
+    # Without labels, every process measures the distance from the original on all images, and keeps the same network.
+    evaluation_batches: Any = accelerator.prepare_data_loader(evaluation) if section.labels else evaluation
 
     def batches(epoch: int, skip: int) -> Iterator[Batch]:
         train_batches.set_epoch(epoch)
@@ -129,13 +131,13 @@ def _training_loader(section: DataSection, train: "_SeededDataset", common: Mapp
         ) from error
 
 
-def check_first(data: Data, size: tuple[int, ...], classes: int, accumulate: int) -> None:
+def check_first(data: Data, size: tuple[int, ...], classes: int | None, accumulate: int) -> None:
     """Check the first batch before anything is trained.
 
     Args:
         data: The images.
         size: (C, H, W) of an image that the network takes.
-        classes: Number of outputs of the network.
+        classes: Number of outputs of the network; None where there are no labels.
         accumulate: Batches per optimizer step.
 
     Raises:
@@ -152,6 +154,8 @@ def check_first(data: Data, size: tuple[int, ...], classes: int, accumulate: int
     if not len(images) or tuple(images.shape[1:]) != tuple(size):
         expected = ", ".join(map(str, ("n", *size)))
         raise TrainingError(f"training images are {tuple(images.shape)}, the network takes ({expected}).")
+    if classes is None:
+        return
     if labels.ndim != 1 or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise TrainingError(f"labels must be one class per image, 0 to {classes - 1}; the first ones are {labels[:8]}.")
 

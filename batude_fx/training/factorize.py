@@ -1,17 +1,24 @@
-"""Decomposition of a network at given ranks, by HOSVD and HOOI of its weights (see `tucker.decomposition`)."""
+"""Decomposition of a network at given ranks.
 
-from collections.abc import Mapping
+Trained weights are decomposed by HOSVD and HOOI (see `tucker.decomposition`), those of the original in the metrics of
+its sites, as `compress` does it.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor, nn
 
+from batude_fx.calibration.moment_matching import match_moments_
 from batude_fx.graph.surgery import replace_modules
+from batude_fx.support.inputs import Inputs
 from batude_fx.tucker.decomposition import Factors, hooi, mode_product
 from batude_fx.tucker.dense_layers import canonical_bias, canonical_weight
+from batude_fx.tucker.metric import Metric
 from batude_fx.tucker.modules import tucker_conv
 from batude_fx.tucker.ranks import Ranks
-from batude_fx.tucker.spectra import weight_spectrum
+from batude_fx.tucker.spectra import metric_spectrum, weight_spectrum
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -28,6 +35,31 @@ def factorize(model: ModelT, ranks: Mapping[str, Ranks], *, hooi_sweeps: int) ->
     factors = {name: _factors(canonical_weight(layers[name]), r, hooi_sweeps) for name, r in ranks.items()}
     with_bias = {name: replace(parts, bias=canonical_bias(layers[name])) for name, parts in factors.items()}
     return replace_modules(model, {name: tucker_conv(layers[name], r, with_bias[name]) for name, r in ranks.items()})
+
+
+def factorize_calibrated(
+    model: ModelT, ranks: Mapping[str, Ranks], metrics: Mapping[str, Metric], batches: Iterable[Inputs]
+) -> ModelT:
+    """Return a copy of the model with sites in Tucker form: the factors that are best in the metrics, moments matched.
+
+    Args:
+        model: The dense network, which is not changed.
+        ranks: Site name to ranks, per group.
+        metrics: Site name to metric.
+        batches: Arguments of runs, on which moments are matched.
+    """
+    replacements = {}
+    for name, pair in ranks.items():
+        layer = model.get_submodule(name)
+        weight, bias = canonical_weight(layer), canonical_bias(layer)
+        bias = weight.new_zeros(weight.shape[:2].numel()) if bias is None else bias
+        factors = metric_spectrum(metrics[name]).factors(weight, pair)
+        replacements[name] = tucker_conv(layer, pair, replace(factors, bias=bias))
+    small = replace_modules(model, replacements)
+    model.eval()
+    small.eval()
+    match_moments_(model, small, ranks.keys(), batches)
+    return small
 
 
 def _factors(weight: Tensor, ranks: Ranks, sweeps: int) -> Factors:

@@ -4,9 +4,10 @@ The method consists of four calls to `lagrangian.Lagrangian`: `penalty_` in ever
 `update_duals_` and `rescale_` at the start of every round (`rounds`).
 """
 
+import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from torch import nn
 
 from batude_fx.budget.rank_options import FLOPS, PARAMS
 from batude_fx.calibration.batch_norm import renormalize
-from batude_fx.deploy.fold import fold
 from batude_fx.graph.flops import count_flops, count_params
-from batude_fx.graph.provenance import attach_
+from batude_fx.graph.provenance import attach_, checksum
 from batude_fx.graph.surgery import build_skeleton
+from batude_fx.quality.comparison import QualityMeter
+from batude_fx.quality.quality import Quality
 from batude_fx.report.record import LIBRARIES, Record, TrainingRecord, site_records
 from batude_fx.support.inputs import Inputs
 from batude_fx.support.versions import library_versions
 from batude_fx.training.data import Data, check_first, first_images, image_data, seed_all
-from batude_fx.training.factorize import factorize
-from batude_fx.training.phase import accuracy, run_phase
+from batude_fx.training.factorize import factorize, factorize_calibrated
+from batude_fx.training.phase import accuracy, measure_quality, run_phase
 from batude_fx.training.problem import Problem, dense_network
 from batude_fx.training.recipe import Recipe
 from batude_fx.training.rounds import Rounds
 from batude_fx.training.session import Session
+from batude_fx.training.teacher import Teacher
 from batude_fx.tucker.ranks import Ranks
 
 
@@ -38,8 +41,9 @@ class Result:
 
     Attributes:
         model: The compressed network, in eval mode.
-        accuracy: Share of the evaluation images that it classifies correctly.
+        accuracy: Share of the evaluation images that it classifies correctly; None without labels.
         original_accuracy: The same share for the dense network before one-shot training.
+        quality: How close it is to the dense network on the evaluation images; None with labels.
         flops: Multiply-adds per image, as fvcore counts them.
         dense_flops: Multiply-adds per image of the dense network.
         params: Number of parameters.
@@ -49,8 +53,9 @@ class Result:
     """
 
     model: nn.Module = field(repr=False)
-    accuracy: float
-    original_accuracy: float
+    accuracy: float | None
+    original_accuracy: float | None
+    quality: Quality | None
     flops: int
     dense_flops: int
     params: int
@@ -61,7 +66,8 @@ class Result:
     def facts(self) -> dict[str, Any]:
         """Return everything but the network, as values for JSON."""
         values = {name: value for name, value in vars(self).items() if name != "model"}
-        return values | {"ranks": {name: asdict(ranks) for name, ranks in self.ranks.items()}}
+        quality = self.quality and self.quality.model_dump()
+        return values | {"quality": quality, "ranks": {name: asdict(ranks) for name, ranks in self.ranks.items()}}
 
 
 def train(recipe: Recipe, folder: str | os.PathLike[str] | None, *, resume: bool, data: Data | None) -> Result:
@@ -82,7 +88,7 @@ def _train(session: Session, data: Data | None) -> Result:
     size = example.shape[1:]
     with session.accelerator.main_process_first():
         data = data or image_data(recipe, model, size, problem.classes, session.accelerator)
-    check_first(data, size, problem.classes, recipe.data.accumulate)
+    check_first(data, size, problem.classes if recipe.data.labels else None, recipe.data.accumulate)
     session.check_sites(problem.sites.keys())
     session.start(data)
 
@@ -90,27 +96,37 @@ def _train(session: Session, data: Data | None) -> Result:
         run_phase(session, "pretrain", recipe.pretrain, model)
         model.load_state_dict(_with_fresh_statistics(session, model).state_dict())
     session.save_or_restore_original_(model)
-    original_accuracy = session.compute_once("original_accuracy", lambda: accuracy(session, model))
-    teacher = None
-    if recipe.one_shot.distillation or recipe.finalize.distillation:
-        teacher = fold(model, session.to_device(example)).requires_grad_(requires_grad=False)
+    original_accuracy = None
+    if recipe.data.labels:
+        original_accuracy = session.compute_once("original_accuracy", lambda: accuracy(session, model))
+    inputs = Inputs((session.to_device(example),))
+    teachers = [
+        Teacher(model, inputs, phase.distillation) if phase.distillation and phase.epochs.amount else None
+        for phase in (recipe.one_shot, recipe.finalize)
+    ]
+    if not recipe.data.labels:
+        session.meter = QualityMeter(copy.deepcopy(model), _EvaluationBatches(session), synthetic=False)
 
     if session.is_pending("one_shot"):
         rounds = Rounds(session, recipe.one_shot, problem, model)
-        run_phase(session, "one_shot", recipe.one_shot, model, teacher, rounds)
+        run_phase(session, "one_shot", recipe.one_shot, model, teachers[0], rounds)
         session.results["ranks"] = rounds.lagrangian.state_dict()["ranks"]
-    ranks = {name: Ranks(*pair) for name, pair in session.results["ranks"].items() if pair}
-
-    if session.resumes_inside("finalize"):
-        small = build_skeleton(model, ranks)
+        ranks = _ranks(session)
+        if problem.adds_bias:
+            small = factorize_calibrated(model, ranks, rounds.metrics, rounds.calibration_batches())
+        else:
+            small = factorize(model, ranks, hooi_sweeps=recipe.finalize.hooi_sweeps)
     else:
-        small = factorize(model, ranks, hooi_sweeps=recipe.finalize.hooi_sweeps)
-    run_phase(session, "finalize", recipe.finalize, small, teacher)
+        ranks = _ranks(session)
+        small = build_skeleton(model, ranks, biased=ranks if problem.adds_bias else ())
+    run_phase(session, "finalize", recipe.finalize, small, teachers[1])
     small = _with_fresh_statistics(session, small)
 
     small.eval()
     result = Result(
-        model=small, accuracy=accuracy(session, small), original_accuracy=original_accuracy,
+        model=small, accuracy=accuracy(session, small) if recipe.data.labels else None,
+        original_accuracy=original_accuracy,
+        quality=None if recipe.data.labels else measure_quality(session, small),
         flops=count_flops(small.cpu(), problem.inputs), dense_flops=problem.dense_costs[FLOPS],
         params=count_params(small), dense_params=problem.dense_costs[PARAMS],
         ranks=ranks, rounds=session.rounds,
@@ -118,6 +134,20 @@ def _train(session: Session, data: Data | None) -> Result:
     attach_(small, _record(recipe, problem, result))
     session.finish(small, result.facts())
     return result
+
+
+@dataclass(frozen=True)
+class _EvaluationBatches:
+    """The evaluation images of a run, as arguments of the network."""
+
+    session: Session
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return (Inputs((self.session.to_device(images),)) for images, _ in self.session.data.evaluation())
+
+
+def _ranks(session: Session) -> dict[str, Ranks]:
+    return {name: Ranks(*pair) for name, pair in session.results["ranks"].items() if pair}
 
 
 def _with_fresh_statistics(session: Session, model: nn.Module) -> nn.Module:
@@ -136,6 +166,7 @@ def _record(recipe: Recipe, problem: Problem, result: Result) -> Record:
         model=type(result.model).__name__, budget=str(recipe.budget), calibration="one-shot training",
         round_to=recipe.one_shot.round_to, seed=recipe.seed, dense_flops=result.dense_flops, flops=result.flops,
         dense_params=result.dense_params, params=result.params, versions=library_versions(*LIBRARIES),
+        quality=result.quality, weights_measured=checksum(result.model) if result.quality else None,
         sites=site_records(problem.all_sites, problem.options, result.ranks),
         training=TrainingRecord.model_validate({
             "recipe": recipe.to_yaml(), "original_accuracy": result.original_accuracy, "accuracy": result.accuracy,

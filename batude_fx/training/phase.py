@@ -3,13 +3,12 @@
 The random numbers of a step depend only on the seed, the phase and the index of the step, and the learning rate only on
 the index. A run that is resumed from a checkpoint therefore continues as if it had not been interrupted, bit-equal on
 CPUs.
-
-Source of distillation: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015,
-https://arxiv.org/abs/1503.02531, section 2.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from batude_fx.errors import TrainingError
+from batude_fx.quality.quality import Quality
 from batude_fx.support.numbers import human
 from batude_fx.support.progress import Bar
 from batude_fx.training.checkpoint_file import Phase
@@ -29,20 +29,24 @@ from batude_fx.training.data import Batch, seed_all
 from batude_fx.training.recipe import DataSection, Distillation, Training
 from batude_fx.training.rounds import Rounds
 from batude_fx.training.session import PHASES, Session
+from batude_fx.training.teacher import Teacher
 
 
 def run_phase(
-    session: Session, phase: Phase, settings: Training, model: nn.Module, teacher: nn.Module | None = None,
+    session: Session, phase: Phase, settings: Training, model: nn.Module, teacher: Teacher | None = None,
     rounds: Rounds | None = None,
 ) -> None:  # fmt: skip
     """Train a network for one phase, in place.
+
+    A compressed network that is trained without labels ends as it was in the evaluation in which it came closest to the
+    original, one before the first step among them.
 
     Args:
         session: The run.
         phase: Name of the phase.
         settings: The recipe's section for the phase.
         model: The network.
-        teacher: The original network, for distillation.
+        teacher: What distils the original network.
         rounds: The rounds of BC-ADL, in the phase that learns ranks.
 
     Raises:
@@ -53,30 +57,39 @@ def run_phase(
     step_count = settings.epochs.steps(session.steps_per_epoch)
     trainer = _Trainer(session, phase, settings, model, teacher, rounds)
     start = session.restore_checkpoint_(phase, step_count, trainer.parts)
-    bar = Bar(phase, step_count, start, visible=session.accelerator.is_main_process)
-    with bar, session.explaining(lambda: f"step {bar.done + 1} of {phase}"):
+    bar = Bar(phase, step_count, start, visible=session.accelerator.is_main_process, prints=session.prints)
+    with bar, trainer.ready(), session.explaining(lambda: f"step {bar.done + 1} of {phase}"):
+        if trainer.closest and not start:
+            bar.line(trainer.evaluate(0, None))
         for step, batches in _remaining_steps(session, phase, start, step_count):
             if rounds and rounds.begin_if_due(step):
                 bar.line(training_line(session.log[-1]))
             loss = trainer.step(step, batches)
             bar.advance()
-            done = step + 1
-            is_last, is_stopped = done == step_count, session.is_interrupted(done)
-            if (session.is_due(session.recipe.eval.interval, done) and not is_stopped) or is_last:
-                trainer.evaluate(done, loss)
-                bar.line(training_line(session.log[-1]))
-            if session.is_due(session.recipe.eval.checkpoint, done) or is_last or is_stopped:
-                trainer.check_loss(done, loss)  # a checkpoint of a diverged run would be useless
-                session.write_checkpoint(phase, done, trainer.parts)
+            is_stopped = session.is_interrupted(bar.done)
+            _evaluate_and_save(trainer, bar, step_count, loss, is_stopped=is_stopped)
+            if is_stopped and trainer.closest and session.folder is None:
+                break  # nothing could be resumed, and a network is at hand
             if is_stopped:
-                reason = f"interrupted after step {done} of {phase}; {session.way_to_resume}."
+                reason = f"interrupted after step {bar.done} of {phase}; {session.way_to_resume}."
                 raise TrainingError(reason) from KeyboardInterrupt()  # from which the command line knows its exit code
         if rounds:
             rounds.end(step_count)
             bar.line(training_line(session.log[-1]))
-    if trainer.average:
-        model.load_state_dict(trainer.average.module.state_dict())
+    if final := trainer.closest or trainer.average:
+        model.load_state_dict(final.module.state_dict())
     session.accelerator.free_memory()
+
+
+def _evaluate_and_save(trainer: "_Trainer", bar: Bar, step_count: int, loss: Tensor, *, is_stopped: bool) -> None:
+    """Evaluate the network and write a checkpoint, where they are due after the steps that are done."""
+    session, done = trainer.session, bar.done
+    is_last = done == step_count
+    if (session.is_due(session.recipe.eval.interval, done) and not is_stopped) or is_last:
+        bar.line(trainer.evaluate(done, loss))
+    if session.is_due(session.recipe.eval.checkpoint, done) or is_last or is_stopped:
+        trainer.check_loss(done, loss)  # a checkpoint of a diverged run would be useless
+        session.write_checkpoint(trainer.phase, done, trainer.parts)
 
 
 def _remaining_steps(session: Session, phase: Phase, start: int, step_count: int) -> Iterator[tuple[int, list[Batch]]]:
@@ -120,6 +133,35 @@ def _build_average(settings: Training, model: nn.Module) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
 
 
+class _Closest:
+    """The network of the evaluation that came closest to the original, in the state of a copy.
+
+    Attributes:
+        module: The copy.
+        distance: How far it is from the original; infinite before the first evaluation.
+        step: Number of steps after which it was evaluated.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model)
+        self.distance, self.step = math.inf, 0
+
+    def offer(self, model: nn.Module, distance: float | None, step: int) -> None:
+        """Keep the state of a network that is closer than all before."""
+        if distance is not None and distance < self.distance:
+            self.module.load_state_dict(model.state_dict())
+            self.distance, self.step = distance, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything for checkpoints."""
+        return {"module": self.module.state_dict(), "distance": self.distance, "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.module.load_state_dict(state["module"])
+        self.distance, self.step = state["distance"], state["step"]
+
+
 def _build_mixup(data: DataSection, classes: int) -> Mixup | None:
     """Return timm's mixup and cutmix, where the recipe has one of them."""
     if not (data.mixup or data.cutmix):
@@ -127,35 +169,17 @@ def _build_mixup(data: DataSection, classes: int) -> Mixup | None:
     return Mixup(data.mixup, data.cutmix, label_smoothing=data.smoothing, num_classes=classes)  # type: ignore[no-untyped-call]
 
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return the divergence of the student's predictions from the teacher's, at a temperature.
-
-    With p = softmax(teacher / T) and q = softmax(student / T), the loss is T^2 KL(p || q), in the mean over images. The
-    gradient of KL(p || q) by the student's logits is (q - p) / T. For large T, q - p is itself proportional to 1 / T,
-    since softmax(x / T) is linear in x / T there, so that the gradient shrinks as 1 / T^2. The factor T^2 undoes this:
-    the weight of the loss relative to the cross-entropy keeps its meaning when T changes.
-
-    Args:
-        student_logits: (n, classes).
-        teacher_logits: (n, classes).
-        temperature: The T above; a larger one brings out the similarities that the teacher sees between classes.
-    """
-    student_log_probs = F.log_softmax(student_logits / temperature, 1)
-    teacher_log_probs = F.log_softmax(teacher_logits / temperature, 1)
-    divergence = F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
-
-
 class _Trainer:
     """A network and everything that trains it in one phase.
 
     Attributes:
         average: The moving average of the weights, where the recipe has one.
+        closest: The compressed network that came closest to the original, where there are no labels.
         parts: The objects whose state a checkpoint holds.
     """
 
     def __init__(
-        self, session: Session, phase: Phase, settings: Training, model: nn.Module, teacher: nn.Module | None,
+        self, session: Session, phase: Phase, settings: Training, model: nn.Module, teacher: Teacher | None,
         rounds: Rounds | None,
     ) -> None:  # fmt: skip
         accelerator = session.accelerator
@@ -166,6 +190,7 @@ class _Trainer:
         self.scheduler = _build_scheduler(settings, optimizer, session.steps_per_epoch)
         self.distillation: Distillation | None = getattr(settings, "distillation", None)
         self.average = _build_average(settings, model)
+        self.closest = _Closest(model) if phase == "finalize" and not session.recipe.data.labels else None
         self.mixup = _build_mixup(session.recipe.data, session.classes)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         # `prepare` also replaces the model's forward by one under autocast; calibration needs the original.
@@ -175,16 +200,29 @@ class _Trainer:
     def _parts(self) -> dict[str, Any]:
         parts = {  # the keys are those of earlier checkpoints; "split" is the state of BC-ADL
             "model": self.model, "optimizer": self.optimizer, "scaler": self.session.accelerator.scaler,
-            "average": self.average and self.average.module, "split": self.lagrangian,
+            "average": self.average and self.average.module, "split": self.lagrangian, "closest": self.closest,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Let only the parameters that the settings name have gradients in a block."""
+        needed = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        if getattr(self.settings, "parameters", "all") == "gains and biases":
+            for parameter in needed:
+                parameter.requires_grad = parameter.ndim <= 1
+        try:
+            yield
+        finally:
+            for parameter, value in needed.items():
+                parameter.requires_grad = value
 
     def step(self, step: int, batches: list[Batch]) -> Tensor:
         """Do one step of the optimizer, and return the mean loss of its batches over all processes, a scalar."""
         accelerator = self.session.accelerator
         seed_all(self.session.recipe.seed, PHASES.index(self.phase), step, accelerator.process_index)
         self.scheduler.step_update(step)
-        self.model.train()
+        self.model.train(not getattr(self.settings, "fixed_statistics", False))
         total = torch.zeros((), device=accelerator.device)
         for index, (images, labels) in enumerate(batches, 1):
             # Gradients are accumulated; processes exchange them only at the last batch.
@@ -210,20 +248,23 @@ class _Trainer:
         if self.mixup:
             images, labels = self.mixup(images.clone(), labels)  # in place; labels (n, classes), already smoothed
             smoothing = 0.0
-        student_logits = self._student_logits(images)
-        loss = F.cross_entropy(student_logits, labels, label_smoothing=smoothing)
         if self.distillation is None or self.teacher is None:
-            return loss
-        with torch.no_grad(), self.session.accelerator.autocast():
-            teacher_logits = self.teacher(images).float()  # (n, classes)
+            return F.cross_entropy(self._logits(images), labels, label_smoothing=smoothing)
+        with self.teacher.observe(self.model) as stages:
+            logits = self._logits(images)
+        with self.session.accelerator.autocast():
+            lesson = self.teacher.loss(images, logits, stages)
+        if not self.session.recipe.data.labels:
+            return lesson
         weight = self.distillation.weight
-        divergence = distillation_loss(student_logits, teacher_logits, self.distillation.temperature)
-        return (1 - weight) * loss + weight * divergence
+        return (1 - weight) * F.cross_entropy(logits, labels, label_smoothing=smoothing) + weight * lesson
 
-    def _student_logits(self, images: Tensor) -> Tensor:
+    def _logits(self, images: Tensor) -> Any:  # noqa: ANN401 - whatever a network gives that is no classifier
         """Return the logits (n, classes) in float32; some networks return more than logits in training mode."""
         with self.session.accelerator.autocast():
             outputs = self.wrapped(images)
+        if self.teacher and not self.teacher.classifies:
+            return outputs
         if not isinstance(outputs, Tensor):
             raise TrainingError(
                 f"in training mode {type(self.model).__name__} gives {type(outputs).__name__}, not logits alone; "
@@ -243,14 +284,37 @@ class _Trainer:
                 f"{self.session.way_to_converge(self.phase, self.settings.lr)}."
             )
 
-    def evaluate(self, done: int, loss: Tensor) -> None:
-        """Measure the accuracy after `done` steps, and add it to the log."""
-        self.check_loss(done, loss)
-        self.session.add_to_log({
-            "phase": self.phase, "step": done, "epoch": done / self.session.steps_per_epoch, "loss": float(loss),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "accuracy": accuracy(self.session, self.average.module if self.average else self.model),
-        })  # fmt: skip
+    def evaluate(self, done: int, loss: Tensor | None) -> str:
+        """Measure how good the network is after `done` steps, the last of which had a loss; log it, return the line."""
+        session = self.session
+        record: dict[str, Any] = {"phase": self.phase, "step": done, "epoch": done / session.steps_per_epoch}
+        if loss is not None:
+            self.check_loss(done, loss)
+            record |= {"loss": float(loss), "lr": self.optimizer.param_groups[0]["lr"]}
+        model = self.average.module if self.average else self.model
+        if session.recipe.data.labels:
+            record["accuracy"] = accuracy(session, model)
+        else:
+            quality = measure_quality(session, model)
+            record |= {"distance": quality.distance, "agreement": quality.agreement and quality.agreement.value}
+            if self.closest:
+                self.closest.offer(model, quality.distance, done)
+        session.add_to_log(record)
+        return training_line(record)
+
+
+def measure_quality(session: Session, model: nn.Module) -> Quality:
+    """Return how close a network is to the original on the evaluation images, in the precision of the run.
+
+    Raises:
+        TrainingError: When there are no images, or one cannot be read.
+    """
+    session.share_buffers_(model)
+    with session.explaining(lambda: "the evaluation"), session.accelerator.autocast():
+        quality = session.meter.measure(model)
+    if quality is None:
+        raise TrainingError("there are no images to measure quality on.")
+    return quality
 
 
 @torch.no_grad()
@@ -278,12 +342,13 @@ def accuracy(session: Session, model: nn.Module) -> float:
 def training_line(record: dict[str, Any]) -> str:
     """Return the line that is printed for a record of the log: an evaluation, or a round of BC-ADL."""
     start = f"{record['phase']:<9} step {record['step']:>6}"
-    if "round" not in record:
+    if "round" in record:
         return (
-            f"{start}  epoch {record['epoch']:6.2f}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.2%}  "
-            f"lr {record['lr']:.2g}"
+            f"{start}  round {record['round']:>3}  primal {record['primal']:.3f}  dual {record['dual']:.3f}  "
+            f"rho {record['rho']:.2g}  ranks need {human(record['flops'])}FLOPs ({record['keep']:.1%})"
         )
-    return (
-        f"{start}  round {record['round']:>3}  primal {record['primal']:.3f}  dual {record['dual']:.3f}  "
-        f"rho {record['rho']:.2g}  ranks need {human(record['flops'])}FLOPs ({record['keep']:.1%})"
-    )
+    parts = [start, f"epoch {record['epoch']:6.2f}"]
+    forms = {"loss": "loss {:.4f}", "distance": "distance {:.4f}", "agreement": "agreement {:.1%}",
+             "accuracy": "accuracy {:.2%}", "lr": "lr {:.2g}"}  # fmt: skip
+    parts += [form.format(record[name]) for name, form in forms.items() if record.get(name) is not None]
+    return "  ".join(parts)

@@ -78,6 +78,7 @@ class Problem:
         dense_costs: Flops and parameters of the dense network.
         classes: Number of outputs of the network.
         capacity: (2,) most flops and most parameters of all replaceable sites together.
+        adds_bias: Whether compressed sites get a bias, which restores their moments where nothing trains the ranks.
     """
 
     inputs: Inputs
@@ -87,6 +88,7 @@ class Problem:
     dense_costs: tuple[int, int]
     classes: int
     capacity: Integers
+    adds_bias: bool
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe) -> "Problem":
@@ -115,11 +117,12 @@ class Problem:
         _check_head(model, recipe, classes)
         sites = all_sites.replaceable()
         dense_costs = count_costs(model, inputs)
+        adds_bias = not settings.epochs.amount and bool(settings.calibration_images)
         try:
-            space = make_search_space(sites, settings.round_to, recipe.budget, dense_costs, {}, adds_bias=False)
+            space = make_search_space(sites, settings.round_to, recipe.budget, dense_costs, {}, adds_bias=adds_bias)
         except BudgetError as error:
             raise recipe.problem("budget", str(error)) from None
-        problem = cls(inputs, all_sites, sites, space.options, dense_costs, classes, space.capacity())
+        problem = cls(inputs, all_sites, sites, space.options, dense_costs, classes, space.capacity(), adds_bias)
         if (problem.capacity >= problem.dense_site_costs()).all():
             raise recipe.problem(
                 "budget", f"the dense network meets it, with {dense_costs[FLOPS]:,} flops; give a smaller one"

@@ -127,6 +127,9 @@ class DataSection(_Section):
     torchvision's, or one that begins with "hfds/", "hfids/", "tfds/" or "wds/"."""
     root: Path | None = None
     """Folder of the images, or the folder in which the dataset is stored."""
+    labels: bool = True
+    """Whether the images have labels. Without them the original network is the only teacher, what is measured is how
+    far the compressed one is from it, and of all evaluations in `finalize` the closest network is kept."""
     train_split: str = "train"
     """Name of the training split; in a folder, the name of its subfolder."""
     val_split: str = "validation"
@@ -204,6 +207,9 @@ class Distillation(_Section):
     """Weight of the distillation loss; the cross-entropy with the labels has one minus this weight."""
     temperature: PositiveFloat = 2.0
     """Divisor of the logits of both networks before the softmax."""
+    stages: NonNegativeFloat = 0.0
+    """Weight, within the distillation loss, of the differences between the outputs of the stages: of each stage the
+    mean squared difference over the variance."""
 
 
 class Training(_Section):
@@ -329,6 +335,10 @@ class Finalize(Training):
     torchvision's MobileNets."""
     distillation: Distillation | None = None
     """Distillation from the original network; without it, labels alone are used."""
+    parameters: Literal["all", "gains and biases"] = "all"
+    """What is trained: all parameters, or those with one value per channel, of which few images can teach."""
+    fixed_statistics: bool = False
+    """Whether batch-norms keep the statistics that they have, and nothing is dropped out, as in evaluations."""
 
 
 class Eval(_Section):
@@ -366,6 +376,17 @@ class Recipe(_Section):
     @classmethod
     def _omit_empty_phase(cls, phase: Pretrain | None) -> Pretrain | None:
         return phase if phase and phase.epochs.amount else None
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        if self.data.labels:
+            return self
+        if self.pretrain:
+            raise ValueError("pretrain needs labels, and data.labels is false; leave it out")
+        for name, phase in (("one_shot", self.one_shot), ("finalize", self.finalize)):
+            if phase.epochs.amount and not (phase.distillation and phase.distillation.weight == 1):
+                raise ValueError(f"without labels the original is the only teacher; set {name}.distillation.weight: 1")
+        return self
 
     _document: "RecipeFile | None" = PrivateAttr(default=None)
 

@@ -3,6 +3,8 @@
 The z- and u-step stand at the start of a round; the training steps that follow are the W-step.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -32,12 +34,14 @@ class Rounds:
     Attributes:
         lagrangian: The low-rank copies of the weights, and the dual variables.
         schedule: All rounds, in order.
+        metrics: The metric of each site, as last measured; empty before, and where ranks depend on the weights alone.
     """
 
     def __init__(self, session: Session, settings: OneShot, problem: Problem, model: nn.Module) -> None:
         self.session, self.settings, self.problem, self.model = session, settings, problem, model
         self.schedule = settings.rounds(session.steps_per_epoch)
         self.lagrangian = Lagrangian(problem.constraints(model), rho=settings.rho[0])
+        self.metrics: dict[str, Metric] = {}
 
     def begin_if_due(self, step: int) -> bool:
         """Choose ranks, update z and u and set rho if a round begins at this step; return whether one does."""
@@ -53,16 +57,19 @@ class Rounds:
 
     @torch.no_grad()
     def end(self, step: int) -> None:
-        """Choose the final ranks after the last step, and truncate the weights to exactly these ranks."""
+        """Choose the final ranks after the last step, and truncate trained weights to exactly these ranks."""
         self.lagrangian.reset_duals_()
         self._project(1.0)
         self._log(step, len(self.schedule), self.lagrangian.residuals())
+        if not step:  # the weights are the original's, which `factorize` approximates in the metrics
+            return
         for name, constraint in self.lagrangian.constraints.items():
             constraint.weight.copy_(self.lagrangian.z[name])
 
     def _project(self, reduction: float) -> None:
         try:
-            self.lagrangian.project_(self.problem.capacity_at(reduction), self._metrics())
+            self.metrics = self._metrics()
+            self.lagrangian.project_(self.problem.capacity_at(reduction), self.metrics)
         except (torch.linalg.LinAlgError, CalibrationError) as error:  # type: ignore[attr-defined]
             raise TrainingError(
                 "the weights cannot be decomposed, most likely as they are no longer finite. "
@@ -71,12 +78,14 @@ class Rounds:
 
     def _metrics(self) -> dict[str, Metric]:
         """Return the metric of each site, measured on training images; none where the recipe has no such images."""
-        count = self.settings.calibration_images
-        if not count:
+        if not self.settings.calibration_images:
             return {}
-        images = first_images(self.session.data, count, self.session.accelerator)
-        batches = (Inputs((self.session.to_device(batch),)) for batch in torch.split(images, _BATCH))
-        return statistics(self.model, list(self.problem.sites.values()), batches)
+        return statistics(self.model, list(self.problem.sites.values()), self.calibration_batches())
+
+    def calibration_batches(self) -> Iterator[Inputs]:
+        """Yield the training images on which the recipe measures metrics, as arguments of the network."""
+        images = first_images(self.session.data, self.settings.calibration_images, self.session.accelerator)
+        return (Inputs((self.session.to_device(batch),)) for batch in torch.split(images, _BATCH))
 
     def _log(self, step: int, index: int, residuals: Residuals) -> None:
         flops = self.problem.total_flops(self.lagrangian.flops)

@@ -35,8 +35,17 @@ def run(
     Source: M. Yin et al., "BATUDE: Budget-Aware Neural Network Compression Based on Tucker Decomposition", AAAI 2022,
         https://doi.org/10.1609/aaai.v36i8.20869.
     """
-    if find_spec("accelerate") is None:
-        raise TrainingError("training needs accelerate: pip install accelerate tensorboard")
+    check_accelerate()
     from batude_fx.training.loop import train
 
     return train(recipe, folder, resume=resume, data=data)
+
+
+def check_accelerate() -> None:
+    """Refuse to train without accelerate.
+
+    Raises:
+        TrainingError: When it is not installed.
+    """
+    if find_spec("accelerate") is None:
+        raise TrainingError("training needs accelerate: pip install accelerate tensorboard")

@@ -11,13 +11,14 @@ from typing import Any, Self, cast, get_args
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from batude_fx.errors import SavedModelError, TrainingError, last_line
 from batude_fx.graph.provenance import attached_record
+from batude_fx.quality.comparison import QualityMeter
 from batude_fx.report.record import Record
 from batude_fx.saving.config import TRAINED_NETWORK
 from batude_fx.saving.saved_folder import save
@@ -47,6 +48,7 @@ class Session:
         recipe: The recipe.
         folder: The folder that everything is written to; None writes nothing.
         resume: Whether to continue from the folder's checkpoint.
+        prints: Whether evaluations and rounds are printed; a progress bar is shown in any case.
 
     Raises:
         TrainingError: When the folder holds something else, nothing to resume, or a run of another process.
@@ -55,6 +57,7 @@ class Session:
         accelerator: Devices, precision and processes.
         data: The images; set by `start`, once the network is known.
         classes: Number of classes.
+        meter: What measures how close networks are to the original; set by the caller where there are no labels.
         rounds: One record per round of BC-ADL.
         log: All records: evaluations and rounds.
         results: Results that a resumed run must not compute again, by name.
@@ -63,18 +66,21 @@ class Session:
     """
 
     data: Data
-    classes: int
+    classes: int = 0
+    meter: QualityMeter
 
-    def __init__(self, recipe: Recipe, folder: Path | None, *, resume: bool) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: Recipe, folder: Path | None, *, resume: bool, prints: bool = True) -> None:
+        self.recipe, self.folder, self.prints = recipe, folder, prints
         self.results: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
         self.log: list[dict[str, Any]] = []
         self.resumed: Checkpoint | None = None
         self.interruption = Interruption()
-        self.accelerator = _accelerator(recipe, folder)
         self._resumes = resume
-        self._stack = ExitStack()
+        with ExitStack() as stack:
+            stack.enter_context(_own_accelerate_state())
+            self.accelerator = _accelerator(recipe, folder)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         """Check the folder, lock it if its run is resumed, and note signals from now on."""
@@ -368,8 +374,22 @@ def _cannot_write(folder: Path, error: OSError) -> TrainingError:
     return TrainingError(f"{folder} cannot be written: {error.strerror}. Choose another folder.")
 
 
+@contextmanager
+def _own_accelerate_state() -> Iterator[None]:
+    """Give accelerate a fresh state, as it has one for the whole process, and restore that of the caller afterwards."""
+    classes = AcceleratorState, GradientState
+    before = [dict(state._shared_state) for state in classes]  # noqa: SLF001 - there is no public access to it
+    for state in classes:
+        state._reset_state()  # noqa: SLF001 - accelerate refuses a second run with another precision
+    try:
+        yield
+    finally:
+        for state, values in zip(classes, before, strict=True):
+            state._shared_state.clear()  # noqa: SLF001
+            state._shared_state.update(values)  # noqa: SLF001
+
+
 def _accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
-    AcceleratorState._reset_state()  # noqa: SLF001 - accelerate refuses a second run with another precision
     has_tracker = folder is not None and find_spec("tensorboard") is not None
     try:
         accelerator = Accelerator(

@@ -31,13 +31,16 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
 def result_table(folder: str, result: "Result") -> Table:
     """Return a table of the original and the compressed network."""
     table = new_table("", "original", "compressed", "", title=folder)
-    add_row(table, "accuracy", f"{result.original_accuracy:.2%}", f"{result.accuracy:.2%}", "")
+    if result.accuracy is not None:
+        add_row(table, "accuracy", f"{result.original_accuracy:.2%}", f"{result.accuracy:.2%}", "")
     for name, before, after in (
         ("flops", result.dense_flops, result.flops), ("parameters", result.dense_params, result.params)
     ):  # fmt: skip
         add_row(table, name, human(before).strip(), human(after).strip(), f"{percent(after, before)} remain")
+    quality = f"The network {result.quality}. " if result.quality else ""
     table.caption = (
-        f"{len(result.ranks)} sites in Tucker form after {len(result.rounds)} rounds. The folder contains model/ for "
-        "batude_fx.load with its report.html, ranks.png, result.json, log.jsonl, recipe.yaml, original.safetensors."
+        f"{quality}{len(result.ranks)} sites in Tucker form after {len(result.rounds)} rounds. The folder contains "
+        "model/ for batude_fx.load with its report.html, ranks.png, result.json, log.jsonl, recipe.yaml and "
+        "original.safetensors."
     )
     return table

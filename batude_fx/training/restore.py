@@ -1,0 +1,126 @@
+"""Restore a compressed network without labels: its original teaches it, on the images that it was calibrated with.
+
+A few hundred images would be learned by heart: a network of millions of parameters agrees with its teacher on them
+after a hundred steps, and less than before on any other. So only gains and biases move, one of each per channel, the
+images are seen in random crops, and of all evaluations on the images held back the closest network is kept, which may
+be the one that it started from.
+
+Source of the training: see `teacher`. Of scales and shifts alone as what is trained: J. Frankle, D. Schwab, A. Morcos,
+"Training BatchNorm and Only BatchNorm", ICLR 2021, https://arxiv.org/abs/2003.00152.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
+
+from batude_fx.budget.budget import Budget
+from batude_fx.graph.flops import count_flops
+from batude_fx.quality.comparison import QualityMeter
+from batude_fx.quality.quality import Quality, Restoration
+from batude_fx.support.inputs import Inputs
+from batude_fx.support.model_state import random_states_kept
+from batude_fx.support.user_warning import warn_user
+from batude_fx.training.data import Batch, Data, seeded
+from batude_fx.training.duration import Duration
+from batude_fx.training.phase import run_phase
+from batude_fx.training.recipe import DataSection, Distillation, Eval, Finalize, ModelSection, OneShot, Recipe
+from batude_fx.training.session import Session
+from batude_fx.training.teacher import Teacher
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+_BATCH = 16
+_FEWEST_STEPS, _MOST_STEPS = 150, 1000
+_TOTAL_FLOPS = 1e13  # of the teacher in all steps: small networks get more steps, and large ones do not take hours
+_EVALUATIONS = 10
+_SCALE = (0.5, 1.0)  # area of a random crop
+_DISTILLATION = Distillation(weight=1.0, temperature=1.0, stages=1.0)
+
+
+def restore(
+    original: nn.Module, small: ModelT, images: Sequence[Tensor], inputs: Inputs, held_back: Sequence[Inputs],
+    before: Quality,
+) -> tuple[ModelT, Restoration]:  # fmt: skip
+    """Teach a compressed network by its original.
+
+    Args:
+        original: The network that was compressed; it is left as it is.
+        small: The compressed network, which is trained in place.
+        images: What it is taught with, without a batch axis.
+        inputs: The example input, which is one tensor; images are cropped to its size.
+        held_back: Arguments of runs on which the networks are compared; no image of these may be in `images`.
+        before: How close the compressed network is to its original on these.
+
+    Returns:
+        The network, in eval mode on the device that it was on, and how it was restored.
+
+    Raises:
+        TrainingError: When a step fails, or the loss is not finite.
+
+    Warns:
+        UserWarning: When it was interrupted; what is returned is the best network so far.
+    """
+    device = next(small.parameters()).device
+    recipe = _recipe(original, len(images), count_flops(original, inputs))
+    devices = {parameter.device.index or 0 for parameter in small.parameters() if parameter.is_cuda}
+    with (
+        random_states_kept(devices), seeded(recipe.seed), torch.enable_grad(),
+        Session(recipe, None, resume=False, prints=False) as session,
+    ):  # fmt: skip
+        target = session.accelerator.device
+        teacher = Teacher(original, inputs, _DISTILLATION, classifies=before.agreement is not None)
+        teacher.network.to(target)
+        compared = [batch.map(lambda tensor: tensor.to(target)) for batch in held_back]
+        session.meter = QualityMeter(teacher.network, compared, synthetic=before.synthetic)
+        session.start(_views(images, inputs, recipe))
+        run_phase(session, "finalize", recipe.finalize, small, teacher)
+        done = session.log[-1]["step"]
+        best = min(session.log, key=lambda record: record["distance"] or float("inf"))
+        if session.interruption.received:
+            warn_user(f"restoring was stopped after step {done}; the network is the best of those until then.")
+    small.to(device).eval()
+    return small, Restoration(before=before, images=len(images), synthetic=0, steps=done, kept=best["step"])
+
+
+def _recipe(original: nn.Module, images: int, flops: int) -> Recipe:
+    """Return the settings, as a recipe that names neither the network nor the images."""
+    batch = min(_BATCH, images)
+    steps = int(min(max(_TOTAL_FLOPS / (flops * batch), _FEWEST_STEPS), _MOST_STEPS))
+    every = Duration(max(1, steps // _EVALUATIONS), "steps")
+    return Recipe(
+        model=ModelSection(name=type(original).__name__),
+        data=DataSection(labels=False, batch_size=batch, scale=_SCALE),
+        budget=Budget(flops=0.5),
+        one_shot=OneShot(epochs=0),
+        finalize=Finalize(
+            epochs=Duration(steps, "steps"), optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=Duration(5, "%"),
+            distillation=_DISTILLATION, parameters="gains and biases",
+            fixed_statistics=True,
+        ),
+        eval=Eval(interval=every, checkpoint=every),
+    )  # fmt: skip
+
+
+def _views(images: Sequence[Tensor], inputs: Inputs, recipe: Recipe) -> Data:
+    """Return random crops of images, or other tensors as they are, in batches; every process gets the same."""
+    section, example = recipe.data, inputs.image
+    crop = Compose([
+        RandomResizedCrop(example.shape[2:], scale=section.scale, ratio=section.ratio, antialias=True),
+        RandomHorizontalFlip(section.hflip),
+    ]) if example is not None else None  # fmt: skip
+
+    def view(epoch: int, index: int) -> Tensor:
+        with seeded(recipe.seed, epoch, index):
+            return crop(images[index]) if crop else images[index]
+
+    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+        with seeded(recipe.seed, epoch):
+            order = torch.randperm(len(images)).tolist()
+        count = section.batch_size
+        for start in range(skip * count, len(images) - count + 1, count):
+            batch = torch.stack([view(epoch, index) for index in order[start : start + count]])
+            yield batch, torch.zeros(count, dtype=torch.long)
+
+    return Data(train=batches, evaluation=lambda: iter(()), batches=len(images) // section.batch_size)
