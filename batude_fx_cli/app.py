@@ -189,14 +189,19 @@ def compress(
     model: Model, output: Annotated[Path, typer.Option(help="Folder for the network.")], budget: BudgetOption = None,
     params: Params = None, latency: Latency = None, agreement: Agreement = None,
     calibration: Calibration = "synthetic", images: Count = 256,
+    restore: Annotated[bool, typer.Option(
+        "--restore", help="Let the original then teach the network on the images of --calibration, for minutes. "
+        "Ctrl-C ends it with the best network so far.",
+    )] = False,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Compress a network to a budget and save it in a folder.
 
-    Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --output small/
+    Example: batude-fx compress resnet50 --budget 0.5 --calibration photos/ --restore --output small/
     """
     import batude_fx
+    from batude_fx.compression.checks import check_restorable
     from batude_fx.compression.plan import plan_table
     from batude_fx.saving.saved_folder import check_folder
     from batude_fx.support.numbers import human
@@ -204,10 +209,12 @@ def compress(
 
     limits = parse_limits(budget, params, latency, agreement)  # before weights are downloaded
     source = calibration_source(calibration, images)
+    if restore:
+        check_restorable(source)
     check_folder(output)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to)
-    small, plan = plan.build(network)
+    small, plan = plan.build(network, restore=restore)
     batude_fx.save(small, output)
     show(plan_table(plan), {**_plan_facts(plan), "output": str(output)}, as_json)
     if not as_json:
@@ -395,6 +402,7 @@ def _plan_facts(plan: "Plan") -> dict[str, Any]:
         "dense_seconds": plan.dense_seconds, "seconds": plan.seconds, "round_to": plan.round_to,
         "quality": plan.quality.model_dump() if plan.quality else None,
         "search": plan.search.model_dump() if plan.search else None,
+        "restoration": plan.restoration.model_dump() if plan.restoration else None,
         "ranks": {name: asdict(ranks) for name, ranks in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason},
     }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import nn
 
 import batude_fx
 from batude_fx import BatudeError, Budget, BudgetError, Plan, UnsupportedError
-from batude_fx.compression.planning import choose
+from batude_fx.compression.planning import Options, choose
 from batude_fx.errors import first_line
 from batude_fx.evaluation.image_folder import batches, image_paths
 from batude_fx.graph.example_inputs import example_inputs, image_of_size, remember_input_size_
@@ -99,7 +99,7 @@ def make_plan(
     exclude: list[str] | None, round_to: Any,  # noqa: ANN401 - a number or "auto"
 ) -> Plan:  # fmt: skip
     """Choose ranks with the options of the command line; nothing is built yet."""
-    return choose(
-        network, budget, calibration=source(network), layers=layers, include=include or (), exclude=exclude or (),
-        round_to=round_to,
-    )  # fmt: skip
+    options = Options(
+        calibration=source(network), layers=layers, include=include or (), exclude=exclude or (), round_to=round_to
+    )
+    return choose(network, budget, options)

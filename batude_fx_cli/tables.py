@@ -31,7 +31,8 @@ def saved_table(folder: object, facts: dict[str, Any], record: Record | None = N
 def _quality_text(record: Record | None) -> str:
     """Return what is known of the quality of a saved network, as a part of its caption."""
     if record and record.quality:
-        return f" The network {record.quality}."
+        restored = f" It {record.restoration}." if record.restoration else ""
+        return f" The network {record.quality}.{restored}"
     if record and record.training and record.training.accuracy is not None:
         original = record.training.original_accuracy
         return f" Accuracy after training: {record.training.accuracy:.2%} (original {original:.2%})."

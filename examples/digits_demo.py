@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import timm
 import torch
@@ -82,7 +83,7 @@ def main(folder: Path) -> int:
 def compress_in_three_ways(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     """Return the trained network at 1 / 2.5 of its flops; labels are not used."""
     shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    calibrations: dict[str, Tensor | str | None] = {
+    calibrations: dict[str, Tensor | Literal["synthetic"] | None] = {
         "weights only": None,
         "synthetic": "synthetic",
         "calibrated": shuffled[:CALIBRATION_IMAGES],

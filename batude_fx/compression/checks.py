@@ -12,6 +12,7 @@ from batude_fx.graph.site_table import Sites
 from batude_fx.graph.surgery import refuse_wrappers
 from batude_fx.support.inputs import Inputs
 from batude_fx.support.user_warning import warn_user
+from batude_fx.training.run import check_accelerate
 
 _BYTES_OF_FLOAT32 = 4
 
@@ -117,3 +118,18 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
     if not parameter.isfinite().all():
         raise UnsupportedError(f"{name} holds NaN or infinite values; load other weights.")
+
+
+def check_restorable(calibration: object) -> None:
+    """Refuse to restore without images, or without accelerate, before anything is computed.
+
+    Raises:
+        CalibrationError: When there are no images.
+        TrainingError: When accelerate is not installed.
+    """
+    if calibration is None:
+        raise CalibrationError(
+            "a network is restored with images, and calibration=None gives none. Pass unlabelled images, or "
+            'calibration="synthetic".'
+        )
+    check_accelerate()

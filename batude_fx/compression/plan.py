@@ -9,8 +9,8 @@ from torch import nn
 from batude_fx.budget.budget import Budget
 from batude_fx.budget.cost_limits import CostLimits
 from batude_fx.calibration.moment_matching import match_moments_
-from batude_fx.compression.calibrate import Measurements
-from batude_fx.compression.checks import check_model
+from batude_fx.compression.calibrate import Measurements, images_to_teach
+from batude_fx.compression.checks import check_model, check_restorable
 from batude_fx.compression.rank_search import SiteCandidate, choose_ranks
 from batude_fx.compression.sensitivity import Sensitivity, measure_sensitivity
 from batude_fx.errors import BudgetError, CalibrationError, QualityWarning, SelectionError
@@ -30,7 +30,6 @@ from batude_fx.support.progress import track
 from batude_fx.support.tables import as_text, set_caption
 from batude_fx.support.user_warning import warn_user
 from batude_fx.support.versions import library_versions
-from batude_fx.training.run import check_accelerate
 from batude_fx.tucker.modules import TuckerModule
 from batude_fx.tucker.ranks import Ranks
 
@@ -252,11 +251,7 @@ class Plan:
             CalibrationError: As `apply`.
             TrainingError: As `apply`.
         """
-        if self.calibration == "weights only":
-            raise CalibrationError(
-                "a network is restored with images, and this plan was made with calibration=None. Pass unlabelled "
-                'images, or calibration="synthetic".'
-            )
+        check_restorable(None if self.calibration == "weights only" else "synthetic")
         if not self.has_held_back:
             raise CalibrationError(
                 "fewer than 40 images were given, too few to hold some back and to see whether restoring helps; give "
@@ -264,17 +259,17 @@ class Plan:
             )
         if self._inputs.only_tensor is None:
             raise CalibrationError(f"{self.model_name} takes more than one tensor; such networks cannot be restored.")
-        check_accelerate()
 
     def _restored(self, model: nn.Module, small: ModelT) -> "tuple[ModelT, Plan]":
         """Return the network after its original has taught it, and the plan that says so."""
         from batude_fx.training.restore import restore  # accelerate takes a while to import
 
-        before = self.quality_meter(model).measure(small)
+        meter = self.quality_meter(model)
+        before = meter.measure(small)
         if before is None or before.distance is None:
             raise CalibrationError(f"the outputs of {self.model_name} cannot be compared, so it cannot be restored.")
-        measured = self._measurements
-        small, restoration = restore(model, small, measured.seen, self._inputs, measured.held_back, before)
+        images = images_to_teach(model, self._measurements, self._inputs)
+        small, restoration = restore(model, small, images, self._inputs, meter, before)
         return small, replace(self, restoration=restoration, quality=None)
 
     def _with_quality(self, model: nn.Module, small: nn.Module) -> "Plan":

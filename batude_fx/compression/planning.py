@@ -1,8 +1,9 @@
 """The two verbs: `plan` decides the ranks under a budget, `compress` also builds the compressed network."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from batude_fx.compression.checks import (
     check_example,
     check_model,
     check_options,
+    check_restorable,
     warn_of_tucker_modules,
     with_dtype_hint,
 )
@@ -27,8 +29,8 @@ from batude_fx.errors import BudgetError, DiscoveryError
 from batude_fx.graph.discovery import discover
 from batude_fx.graph.flops import count_costs
 from batude_fx.graph.provenance import checksum
-from batude_fx.graph.site_table import dense_notes
-from batude_fx.support.inputs import ExampleInputs
+from batude_fx.graph.site_table import Sites, dense_notes
+from batude_fx.support.inputs import ExampleInputs, Inputs
 from batude_fx.tucker.ranks import Ranks
 
 
@@ -88,80 +90,109 @@ def plan(  # noqa: PLR0913 - each one is a question that a user of compress asks
     Source: ranks by a multiple-choice knapsack, H. Kellerer et al., "Knapsack Problems", 2004, chapter 11; losses by
         R. Grosse, J. Martens, ICML 2016, https://arxiv.org/abs/1602.01407; flops as fvcore's `FlopCountAnalysis`.
     """
-    return choose(
-        model, budget, example_inputs=example_inputs, calibration=calibration, layers=layers, include=include,
-        exclude=exclude, round_to=round_to, ranks=ranks, evaluate=evaluate,
-    ).measured(model)  # fmt: skip
+    options = Options(
+        example_inputs=example_inputs, calibration=calibration, layers=layers, include=include, exclude=exclude,
+        round_to=round_to, ranks=ranks, evaluate=evaluate,
+    )  # fmt: skip
+    return choose(model, Budget.parse(budget), options).measured(model)
 
 
-def compress(model: ModelT, budget: Budget | float | str, *, restore: bool = False, **options: Any) -> ModelT:  # noqa: ANN401 - those of plan
-    """Compress a model to a budget: `plan(model, budget, **options).apply(model, restore=restore)`.
-
-    Args:
-        model: Any module; it is bit-identical afterwards, also when an error is raised.
-        budget: As for `plan`.
-        restore: Whether the model then teaches the compressed one on the calibration images, for minutes; see
-            `Plan.apply`.
-        **options: As for `plan`: `example_inputs`, `calibration`, `layers`, `include`, `exclude`, `round_to`, `ranks`,
-            `evaluate`.
-
-    Returns:
-        A new module of the model's own class, its convolutions replaced by Tucker-2 modules.
-
-    Raises:
-        BatudeError: As `plan`.
-
-    Warns:
-        UserWarning: As `plan`.
-
-    Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
-    """
-    return choose(model, budget, **options).apply(model, restore=restore)
-
-
-def choose(  # noqa: PLR0913 - those of plan
-    model: nn.Module,
+def compress(  # noqa: PLR0913 - those of plan, as editors complete them
+    model: ModelT,
     budget: Budget | float | str,
     *,
     example_inputs: ExampleInputs | None = None,
     calibration: Calibration = "synthetic",
+    restore: bool = False,
     layers: str = "conv",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     round_to: int | Literal["auto"] = 8,
     ranks: Mapping[str, Ranks | None] | None = None,
     evaluate: Evaluate | None = None,
-) -> Plan:
-    """Decide the ranks as `plan` does, whose arguments and errors these are, without building a network to measure."""
-    budget = Budget.parse(budget)
-    check_options(round_to, calibration)
-    check_evaluate(budget, evaluate)
+) -> ModelT:
+    """Compress a model to a budget: `plan(model, budget, ...).apply(model)`.
+
+    Args:
+        model: Any module; it is bit-identical afterwards, also when an error is raised.
+        budget: The fraction of flops that remains (0.5), a factor ("2.5x"), a percentage ("40%"), an absolute count
+            ("0.9GFLOPs"), or a `Budget` with several limits.
+        example_inputs: Arguments of one run, for a model that is of neither timm nor torchvision.
+        calibration: Unlabelled images, normalized as for evaluation: a tensor (N, C, H, W), an iterable of batches or
+            a DataLoader. "synthetic" generates images; None uses the weights alone.
+        restore: Whether the model then teaches the compressed one on these images, for minutes; it needs accelerate.
+        layers: "conv", or "conv+linear" to replace linear layers too.
+        include: Globs over qualified names; only sites that match one are replaced.
+        exclude: Globs; sites that match one stay dense.
+        round_to: Ranks are multiples of this; "auto" measures which multiple suits this machine.
+        ranks: Site name to ranks that are fixed beforehand; None keeps a site dense.
+        evaluate: A function from a network to its score, for a budget with a `score` or a `max_drop`.
+
+    Returns:
+        A new module of the model's own class, its convolutions replaced by Tucker-2 modules.
+
+    Raises:
+        BatudeError: As `plan`, which says more of each argument, and as `Plan.apply`.
+
+    Warns:
+        UserWarning: As `plan` and `Plan.apply`.
+
+    Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
+    """
+    if restore:
+        check_restorable(calibration)
+    options = Options(
+        example_inputs=example_inputs, calibration=calibration, layers=layers, include=include, exclude=exclude,
+        round_to=round_to, ranks=ranks, evaluate=evaluate,
+    )  # fmt: skip
+    return choose(model, Budget.parse(budget), options).apply(model, restore=restore)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments that `plan` and `compress` share; `plan` says what they are."""
+
+    example_inputs: ExampleInputs | None = None
+    calibration: Calibration
+    layers: str
+    include: str | Iterable[str]
+    exclude: str | Iterable[str]
+    round_to: int | Literal["auto"]
+    ranks: Mapping[str, Ranks | None] | None = None
+    evaluate: Evaluate | None = None
+
+
+def choose(model: nn.Module, budget: Budget, options: Options) -> Plan:
+    """Decide the ranks as `plan` does, whose errors these are, without building a network to measure."""
+    check_options(options.round_to, options.calibration)
+    check_evaluate(budget, options.evaluate)
     check_model(model)
-    inputs, calibration = match_example(model, example_inputs, calibration)
+    inputs, calibration = match_example(model, options.example_inputs, options.calibration)
     check_example(inputs)
+    discover_sites = partial(_discover, model, inputs, options)
     try:
-        sites = discover(model, inputs, layers=layers, include=include, exclude=exclude)
+        sites = discover_sites(options.layers)
     except DiscoveryError as error:
         raise with_dtype_hint(error, model, inputs) from error
     replaceable, adds_bias = sites.replaceable(), calibration is not None
 
     timer = None
-    if round_to == "auto" or budget.latency is not None:
+    if options.round_to == "auto" or budget.latency is not None:
         check_constant_sizes(sites, model)
         timer = LayerTimer(model, replaceable, inputs, adds_bias=adds_bias)
     dense = count_costs(model, inputs)
     space_for = partial(
-        make_search_space, budget=budget.without_latency(), dense=dense, ranks=ranks or {}, adds_bias=adds_bias,
+        make_search_space, budget=budget.without_latency(), dense=dense, ranks=options.ranks or {}, adds_bias=adds_bias,
         notes=dense_notes(sites),
     )  # fmt: skip
     # A budget out of reach is refused before calibration. Of the images only the first batch was read, for its size.
     try:
-        space = _find_space(partial(space_for, replaceable), budget, timer, round_to)
+        space = _find_space(partial(space_for, replaceable), budget, timer, options.round_to)
     except BudgetError as error:
-        if timer or layers != "conv":
+        if timer or options.layers != "conv":
             raise
-        wider = discover(model, inputs, layers="conv+linear", include=include, exclude=exclude).replaceable()
-        raise _with_linear_hint(error, lambda: space_for(wider, int(round_to))) from None
+        wider = discover_sites("conv+linear").replaceable()
+        raise _with_linear_hint(error, lambda: space_for(wider, int(options.round_to))) from None
     warn_of_tucker_modules(sites)
 
     measurements = measure(model, list(replaceable.values()), calibration, inputs, agreement=budget.least_agreement)
@@ -190,7 +221,11 @@ def choose(  # noqa: PLR0913 - those of plan
         _measurements=measurements,
         _inputs=inputs,
     )
-    return find_smallest(planned, model, evaluate) if budget.asks_for_quality else planned
+    return find_smallest(planned, model, options.evaluate) if budget.asks_for_quality else planned
+
+
+def _discover(model: nn.Module, inputs: Inputs, options: Options, layers: str) -> Sites:
+    return discover(model, inputs, layers=layers, include=options.include, exclude=options.exclude)
 
 
 def _find_space(

@@ -196,15 +196,13 @@ class Restoration(_Frozen):
 
     Attributes:
         before: How close it was to its original before.
-        images: Number of images that it was taught with.
-        synthetic: How many of these were generated.
+        images: Number of images that it was taught with, generated ones included.
         steps: Number of steps that were done.
         kept: Number of steps after which it was as it is now; 0 if no step brought it closer to its original.
     """
 
     before: Quality
     images: Annotated[Count, Field(ge=1)]
-    synthetic: Count
     steps: Count
     kept: Count
 
@@ -212,11 +210,7 @@ class Restoration(_Frozen):
         """Return a sentence that begins with the network, without a full stop."""
         if not self.kept:
             return f"could not be brought closer to its original by {self.steps} steps, so it stays as it was"
-        generated = f", {self.synthetic} of them generated" if self.synthetic else ""
-        return (
-            f"was restored in {self.kept} of {self.steps} steps with {self.images} images{generated}; before, it "
-            f"{self.before.short}"
-        )
+        return f"was restored in {self.kept} of {self.steps} steps; before, it {self.before.short}"
 
 
 class Trial(_Frozen):

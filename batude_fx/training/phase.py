@@ -67,9 +67,9 @@ def run_phase(
             loss = trainer.step(step, batches)
             bar.advance()
             is_stopped = session.is_interrupted(bar.done)
+            if trainer.has_to_end(bar.done, loss, is_stopped=is_stopped):
+                break
             _evaluate_and_save(trainer, bar, step_count, loss, is_stopped=is_stopped)
-            if is_stopped and trainer.closest and session.folder is None:
-                break  # nothing could be resumed, and a network is at hand
             if is_stopped:
                 reason = f"interrupted after step {bar.done} of {phase}; {session.way_to_resume}."
                 raise TrainingError(reason) from KeyboardInterrupt()  # from which the command line knows its exit code
@@ -271,6 +271,20 @@ class _Trainer:
                 "switch further outputs off, such as by --set model.args.aux_logits=false."
             )
         return outputs.float()
+
+    def has_to_end(self, done: int, loss: Tensor, *, is_stopped: bool) -> bool:
+        """Return whether training ends here with the closest network, as there is one and nothing could be resumed.
+
+        Args:
+            done: Number of steps that are done.
+            loss: That of the last step; after one that is not finite, no step would be better.
+            is_stopped: Whether the run was interrupted.
+        """
+        if self.closest is None or self.session.folder is not None:
+            return False
+        if is_stopped and loss.isfinite():
+            self.evaluate(done, loss)
+        return is_stopped or not loss.isfinite()
 
     def check_loss(self, done: int, loss: Tensor) -> None:
         """Refuse to continue with a loss that is not finite.

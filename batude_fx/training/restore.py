@@ -10,6 +10,7 @@ Source of the training: see `teacher`. Of scales and shifts alone as what is tra
 """
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -40,9 +41,8 @@ _DISTILLATION = Distillation(weight=1.0, temperature=1.0, stages=1.0)
 
 
 def restore(
-    original: nn.Module, small: ModelT, images: Sequence[Tensor], inputs: Inputs, held_back: Sequence[Inputs],
-    before: Quality,
-) -> tuple[ModelT, Restoration]:  # fmt: skip
+    original: nn.Module, small: ModelT, images: Sequence[Tensor], inputs: Inputs, meter: QualityMeter, before: Quality
+) -> tuple[ModelT, Restoration]:
     """Teach a compressed network by its original.
 
     Args:
@@ -50,7 +50,7 @@ def restore(
         small: The compressed network, which is trained in place.
         images: What it is taught with, without a batch axis.
         inputs: The example input, which is one tensor; images are cropped to its size.
-        held_back: Arguments of runs on which the networks are compared; no image of these may be in `images`.
+        meter: Compares the networks, on images of which none may be in `images`.
         before: How close the compressed network is to its original on these.
 
     Returns:
@@ -62,8 +62,8 @@ def restore(
     Warns:
         UserWarning: When it was interrupted; what is returned is the best network so far.
     """
-    device = next(small.parameters()).device
-    recipe = _recipe(original, len(images), count_flops(original, inputs))
+    device, in_order = next(small.parameters()).device, [p.is_contiguous() for p in small.parameters()]
+    recipe = _recipe(original, len(images), inputs)
     devices = {parameter.device.index or 0 for parameter in small.parameters() if parameter.is_cuda}
     with (
         random_states_kept(devices), seeded(recipe.seed), torch.enable_grad(),
@@ -72,25 +72,32 @@ def restore(
         target = session.accelerator.device
         teacher = Teacher(original, inputs, _DISTILLATION, classifies=before.agreement is not None)
         teacher.network.to(target)
-        compared = [batch.map(lambda tensor: tensor.to(target)) for batch in held_back]
+        if recipe.model.channels_last:
+            for network in (teacher.network, small):
+                network.to(memory_format=torch.channels_last)
+        compared = [batch.map(lambda tensor: tensor.to(target)) for batch in meter.batches]
         session.meter = QualityMeter(teacher.network, compared, synthetic=before.synthetic)
         session.start(_views(images, inputs, recipe))
         run_phase(session, "finalize", recipe.finalize, small, teacher)
         done = session.log[-1]["step"]
-        best = min(session.log, key=lambda record: record["distance"] or float("inf"))
+        measured = (record for record in session.log if record["distance"] is not None)
+        best = min(measured, key=itemgetter("distance"))  # the first one was measured, or nothing would be restored
         if session.interruption.received:
-            warn_user(f"restoring was stopped after step {done}; the network is the best of those until then.")
-    small.to(device).eval()
-    return small, Restoration(before=before, images=len(images), synthetic=0, steps=done, kept=best["step"])
+            steps = recipe.finalize.epochs.steps(session.steps_per_epoch)
+            warn_user(f"restoring was stopped after {done} of {steps} steps; the network is the best of those.")
+    for parameter, is_in_order in zip(small.to(device).parameters(), in_order, strict=True):
+        parameter.data = parameter.data.contiguous() if is_in_order else parameter.data
+    small.eval()
+    return small, Restoration(before=before, images=len(images), steps=done, kept=best["step"])
 
 
-def _recipe(original: nn.Module, images: int, flops: int) -> Recipe:
+def _recipe(original: nn.Module, images: int, inputs: Inputs) -> Recipe:
     """Return the settings, as a recipe that names neither the network nor the images."""
-    batch = min(_BATCH, images)
-    steps = int(min(max(_TOTAL_FLOPS / (flops * batch), _FEWEST_STEPS), _MOST_STEPS))
+    batch, flops = min(_BATCH, images), count_flops(original, inputs)
+    steps = int(min(max(_TOTAL_FLOPS / (max(1, flops) * batch), _FEWEST_STEPS), _MOST_STEPS))
     every = Duration(max(1, steps // _EVALUATIONS), "steps")
     return Recipe(
-        model=ModelSection(name=type(original).__name__),
+        model=ModelSection(name=type(original).__name__, channels_last=inputs.image is not None),
         data=DataSection(labels=False, batch_size=batch, scale=_SCALE),
         budget=Budget(flops=0.5),
         one_shot=OneShot(epochs=0),

@@ -79,7 +79,7 @@ def test_lazy_layers_and_names_of_models_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="'resnet18' is no model"):
         batude_fx.compress("resnet18", 0.5)  # type: ignore[type-var]
     with pytest.raises(SelectionError, match="give Ranks"):
-        batude_fx.compress(varied_net(), 0.5, example_inputs=EXAMPLE, ranks={"stem": (8, 8)})
+        batude_fx.compress(varied_net(), 0.5, example_inputs=EXAMPLE, ranks={"stem": (8, 8)})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(("example", "words"), [

@@ -1,0 +1,175 @@
+"""A network that is restored comes closer to its original on images that it was not taught with, or stays as it was."""
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import batude_fx
+from batude_fx import CalibrationError
+from batude_fx.graph.provenance import attached_record
+from batude_fx.training import phase, restore
+from tests.compression.common import EXAMPLE, same_bits
+from tests.toy_networks import VariedNet
+
+_STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(restore, "_FEWEST_STEPS", _STEPS)
+    monkeypatch.setattr(restore, "_MOST_STEPS", _STEPS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return VariedNet().eval()
+
+
+def _images(count: int = 80) -> Tensor:
+    return torch.randn(count, *EXAMPLE.shape[1:], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def plan() -> batude_fx.Plan:
+    """A plan for `_network`, calibrated with images."""
+    return batude_fx.plan(_network(), 0.5, example_inputs=EXAMPLE, calibration=_images(), round_to=2)
+
+
+def test_the_network_comes_closer_on_images_held_back(plan: batude_fx.Plan) -> None:
+    model, held_back = _network(), _images()[4::5]
+    before, after = plan.apply(model), plan.apply(model, restore=True)
+    with torch.no_grad():
+        target, *outputs = (network(held_back).double().log_softmax(1) for network in (model, before, after))
+    divergences = [float((target.exp() * (target - output)).sum(1).mean()) for output in outputs]
+    assert divergences[1] < 0.9 * divergences[0]
+    record = attached_record(after)
+    assert record.quality.divergence.mean == pytest.approx(divergences[1], rel=1e-3)
+    assert record.restoration.before.divergence.mean == pytest.approx(divergences[0], rel=1e-3)
+    assert 0 < record.restoration.kept <= record.restoration.steps == _STEPS
+
+
+def test_only_gains_and_biases_move(plan: batude_fx.Plan) -> None:
+    before, after = (dict(plan.apply(_network(), restore=each).named_parameters()) for each in (False, True))
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved
+    assert all(before[name].ndim == 1 for name in moved)
+    assert all(parameter.requires_grad for parameter in after.values())
+
+
+def test_the_same_call_gives_the_same_bits_and_leaves_everything_else(plan: batude_fx.Plan) -> None:
+    model, same = _network(), _network()
+    caller = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    networks = [plan.apply(model, restore=True) for _ in range(2)]
+    assert same_bits(*networks)
+    assert same_bits(model, same)
+    assert not networks[0].training
+    assert caller.gradient_accumulation_steps == 4
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert torch.equal(states[2], torch.get_rng_state())
+
+
+def test_a_network_that_no_step_improves_stays_as_it_was(plan: batude_fx.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = phase._Trainer.step
+
+    def harmful(self: Any, *arguments: Any) -> Tensor:
+        loss = step(self, *arguments)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.neg_()
+        return loss
+
+    monkeypatch.setattr(phase._Trainer, "step", harmful)
+    model = _network()
+    restored = plan.apply(model, restore=True)
+    assert same_bits(restored, plan.apply(model))
+    assert attached_record(restored).restoration.kept == 0
+    assert "stays as it was" in str(attached_record(restored).restoration)
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_the_best_network_so_far(
+    plan: batude_fx.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = phase._Trainer.step
+
+    def diverging(self: Any, index: int, *arguments: Any) -> Tensor:
+        loss = step(self, index, *arguments)
+        return loss * float("nan") if index == _STEPS // 2 else loss
+
+    monkeypatch.setattr(phase._Trainer, "step", diverging)
+    restoration = attached_record(plan.apply(_network(), restore=True)).restoration
+    assert 0 < restoration.kept <= restoration.steps == _STEPS // 2
+
+
+def test_an_interruption_returns_the_best_network_so_far(plan: batude_fx.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = phase._Trainer.step
+
+    def interrupted(self: Any, index: int, *arguments: Any) -> Tensor:
+        if index == _STEPS // 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, index, *arguments)
+
+    monkeypatch.setattr(phase._Trainer, "step", interrupted)
+    with pytest.warns(UserWarning, match=f"stopped after {_STEPS // 2 + 1} of {_STEPS} steps"):
+        restored = plan.apply(_network(), restore=True)
+    restoration = attached_record(restored).restoration
+    assert 0 < restoration.kept <= restoration.steps == _STEPS // 2 + 1
+
+
+def test_the_images_of_any_loader_serve() -> None:
+    model, images = _network(), _images()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.zeros(len(images))), 7)
+    options: dict[str, Any] = {"example_inputs": EXAMPLE, "round_to": 2, "restore": True}
+    networks = [
+        batude_fx.compress(model, 0.5, calibration=each, **options) for each in (images, loader, iter([images]))
+    ]
+    assert same_bits(networks[0], networks[1])
+    assert same_bits(networks[0], networks[2])
+
+
+def test_generated_images_serve_too() -> None:
+    restored = batude_fx.compress(_network(), 0.5, example_inputs=EXAMPLE, round_to=2, restore=True)
+    record = attached_record(restored)
+    assert record.quality.synthetic
+    assert record.quality.distance <= record.restoration.before.distance
+
+
+def test_other_outputs_than_classes_are_restored(tmp_path: Path) -> None:
+    class Features(nn.Module):
+        num_classes = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = _network()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"map": self.body.mix(self.body.stem(x)), "index": torch.arange(len(x))}
+
+    model = Features().eval()
+    restored = batude_fx.compress(model, 0.5, example_inputs=EXAMPLE, calibration=_images(), round_to=2, restore=True)
+    record = attached_record(restored)
+    assert record.quality.distance < record.restoration.before.distance
+    with pytest.warns(UserWarning, match="cannot be rebuilt by name"):
+        batude_fx.save(restored, tmp_path / "out")
+    assert "before, it had" in " ".join((tmp_path / "out" / "report.html").read_text(encoding="utf-8").split())
+
+
+def test_where_nothing_can_be_taught_is_said_at_once() -> None:
+    model = _network()
+    with pytest.raises(CalibrationError, match="calibration=None"):
+        batude_fx.compress(model, 0.5, example_inputs=EXAMPLE, calibration=None, restore=True)
+    with pytest.raises(CalibrationError, match="fewer than 40 images"):
+        batude_fx.compress(model, 0.5, example_inputs=EXAMPLE, calibration=_images(30), round_to=2, restore=True)
