@@ -164,22 +164,34 @@ def plan_ranks(
 def sensitivity(
     model: Model, calibration: Calibration = "synthetic", images: Count = 256,
     sites: Annotated[int, typer.Option(help="Number of sites to measure, the most expensive ones.", min=0)] = 10,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder that `compress` wrote for this network, to whose report they are added.")
+    ] = None,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Show what each layer alone costs when it is cut: as predicted, and as measured for the most expensive ones.
 
-    Example: batude-fx sensitivity resnet50 --calibration photos/
+    Example: batude-fx sensitivity resnet50 --calibration photos/ --output small/
     """
     from batude_fx import Budget
     from batude_fx.compression.sensitivity import sensitivity_table
+    from batude_fx.report import html_page
+    from batude_fx.saving.config import network_folder
     from batude_fx_cli.inputs import calibration_source, make_plan, network_by_name
 
     source = calibration_source(calibration, images)
+    if output:
+        output = network_folder(output)
+        html_page.check_report(output)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, Budget(flops=_NO_LIMIT), source, layers.value, include, exclude, round_to)
+    if output:
+        html_page.check_network(output, plan.record())
     found = plan.sensitivity(network, measured=sites)
-    facts = {"rank_correlation": found.rank_correlation, "sites": [asdict(site) for site in found.sites]}
+    if output:
+        html_page.add_sensitivity(output, found.sites)
+    facts = {"rank_correlation": found.rank_correlation, "sites": [site.model_dump() for site in found.sites]}
     show(sensitivity_table(found), facts, as_json)
 
 

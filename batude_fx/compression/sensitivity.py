@@ -4,7 +4,7 @@ It tells which layers a network depends on, and how far the predictions, by whic
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from batude_fx.budget.rank_options import FLOPS, RankOptions
 from batude_fx.compression.rank_search import SiteCandidate
 from batude_fx.graph.flops import dense_cost
 from batude_fx.quality.quality import Quality
+from batude_fx.report.record import SHARES, SiteSensitivity
 from batude_fx.support.arrays import Floats
 from batude_fx.support.numbers import human
 from batude_fx.support.progress import track
@@ -22,29 +23,7 @@ from batude_fx.tucker.ranks import Ranks
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHARES = 0.75, 0.5, 0.25
-"""Shares of the flops of a site at which its loss is predicted; it is measured at the second one."""
 _LEAST_FOR_CORRELATION = 3
-
-
-@dataclass(frozen=True)
-class SiteSensitivity:
-    """One site, cut while all others stay dense.
-
-    Attributes:
-        name: Qualified name.
-        flops: Multiply-adds of the dense site.
-        predicted: Predicted loss at each of `SHARES`; None where no ranks are so small.
-        ranks: The ranks at half of the site's flops; None where no ranks are so small.
-        measured: Mean KL divergence in nats of the network whose only cut site this is, or the mean relative error of
-            its outputs if it is no classifier; None where that was not measured.
-    """
-
-    name: str
-    flops: int
-    predicted: tuple[float | None, ...]
-    ranks: Ranks | None
-    measured: float | None
 
 
 @dataclass(frozen=True)
@@ -112,8 +91,8 @@ def measure_sensitivity(
     errors = {}
     for name in track(to_measure, "measuring sites"):
         cut = cuts[name][1]
-        if quality_with and cut:
-            errors[name] = _error(quality_with({name: cut.ranks}))
+        quality = quality_with({name: cut.ranks}) if quality_with and cut else None
+        errors[name] = quality.distance if quality else None
     return Sensitivity(
         model_name,
         tuple(
@@ -121,7 +100,7 @@ def measure_sensitivity(
                 name=name,
                 flops=dense_cost(candidates[name].site)[0],
                 predicted=tuple(cut.loss if cut else None for cut in cuts[name]),
-                ranks=half.ranks if (half := cuts[name][1]) else None,
+                ranks=astuple(half.ranks) if (half := cuts[name][1]) else None,
                 measured=errors.get(name),
             )
             for name in order
@@ -144,16 +123,6 @@ def _cut(options: RankOptions, share: float) -> _Cut | None:
         return None
     best = rows[options.losses[rows].argmin()]
     return _Cut(Ranks(*map(int, options.ranks[best])), float(options.losses[best]))
-
-
-def _error(quality: Quality | None) -> float | None:
-    """Return the divergence of a classifier, or the mean relative error of the outputs of another network."""
-    if quality is None:
-        return None
-    if quality.agreement is not None:
-        return quality.divergence.mean if quality.divergence else None
-    errors = [output.relative_error for output in quality.outputs if output.relative_error is not None]
-    return sum(errors) / len(errors) if errors else None
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> "Table":

@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from batude_fx.errors import printable
 from batude_fx.quality.quality import Search
-from batude_fx.report.record import Record, RoundRecord, SiteRecord
+from batude_fx.report.record import Record, RoundRecord, SiteRecord, SiteSensitivity
 from batude_fx.report.sweep_points import Point
 from batude_fx.support.arrays import Floats, Integers
 from batude_fx.support.atomic_files import atomic_file
@@ -47,6 +47,8 @@ def pictures(record: Record, points: Sequence[Point] = ()) -> Pictures:
     if record.training and record.training.rounds:
         figures["ranks"] = _ranks(sites, record.training.rounds)
         figures["residuals"] = _residuals(record.training.rounds)
+    if measured := [site for site in record.sensitivity if site.measured is not None and site.predicted[1] is not None]:
+        figures["sensitivity"] = _sensitivity(measured)
     if points:
         figures["sweep"] = sweep_picture(points)
     if record.search and record.search.trials:
@@ -87,6 +89,24 @@ def _search(search: Search, dense_flops: int) -> Figure:
     axes.set_xlabel("share of the flops")
     axes.set_ylabel("score" if search.target == "max_drop" else search.target)
     axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _sensitivity(sites: Sequence[SiteSensitivity]) -> Figure:
+    """Draw the predicted and the measured cost of cutting each site alone to half of its flops, each over its mean."""
+    figure, (axes,) = _figure(9, 1.2 + 2 * _ROW_HEIGHT * len(sites))
+    rows = np.arange(len(sites))
+    for label, colour, shift, values in (
+        ("predicted", _BLUE, -0.2, [site.predicted[1] or 0.0 for site in sites]),
+        ("measured", _ORANGE, 0.2, [site.measured or 0.0 for site in sites]),
+    ):
+        mean = sum(values) / len(values) or 1.0
+        axes.barh(rows + shift, [value / mean for value in values], height=0.4, color=colour, label=label)
+    names = [printable(site.name[-_LONGEST_NAME:]) for site in sites]
+    axes.set_yticks(rows, names, fontsize=7, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel("cost of cutting this site alone to half of its flops, relative to the mean of the sites shown")
     axes.legend()
     return figure
 

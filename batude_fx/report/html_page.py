@@ -15,7 +15,7 @@ from batude_fx.errors import SavedModelError, printable
 from batude_fx.graph.site_table import describe_convolution, describe_ranks
 from batude_fx.report import record as records
 from batude_fx.report import sweep_points
-from batude_fx.report.record import Record
+from batude_fx.report.record import SHARES, Record, SiteSensitivity
 from batude_fx.support.atomic_files import newest, write_text
 from batude_fx.support.numbers import human, milliseconds, percent
 
@@ -24,6 +24,7 @@ _TITLES = {
     "flops": "Flops of each convolution before and after compression",
     "spectra": "Predicted loss at each rank, and the chosen ranks",
     "sweep": "Accuracy at other budgets",
+    "sensitivity": "Layers that the network depends on: what cutting each of them alone costs",
     "search": "Networks that were tried, and the quality that was asked for",
     "ranks": "Ranks during training",
     "residuals": "Residuals of BC-ADL and flops during training",
@@ -79,6 +80,36 @@ def _same_original(a: Record, b: Record) -> bool:
     return same_weights and (a.dense_flops, a.dense_params) == (b.dense_flops, b.dense_params)
 
 
+def check_report(folder: Path) -> Record:
+    """Return the record of a network's folder; refuse a folder without one.
+
+    Raises:
+        SavedModelError: When the folder holds no report, or a broken one.
+    """
+    record = records.read(folder)
+    if record is None:
+        raise SavedModelError(f"{folder} holds no {records.FILE}; give a folder that batude-fx compress wrote.")
+    return record
+
+
+def add_sensitivity(folder: Path, sites: tuple[SiteSensitivity, ...]) -> list[Path]:
+    """Add what each site costs to the report of a network, and write its page and its pictures again.
+
+    Args:
+        folder: The folder of the network.
+        sites: One entry per site.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        SavedModelError: When the folder holds no report, or a broken one.
+    """
+    record = check_report(folder)
+    records.write(record.model_copy(update={"sensitivity": sites}), newest(folder))
+    return write_pages(folder)
+
+
 def write_pages(folder: Path) -> list[Path]:
     """Write the page again, and every picture as a PNG file.
 
@@ -120,7 +151,7 @@ def render(record: Record, points: Sequence[sweep_points.Point] = ()) -> str:
     environment.filters |= {"human": human}
     return environment.get_template(PAGE).render(
         record=record, points=points, pictures=images, titles=_TITLES, percent=percent, milliseconds=milliseconds,
-        rows=_rows(record),
+        rows=_rows(record), shares=SHARES,
         replaced=sum(site.ranks is not None for site in record.sites),
     )  # fmt: skip
 

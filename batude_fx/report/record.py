@@ -27,6 +27,8 @@ LIBRARIES = ("python", "batude_fx", "torch", "timm", "torchvision", "fvcore", "s
 """Whose versions a record names."""
 _SPECTRUM_POINTS = 64  # intervals between the ranks at which a spectrum is recorded
 _MOST_SITES, _MOST_ROUNDS = 5000, 20_000  # in a file from an unknown source, as a report shows all of them
+SHARES = 0.75, 0.5, 0.25
+"""Shares of the flops of a site at which its loss is predicted; it is measured at the second one."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 AboveZero = Annotated[int, Field(ge=1, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -134,6 +136,25 @@ class TrainingRecord(_Frozen):
         return self
 
 
+class SiteSensitivity(_Frozen):
+    """One site, cut while all others stay dense.
+
+    Attributes:
+        name: Qualified name.
+        flops: Multiply-adds of the dense site.
+        predicted: Predicted loss at each of `SHARES`; None where no ranks are so small.
+        ranks: rank_out and rank_in at half of the site's flops; None where no ranks are so small.
+        measured: Mean KL divergence in nats of the network whose only cut site this is, or the mean relative error of
+            its outputs if it is no classifier; None where that was not measured.
+    """
+
+    name: str
+    flops: Count
+    predicted: Annotated[tuple[float | None, ...], Field(min_length=len(SHARES), max_length=len(SHARES))]
+    ranks: RankPair | None
+    measured: float | None
+
+
 class Record(_Frozen):
     """How a network was compressed.
 
@@ -154,6 +175,7 @@ class Record(_Frozen):
         quality: How close its outputs are to the original's, on images held back; None if that was not measured.
         weights_measured: Checksum of the compressed network's parameters when its quality was measured.
         search: How the smallest network of a quality was found; None if none was asked for.
+        sensitivity: What each site alone costs when it is cut, the most expensive first; empty if not measured.
         restoration: How it was taught by its original; None if it was not.
         weights: Checksum of the original's parameters; None if the network was trained by a recipe.
         sites: All convolutions, in the order of their first call.
@@ -176,6 +198,7 @@ class Record(_Frozen):
     quality: Quality | None = None
     weights_measured: Count | None = None
     search: Search | None = None
+    sensitivity: Annotated[tuple[SiteSensitivity, ...], Field(max_length=_MOST_SITES)] = ()
     restoration: Restoration | None = None
     weights: Count | None = None
     sites: tuple[SiteRecord, ...]

@@ -62,7 +62,7 @@ def restore(
     Warns:
         UserWarning: When it was interrupted; what is returned is the best network so far.
     """
-    device, in_order = next(small.parameters()).device, [p.is_contiguous() for p in small.parameters()]
+    device, strides = next(small.parameters()).device, [parameter.stride() for parameter in small.parameters()]
     recipe = _recipe(original, len(images), inputs)
     devices = {parameter.device.index or 0 for parameter in small.parameters() if parameter.is_cuda}
     with (
@@ -85,8 +85,9 @@ def restore(
         if session.interruption.received:
             steps = recipe.finalize.epochs.steps(session.steps_per_epoch)
             warn_user(f"restoring was stopped after {done} of {steps} steps; the network is the best of those.")
-    for parameter, is_in_order in zip(small.to(device).parameters(), in_order, strict=True):
-        parameter.data = parameter.data.contiguous() if is_in_order else parameter.data
+    for parameter, stride in zip(small.to(device).parameters(), strides, strict=True):
+        in_order = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=device)
+        parameter.data = in_order.copy_(parameter.data)
     small.eval()
     return small, Restoration(before=before, images=len(images), steps=done, kept=best["step"])
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import batude_fx
+from batude_fx.training import restore
 from tests.cli.commands import NAME, run, run_error, run_json
 from tests.toy_networks import ConstantClassifier
 
@@ -62,6 +63,7 @@ def test_plan_decides_what_the_library_decides() -> None:
         "seconds": None,
         "quality": None,
         "search": None,
+        "restoration": None,
         "round_to": 16,
         "ranks": {name: {"rank_out": r.rank_out, "rank_in": r.rank_in} for name, r in plan.ranks.items()},
         "skipped": {site.name: site.skip_reason for site in plan.sites if site.skip_reason is not None},
@@ -146,3 +148,32 @@ def test_the_size_of_the_images_can_be_said(tmp_path: Path) -> None:
     assert run_json("info", output)["flops"] == facts["flops"] <= 0.6 * facts["dense_flops"]
     assert json.loads((output / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 64, 64]
     assert "is built for 224 x 224 pixels, not 64" in run_error("discover", "vit_tiny_patch16_224", "--input-size", 64)
+
+
+def test_sensitivity_is_added_to_the_report_of_its_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = timm.create_model(NAME, num_classes=10, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    monkeypatch.setattr(batude_fx, "create", lambda *_, **__: small)
+    out = tmp_path / "out"
+    run_json("compress", NAME, "--budget", 0.7, "--output", out)
+    facts = run_json("sensitivity", NAME, "--sites", 3, "--output", out)
+    assert [site["measured"] is None for site in facts["sites"]][:4] == [False, False, False, True]
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert 'id="sensitivity"' in report
+    assert facts["sites"][0]["name"] in report
+    assert (out / "sensitivity.png").is_file()
+    assert "another network" in run_error("sensitivity", NAME, "--output", folder)
+    assert "batude-fx compress wrote" in run_error("sensitivity", NAME, "--output", tmp_path)
+
+
+def test_restore_is_an_option_of_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = timm.create_model(NAME, num_classes=10, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    monkeypatch.setattr(batude_fx, "create", lambda *_, **__: small)
+    monkeypatch.setattr(restore, "_MOST_STEPS", 5)
+    monkeypatch.setattr(restore, "_FEWEST_STEPS", 5)
+    facts = run_json("compress", NAME, "--budget", 0.7, "--restore", "--output", tmp_path / "out")
+    assert facts["restoration"]["steps"] == 5
+    assert "5 steps" in run("info", tmp_path / "out").stdout
+    options = ("--budget", 0.7, "--restore", "--calibration", "none", "--output", tmp_path / "other")
+    assert "calibration=None gives none" in run_error("compress", NAME, *options)

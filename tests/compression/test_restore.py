@@ -66,6 +66,7 @@ def test_only_gains_and_biases_move(plan: batude_fx.Plan) -> None:
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved
     assert all(before[name].ndim == 1 for name in moved)
+    assert all(before[name].stride() == value.stride() for name, value in after.items())
     assert all(parameter.requires_grad for parameter in after.values())
 
 

@@ -9,6 +9,7 @@ from batude_fx.compression.sensitivity import Sensitivity, SiteSensitivity
 from batude_fx.graph.flops import site_cost
 from batude_fx.quality.comparison import QualityMeter
 from batude_fx.support.inputs import Inputs
+from batude_fx.tucker.ranks import Ranks
 from tests.compression.common import EXAMPLE
 
 
@@ -30,10 +31,10 @@ def test_each_site_is_cut_alone() -> None:
     assert [site.name for site in found.sites] == ["2", "4", "0"]  # the most expensive ones first
     assert [site.measured is None for site in found.sites] == [False, True, True]
     first = found.sites[0]
-    assert site_cost(sites["2"], first.ranks)[0] <= first.flops / 2
+    assert site_cost(sites["2"], Ranks(*first.ranks))[0] <= first.flops / 2
     assert first.predicted[0] < first.predicted[1] < first.predicted[2]
 
-    fixed = {"2": first.ranks, "0": None, "4": None}
+    fixed = {"2": Ranks(*first.ranks), "0": None, "4": None}
     cut = batude_fx.plan(model, "1TFLOPs", example_inputs=EXAMPLE, calibration=images, round_to=1, ranks=fixed)
     held_back = [Inputs((images[4::5],))]
     quality = QualityMeter(model, held_back, synthetic=False).measure(cut.apply(model))
@@ -48,7 +49,7 @@ def test_nothing_is_measured_without_images() -> None:
 
 
 def _site(predicted: float, measured: float | None) -> SiteSensitivity:
-    return SiteSensitivity("a", 1, (0.0, predicted, 0.0), None, measured)
+    return SiteSensitivity(name="a", flops=1, predicted=(0.0, predicted, 0.0), ranks=None, measured=measured)
 
 
 def test_the_correlation_is_spearmans() -> None:
