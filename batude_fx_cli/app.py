@@ -222,7 +222,7 @@ def compress(
     limits = parse_limits(budget, params, latency, agreement)  # before weights are downloaded
     source = calibration_source(calibration, images)
     if restore:
-        check_restorable(source)
+        check_restorable(has_images=calibration not in {"none", "synthetic"})
     check_folder(output)
     network = network_by_name(model, device, pretrained=pretrained, input_size=input_size)
     plan = make_plan(network, limits, source, layers.value, include, exclude, round_to)

@@ -27,7 +27,6 @@ _FEWEST_TO_SHOW, _MOST_TO_SHOW = 128, 1024  # images that are held back where an
 _SAMPLE = 8  # batches that moments are matched on
 _MOST_BYTES = 2**29  # of the images that are kept, to restore networks with: 890 of 224 x 224 pixels
 _SYNTHETIC_SEED = 1000  # of what is held back, far from that of the images for calibration
-_TEACHING_SEED, _TEACHING_BATCHES = 2000, 64  # of 8 generated images each
 
 
 @dataclass(frozen=True)
@@ -187,23 +186,6 @@ def measure(
         metrics = average_metrics(metrics, _measure_synthetic(model, sites, synthetic, draws=1)[0])
     held = tuple(batched(passed.held, inputs))
     return Measurements(metrics, tuple(images.sample), held_back=held, seen=tuple(seen.sample))
-
-
-def images_to_teach(model: nn.Module, measurements: Measurements, inputs: Inputs) -> list[Tensor]:
-    """Return the images that a network is restored with, without a batch axis: the user's, or many generated ones.
-
-    Args:
-        model: The model that was measured.
-        measurements: What was measured on images.
-        inputs: The example input, one tensor.
-    """
-    if measurements.seen:
-        return list(measurements.seen)
-    images: list[Tensor] = []
-    for index in track(range(_TEACHING_BATCHES), "generating images"):
-        for batch in synthetic_batches(model, inputs, seed=_TEACHING_SEED + index, batches=1):
-            images += batch.tensors()[0].unbind()
-    return images
 
 
 def _sample_size(_: Inputs) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from batude_fx.budget.budget import Budget
 from batude_fx.budget.cost_limits import CostLimits
 from batude_fx.calibration.moment_matching import match_moments_
-from batude_fx.compression.calibrate import Measurements, images_to_teach
+from batude_fx.compression.calibrate import Measurements
 from batude_fx.compression.checks import check_model, check_restorable
 from batude_fx.compression.rank_search import SiteCandidate, choose_ranks
 from batude_fx.compression.sensitivity import Sensitivity, measure_sensitivity
@@ -251,14 +251,12 @@ class Plan:
             CalibrationError: As `apply`.
             TrainingError: As `apply`.
         """
-        check_restorable(None if self.calibration == "weights only" else "synthetic")
+        check_restorable(has_images=self.calibration == "images")
         if not self.has_held_back:
             raise CalibrationError(
                 "fewer than 40 images were given, too few to hold some back and to see whether restoring helps; give "
-                'more, or calibration="synthetic".'
+                "a hundred or more."
             )
-        if self._inputs.only_tensor is None:
-            raise CalibrationError(f"{self.model_name} takes more than one tensor; such networks cannot be restored.")
 
     def _restored(self, model: nn.Module, small: ModelT) -> "tuple[ModelT, Plan]":
         """Return the network after its original has taught it, and the plan that says so."""
@@ -268,8 +266,7 @@ class Plan:
         before = meter.measure(small)
         if before is None or before.distance is None:
             raise CalibrationError(f"the outputs of {self.model_name} cannot be compared, so it cannot be restored.")
-        images = images_to_teach(model, self._measurements, self._inputs)
-        small, restoration = restore(model, small, images, self._inputs, meter, before)
+        small, restoration = restore(model, small, self._measurements.seen, self._inputs, meter, before)
         return small, replace(self, restoration=restoration, quality=None)
 
     def _with_quality(self, model: nn.Module, small: nn.Module) -> "Plan":

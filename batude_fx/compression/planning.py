@@ -140,7 +140,7 @@ def compress(  # noqa: PLR0913 - those of plan, as editors complete them
     Source: Tucker-2 of convolutions, Y.-D. Kim et al., ICLR 2016, https://arxiv.org/abs/1511.06530.
     """
     if restore:
-        check_restorable(calibration)
+        check_restorable(has_images=calibration is not None and not isinstance(calibration, str))
     options = Options(
         example_inputs=example_inputs, calibration=calibration, layers=layers, include=include, exclude=exclude,
         round_to=round_to, ranks=ranks, evaluate=evaluate,

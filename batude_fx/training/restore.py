@@ -10,6 +10,7 @@ Source of the training: see `teacher`. Of scales and shifts alone as what is tra
 """
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from operator import itemgetter
 from typing import TypeVar
 
@@ -32,9 +33,10 @@ from batude_fx.training.session import Session
 from batude_fx.training.teacher import Teacher
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_BATCH = 16
-_FEWEST_STEPS, _MOST_STEPS = 150, 1000
-_TOTAL_FLOPS = 1e13  # of the teacher in all steps: small networks get more steps, and large ones do not take hours
+_TOTAL_FLOPS = 1e13  # of the teacher on all images that training looks at: about ten minutes on two cores
+_FLOPS_PER_PIXEL = 20_000  # what an image costs beside the flops of its convolutions
+_FEWEST, _MOST = 2_400, 25_600  # images that training looks at, the same ones again and again
+_SMALLEST_BATCH, _LARGEST_BATCH, _STEPS = 16, 64, 400
 _EVALUATIONS = 10
 _SCALE = (0.5, 1.0)  # area of a random crop
 _DISTILLATION = Distillation(weight=1.0, temperature=1.0, stages=1.0)
@@ -94,8 +96,11 @@ def restore(
 
 def _recipe(original: nn.Module, images: int, inputs: Inputs) -> Recipe:
     """Return the settings, as a recipe that names neither the network nor the images."""
-    batch, flops = min(_BATCH, images), count_flops(original, inputs)
-    steps = int(min(max(_TOTAL_FLOPS / (max(1, flops) * batch), _FEWEST_STEPS), _MOST_STEPS))
+    pixels = prod(inputs.image.shape[2:]) if inputs.image is not None else 0
+    looks = _TOTAL_FLOPS / (count_flops(original, inputs) + _FLOPS_PER_PIXEL * pixels + 1)
+    looks = min(max(looks, _FEWEST), _MOST)
+    batch = min(max(_SMALLEST_BATCH, int(looks / _STEPS)), _LARGEST_BATCH, images)
+    steps = int(looks / batch)
     every = Duration(max(1, steps // _EVALUATIONS), "steps")
     return Recipe(
         model=ModelSection(name=type(original).__name__, channels_last=inputs.image is not None),

@@ -1,6 +1,7 @@
 """The command line: its numbers are those of the library, and JSON is all that `--json` prints."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -167,13 +168,14 @@ def test_sensitivity_is_added_to_the_report_of_its_network(
     assert "batude-fx compress wrote" in run_error("sensitivity", NAME, "--output", tmp_path)
 
 
-def test_restore_is_an_option_of_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = timm.create_model(NAME, num_classes=10, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
-    monkeypatch.setattr(batude_fx, "create", lambda *_, **__: small)
-    monkeypatch.setattr(restore, "_MOST_STEPS", 5)
-    monkeypatch.setattr(restore, "_FEWEST_STEPS", 5)
-    facts = run_json("compress", NAME, "--budget", 0.7, "--restore", "--output", tmp_path / "out")
+def test_restore_is_an_option_of_compress(class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "_MOST", 80)
+    for index in range(40):
+        shutil.copy(next(class_folders.rglob("*.png")), tmp_path / f"{index}.png")
+    options = ("--budget", 0.7, "--restore", "--no-pretrained")
+    facts = run_json("compress", NAME, *options, "--calibration", tmp_path, "--output", tmp_path / "out")
     assert facts["restoration"]["steps"] == 5
-    assert "5 steps" in run("info", tmp_path / "out").stdout
-    options = ("--budget", 0.7, "--restore", "--calibration", "none", "--output", tmp_path / "other")
-    assert "calibration=None gives none" in run_error("compress", NAME, *options)
+    assert "5 steps" in " ".join(run("info", tmp_path / "out").stdout.split())
+    for calibration in ("none", "synthetic"):
+        given = ("--calibration", calibration, "--output", tmp_path / "other")
+        assert "images of its task" in run_error("compress", NAME, *options, *given)
