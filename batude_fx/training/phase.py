@@ -107,9 +107,22 @@ def _remaining_steps(session: Session, phase: Phase, start: int, step_count: int
 
 
 def _build_optimizer(settings: Training, model: nn.Module) -> torch.optim.Optimizer:
+    weights_lr = getattr(settings, "weights_lr", None)
+
+    def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+        gains_and_biases, weights = list[Tensor](), list[Tensor]()
+        for parameter in model.parameters():
+            (weights if parameter.ndim > 1 else gains_and_biases).append(parameter)
+        groups = [
+            {"params": gains_and_biases, "weight_decay": 0.0},
+            {"params": weights, "weight_decay": settings.weight_decay, "lr_scale": (weights_lr or 0.0) / settings.lr},
+        ]
+        return [group for group in groups if group["params"]]
+
     return create_optimizer_v2(
-        model, settings.optimizer, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+        model, settings.optimizer, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
+        param_group_fn=None if weights_lr is None else two_groups,
+    )  # fmt: skip
 
 
 def _build_scheduler(settings: Training, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
@@ -206,9 +219,9 @@ class _Trainer:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Let only the parameters that the settings name have gradients in a block."""
+        """Let only the parameters that are trained have gradients in a block."""
         needed = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        if getattr(self.settings, "parameters", "all") == "gains and biases":
+        if getattr(self.settings, "weights_lr", None) == 0:
             for parameter in needed:
                 parameter.requires_grad = parameter.ndim <= 1
         try:
@@ -318,13 +331,13 @@ class _Trainer:
 
 
 def measure_quality(session: Session, model: nn.Module) -> Quality:
-    """Return how close a network is to the original on the evaluation images, in the precision of the run.
+    """Return how close a network is to the original on the evaluation images, both in the precision of their weights.
 
     Raises:
         TrainingError: When there are no images, or one cannot be read.
     """
     session.share_buffers_(model)
-    with session.explaining(lambda: "the evaluation"), session.accelerator.autocast():
+    with session.explaining(lambda: "the evaluation"):
         quality = session.meter.measure(model)
     if quality is None:
         raise TrainingError("there are no images to measure quality on.")

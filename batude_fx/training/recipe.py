@@ -335,8 +335,9 @@ class Finalize(Training):
     torchvision's MobileNets."""
     distillation: Distillation | None = None
     """Distillation from the original network; without it, labels alone are used."""
-    parameters: Literal["all", "gains and biases"] = "all"
-    """What is trained: all parameters, or those with one value per channel, of which few images can teach."""
+    weights_lr: NonNegativeFloat | None = None
+    """Learning rate of all parameters but gains and biases, which have one value per channel and are what few images
+    can teach; by default it is `lr`, and 0 leaves these parameters as they are."""
     fixed_statistics: bool = False
     """Whether batch-norms keep the statistics that they have, and nothing is dropped out, as in evaluations."""
 

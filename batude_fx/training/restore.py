@@ -1,9 +1,9 @@
 """Restore a compressed network without labels: its original teaches it, on the images that it was calibrated with.
 
 A few hundred images would be learned by heart: a network of millions of parameters agrees with its teacher on them
-after a hundred steps, and less than before on any other. So only gains and biases move, one of each per channel, the
-images are seen in random crops, and of all evaluations on the images held back the closest network is kept, which may
-be the one that it started from.
+after a hundred steps, and less than before on any other. So it is mostly gains and biases that move, one of each per
+channel, and weights the more slowly, the more of them there are; images are seen in random crops; and of all
+evaluations on the images held back, the closest network is kept, which may be the one that it started from.
 
 Source of the training: see `teacher`. Of scales and shifts alone as what is trained: J. Frankle, D. Schwab, A. Morcos,
 "Training BatchNorm and Only BatchNorm", ICLR 2021, https://arxiv.org/abs/2003.00152.
@@ -12,14 +12,15 @@ Source of the training: see `teacher`. Of scales and shifts alone as what is tra
 from collections.abc import Iterator, Sequence
 from math import prod
 from operator import itemgetter
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
 
 from batude_fx.budget.budget import Budget
-from batude_fx.graph.flops import count_flops
+from batude_fx.graph.flops import count_flops, count_params
 from batude_fx.quality.comparison import QualityMeter
 from batude_fx.quality.quality import Quality, Restoration
 from batude_fx.support.inputs import Inputs
@@ -36,6 +37,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _TOTAL_FLOPS = 1e13  # of the teacher on all images that training looks at: about ten minutes on two cores
 _FLOPS_PER_PIXEL = 20_000  # what an image costs beside the flops of its convolutions
 _FEWEST, _MOST = 2_400, 25_600  # images that training looks at, the same ones again and again
+_LOOKS_PER_PARAMETER = 0.25  # so many, and weights may move as fast as gains and biases; with fewer, more slowly
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS = 16, 64, 400
 _EVALUATIONS = 10
 _SCALE = (0.5, 1.0)  # area of a random crop
@@ -94,8 +96,17 @@ def restore(
     return small, Restoration(before=before, images=len(images), steps=done, kept=best["step"])
 
 
+def _precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return bf16 where the device computes convolutions several times faster in it: with AMX, or on recent GPUs."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and has_amx() else "fp32"
+
+
 def _recipe(original: nn.Module, images: int, inputs: Inputs) -> Recipe:
     """Return the settings, as a recipe that names neither the network nor the images."""
+    device = PartialState().device
     pixels = prod(inputs.image.shape[2:]) if inputs.image is not None else 0
     looks = _TOTAL_FLOPS / (count_flops(original, inputs) + _FLOPS_PER_PIXEL * pixels + 1)
     looks = min(max(looks, _FEWEST), _MOST)
@@ -103,14 +114,16 @@ def _recipe(original: nn.Module, images: int, inputs: Inputs) -> Recipe:
     steps = int(looks / batch)
     every = Duration(max(1, steps // _EVALUATIONS), "steps")
     return Recipe(
-        model=ModelSection(name=type(original).__name__, channels_last=inputs.image is not None),
+        model=ModelSection(
+            name=type(original).__name__, channels_last=inputs.image is not None, precision=_precision(device)
+        ),
         data=DataSection(labels=False, batch_size=batch, scale=_SCALE),
         budget=Budget(flops=0.5),
         one_shot=OneShot(epochs=0),
         finalize=Finalize(
             epochs=Duration(steps, "steps"), optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=Duration(5, "%"),
-            distillation=_DISTILLATION, parameters="gains and biases",
-            fixed_statistics=True,
+            weights_lr=1e-3 * min(1.0, (looks / count_params(original) / _LOOKS_PER_PARAMETER) ** 0.5),
+            distillation=_DISTILLATION, fixed_statistics=True,
         ),
         eval=Eval(interval=every, checkpoint=every),
     )  # fmt: skip

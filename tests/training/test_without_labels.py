@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch import nn
 
 import batude_fx
 from batude_fx import TrainingError
 from batude_fx.graph.provenance import attached_record
 from batude_fx.training import phase
+from batude_fx.training.recipe import Finalize
 from tests.training.tiny_recipe import tiny_recipe
 
 _TEACHER = {"weight": 1, "temperature": 1, "stages": 1}
 _FINALIZE = {
     "epochs": "8 steps", "optimizer": "adam", "lr": 1e-3, "weight_decay": 0, "distillation": _TEACHER,
-    "parameters": "gains and biases", "fixed_statistics": True,
+    "weights_lr": 1e-4, "fixed_statistics": True,
 }  # fmt: skip
 
 
@@ -102,3 +104,19 @@ def test_ranks_are_learned_from_the_original_alone(unlabelled: Path) -> None:
 def test_what_needs_labels_is_refused(unlabelled: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         _recipe(unlabelled, **changes)
+
+
+@pytest.mark.parametrize(("weights_lr", "rates"), [(0, [0.01, 0]), (1e-4, [0.01, 1e-4]), (None, [0.01, 0.01])])
+def test_weights_have_a_learning_rate_of_their_own(weights_lr: float | None, rates: list[float]) -> None:
+    settings = Finalize(epochs="10 steps", optimizer="adam", lr=0.01, weights_lr=weights_lr, scheduler="cosine")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = phase._build_optimizer(settings, model)
+    scheduler = phase._build_scheduler(settings, optimizer, steps_per_epoch=10)
+    by_parameter: dict[Any, float] = {}
+    for step, share in ((0, 1.0), (5, 0.5)):
+        scheduler.step_update(step)
+        for group in optimizer.param_groups:
+            by_parameter |= dict.fromkeys(group["params"], group["lr"])
+        conv, norm = model
+        assert [by_parameter[norm.weight], by_parameter[conv.weight]] == pytest.approx([share * r for r in rates])
+        assert by_parameter[conv.bias] == by_parameter[norm.bias] == by_parameter[norm.weight]
