@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 OTHERS := .venv-others
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help demo lint test test-oldest test-slow test-real test-others fuzz kills soak zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-int8_bits bench-latency bench-peers bench-quality bench-resnet50 docs test-docs clean
+.PHONY: help demo lint test test-oldest test-slow test-real test-others fuzz kills soak zoo zoo-quick bench bench-cifar10 bench-deployment bench-growth bench-int8_bits bench-latency bench-peers bench-quality bench-resnet50 bench-restoring docs test-docs clean
 
 help:
 	@echo "make demo         train a small network on digits, compress it, print one table"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-growth  how time and memory grow with sites and channels"
 	@echo "make bench-peers  five other tools on three networks: an hour"
 	@echo "make bench-quality  how good three real networks are, as reported and on 400 other photos"
+	@echo "make bench-restoring  what restoring without labels gives back: hours, goes on where it was stopped"
 	@echo "make bench-cifar10  one-shot training against four other ways, on CIFAR-10: hours"
 	@echo "make bench-resnet50  agreement and milliseconds of a real ResNet-50 at seven budgets"
 	@echo "make docs         build the documentation into site/"
@@ -87,7 +88,7 @@ bench: $(VENV)/installed-dev
 bench-cifar10: $(VENV)/installed-dev
 	$(BIN)/python -W ignore -m benchmarks.cifar10
 
-bench-latency bench-deployment bench-growth bench-peers bench-int8_bits bench-quality: bench-%: $(VENV)/installed-dev
+bench-latency bench-deployment bench-growth bench-peers bench-int8_bits bench-quality bench-restoring: bench-%: $(VENV)/installed-dev
 	$(BIN)/python -W ignore -m benchmarks.$*
 
 # The home page's table and picture.

@@ -83,18 +83,18 @@ def in_memory(recipe: Recipe) -> Data:
             rows, columns = (corner[chosen, axis] + pixels for axis in (0, 1))  # (n, 32)
             columns = torch.where(mirrored[chosen, None], columns.flip(1), columns)
             batch = padded[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, 32, 32, 3)
-            yield _normalized(batch.permute(0, 3, 1, 2)), labels[chosen]
+            yield normalized(batch.permute(0, 3, 1, 2)), labels[chosen]
 
     def evaluation() -> Iterator[Batch]:
         for batch, classes in zip(
             torch.split(test_images, eval_size), torch.split(test_labels, eval_size), strict=True
         ):
-            yield _normalized(batch), classes
+            yield normalized(batch), classes
 
     return Data(train=train, evaluation=evaluation, batches=len(images) // size)
 
 
-def _normalized(pixels: Tensor) -> Tensor:
+def normalized(pixels: Tensor) -> Tensor:
     """Normalize pixels (n, 3, 32, 32), uint8, to float32."""
     scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (STD, MEAN))
     return (pixels.float() / 255 - shift) / scale
