@@ -2,8 +2,9 @@
 
 A few hundred images would be learned by heart: a network of millions of parameters agrees with its teacher on them
 after a hundred steps, and less than before on any other. So it is mostly gains and biases that move, one of each per
-channel, and weights the more slowly, the more of them there are; images are seen in random crops; and of all
-evaluations on the images held back, the closest network is kept, which may be the one that it started from.
+channel; weights the more slowly, the more of them there are, and those of large networks not at all. Images are seen in
+random crops, and of all evaluations on the images held back the closest network is kept, which may be the one that it
+started from.
 
 Source of the training: see `teacher`. Of scales and shifts alone as what is trained: J. Frankle, D. Schwab, A. Morcos,
 "Training BatchNorm and Only BatchNorm", ICLR 2021, https://arxiv.org/abs/2003.00152.
@@ -37,9 +38,13 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _TOTAL_FLOPS = 1e13  # of the teacher on all images that training looks at: about ten minutes on two cores
 _FLOPS_PER_PIXEL = 20_000  # what an image costs beside the flops of its convolutions
 _FEWEST, _MOST = 2_400, 25_600  # images that training looks at, the same ones again and again
-_LOOKS_PER_PARAMETER = 0.25  # so many, and weights may move as fast as gains and biases; with fewer, more slowly
+_ENOUGH_LOOKS, _TOO_FEW_LOOKS = (
+    0.25,
+    0.001,
+)  # per parameter of the original, for weights to move as fast as gains; at all
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS = 16, 64, 400
 _EVALUATIONS = 10
+_RATE = 1e-3  # of Adam
 _SCALE = (0.5, 1.0)  # area of a random crop
 _DISTILLATION = Distillation(weight=1.0, temperature=1.0, stages=1.0)
 
@@ -121,12 +126,21 @@ def _recipe(original: nn.Module, images: int, inputs: Inputs) -> Recipe:
         budget=Budget(flops=0.5),
         one_shot=OneShot(epochs=0),
         finalize=Finalize(
-            epochs=Duration(steps, "steps"), optimizer="adam", lr=1e-3, weight_decay=0.0, warmup=Duration(5, "%"),
-            weights_lr=1e-3 * min(1.0, (looks / count_params(original) / _LOOKS_PER_PARAMETER) ** 0.5),
+            epochs=Duration(steps, "steps"), optimizer="adam", lr=_RATE, weight_decay=0.0, warmup=Duration(5, "%"),
+            weights_lr=_RATE * _weights_share(looks / count_params(original)),
             distillation=_DISTILLATION, fixed_statistics=True,
         ),
         eval=Eval(interval=every, checkpoint=every),
     )  # fmt: skip
+
+
+def _weights_share(looks_per_parameter: float) -> float:
+    """Return how fast weights move, as a share of the rate of gains and biases.
+
+    Measured: with 0.24 looks per parameter (ResNet-20 on CIFAR-10) all may move at one rate; with 0.002 (MobileNetV2 on
+    256 photos) a tenth of it is better than nothing and than a third; with 0.0002 (ResNet-50) a fortieth is harmful.
+    """
+    return 0.0 if looks_per_parameter < _TOO_FEW_LOOKS else min(1.0, (looks_per_parameter / _ENOUGH_LOOKS) ** 0.5)
 
 
 def _views(images: Sequence[Tensor], inputs: Inputs, recipe: Recipe) -> Data:
