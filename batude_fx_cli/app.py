@@ -4,6 +4,7 @@ It is a package beside `batude_fx`, not inside it: `import batude_fx` brings in 
 must answer without them. For the same reason every command imports what it needs when it runs.
 """
 
+import sys
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
@@ -64,6 +65,7 @@ BudgetOption = Annotated[
     str | None,
     typer.Option(
         "--budget",
+        "-b",
         help='Limit on the flops: the fraction that remains (0.5), "40%", "2.5x" for 2.5 times fewer, or "0.9GFLOPs".',
     ),
 ]
@@ -165,7 +167,10 @@ def sensitivity(
     model: Model, calibration: Calibration = "synthetic", images: Count = 256,
     sites: Annotated[int, typer.Option(help="Number of sites to measure, the most expensive ones.", min=0)] = 10,
     output: Annotated[
-        Path | None, typer.Option(help="Folder that `compress` wrote for this network, to whose report they are added.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder that `compress` wrote for this network, to whose report they are added."
+        ),
     ] = None,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
@@ -198,7 +203,9 @@ def sensitivity(
 @app.command()
 @one_line_errors
 def compress(
-    model: Model, output: Annotated[Path, typer.Option(help="Folder for the network.")], budget: BudgetOption = None,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the network.")],
+    budget: BudgetOption = None,
     params: Params = None, latency: Latency = None, agreement: Agreement = None,
     calibration: Calibration = "synthetic", images: Count = 256,
     restore: Annotated[bool, typer.Option(
@@ -353,7 +360,9 @@ def sweep_budgets(
         str, typer.Option(help="Fractions of the flops that remain: first:last:step, or a list with commas.")
     ] = "0.3:0.9:0.1",
     calibration: Calibration = "synthetic", images: Count = 256,
-    output: Annotated[Path | None, typer.Option(help="Folder to write sweep.json and sweep.png to.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write sweep.json and sweep.png to.")
+    ] = None,
     layers: LayersOption = Layers.CONV, include: Include = None, exclude: Exclude = None, round_to: RoundTo = "8",
     pretrained: Pretrained = True, device: Device = "cpu", input_size: InputSize = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -389,6 +398,33 @@ def sweep_budgets(
         sweep_points.write(points, output)
         html_page.write_pages(output)
     show(sweep_table(model, points), [asdict(point) for point in points], as_json)
+
+
+@app.command("timm", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+@one_line_errors
+def run_timm_script(
+    script: Annotated[Path, typer.Argument(help="One of timm's scripts, such as validate.py, or one of your own.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="What the script is called with.")] = None,
+) -> None:
+    """Run a script of timm in which timm knows the networks of this package: local-dir:small, hf-hub:USER/NAME.
+
+    timm's scripts are in its repository, github.com/huggingface/pytorch-image-models, and not in its package.
+
+    Example: batude-fx timm validate.py photos/ --model local-dir:small --pretrained
+    """
+    import runpy
+
+    import batude_fx  # noqa: F401 - the import registers the networks
+    from batude_fx.errors import BatudeError
+
+    if not script.is_file():
+        raise BatudeError(
+            f"{script} is no file. timm's scripts are in its repository: git clone "
+            "https://github.com/huggingface/pytorch-image-models, then give the path of validate.py there."
+        )
+    sys.argv = [str(script), *(arguments or ())]
+    sys.path.insert(0, str(script.parent.resolve()))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @app.command("report")

@@ -104,7 +104,9 @@ def schema() -> None:
 @one_line_errors
 def train(
     recipe: Name, model: Model = None, settings: Set = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write the run to, instead of runs/RECIPE.")] = None, *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write the run to, instead of runs/RECIPE.")
+    ] = None, *,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and schedule, and train nothing.")] = False,
     as_json: AsJson = False,

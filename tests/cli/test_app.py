@@ -179,3 +179,17 @@ def test_restore_is_an_option_of_compress(class_folders: Path, tmp_path: Path, m
     for calibration in ("none", "synthetic"):
         given = ("--calibration", calibration, "--output", tmp_path / "other")
         assert "images of its task" in run_error("compress", NAME, *options, *given)
+
+
+def test_scripts_of_timm_know_the_networks_of_this_package(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "validate.py"
+    script.write_text(
+        "import sys, timm, helper\n"
+        "if __name__ == '__main__':\n"
+        "    print(sys.argv[1:], type(timm.create_model(sys.argv[2], pretrained=True)).__name__)\n"
+    )
+    (tmp_path / "helper.py").write_text("")
+    command = [sys.executable, "-m", "batude_fx", "timm", script, "--model", f"local-dir:{folder}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own command
+    assert done.stdout.split("] ") == [f"['--model', 'local-dir:{folder}', '--help'", "ResNet\n"]
+    assert "git clone" in run_error("timm", tmp_path / "missing.py")
