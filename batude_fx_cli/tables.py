@@ -42,6 +42,7 @@ def _quality_text(record: Record | None) -> str:
 def comparison_table(path: str, size: int, comparison: Comparison, *, on_noise: bool) -> Table:
     """Return the table of an exported file: its size, and how its outputs compare with those of the network."""
     rows = [("size", f"{human(size)}B")]
+    rows += [(f"input {name!r}", " x ".join(shape)) for name, shape in comparison.inputs.items()]
     if on_noise:
         rows.append(("largest difference of an output", f"{comparison.difference:.1e} of the largest output"))
     else:

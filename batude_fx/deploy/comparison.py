@@ -1,7 +1,7 @@
 """How the outputs of an exported file compare with those of the network that it was written from."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,12 +28,14 @@ class Comparison:
         images: Number of images.
         agreement: Share of the images for which both have the same top class; None where the outputs are not one row of
             scores per image.
+        inputs: Name to shape of each input of the file, in which "batch", "height" and "width" may have any size.
     """
 
     difference: float
     relative_error: float
     images: int
     agreement: float | None
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def agreement_interval(self) -> tuple[float, float] | None:

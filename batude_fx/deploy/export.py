@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -28,6 +28,7 @@ from batude_fx.calibration.plausibility import ImageCheck
 from batude_fx.deploy.comparison import Comparison, Runner, compare
 from batude_fx.deploy.fold import fold
 from batude_fx.deploy.int8 import equalize_, quantize
+from batude_fx.deploy.metadata import describe_images
 from batude_fx.errors import CalibrationError, ExportError, first_line
 from batude_fx.graph.example_inputs import resolve_inputs
 from batude_fx.support.atomic_files import check_writable, move, temporary_folder
@@ -61,6 +62,9 @@ def export(
 ) -> Comparison:
     """Write a network, compressed or not, as a file for deployment.
 
+    The metadata of an ONNX file, and "model_info" of an OpenVINO file, say how images are resized and normalized, under
+    the names that timm's configs have.
+
     Args:
         model: Any module whose arguments are tensors; it is left as it is.
         path: The file; its ending chooses the format: ".onnx", ".xml" (OpenVINO; the weights are written to a ".bin"
@@ -74,7 +78,8 @@ def export(
             32, 16 or less where the network needs that, of the largest that divides those of the example.
 
     Returns:
-        How the outputs of the file compare with those of the network: with int8 on the given images, else on noise.
+        Which inputs the file takes, and how its outputs compare with those of the network: with int8 on the given
+        images, else on noise.
         The largest difference is at most 1e-4 of the largest output, except with int8, where it is not limited.
 
     Raises:
@@ -123,7 +128,7 @@ def export(
                 f"the largest, {TOLERANCE:.0e} is allowed; nothing was written. Try another format."
             )
         _move_all(folder, path)
-    return comparison
+    return replace(comparison, inputs=request.shapes())
 
 
 def check_path(path: Path, *, int8: bool) -> None:
@@ -224,6 +229,18 @@ class _Request:
         """The names of the file's inputs."""
         return [*(f"input{index or ''}" for index in range(len(self.inputs.args))), *self.inputs.kwargs]
 
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """Return the shape of each input of the file by its name; what may have any size has a name in it."""
+        free = {0: "batch"} if self._batch_tensor is not None else {}
+        if self.multiple is not None:
+            free |= {2: "height", 3: "width"}
+        values = zip(self.names, (*self.inputs.args, *self.inputs.kwargs.values()), strict=True)
+        return {
+            name: tuple(free.get(axis, str(size)) for axis, size in enumerate(value.shape))
+            for name, value in values
+            if isinstance(value, Tensor)
+        }
+
     @property
     def _batch_tensor(self) -> Tensor | None:
         """The tensor whose first axis is a batch; the first axes of several tensors need not be the same batch."""
@@ -319,7 +336,12 @@ def _write_onnx(network: nn.Module, request: _Request, path: Path, images: Seque
     cast("Any", program).save(path, external_data=False)
     if images:
         quantize(path, request.names[0], [batch.tensors()[0].numpy() for batch in images])
+    import onnx
     import onnxruntime
+
+    written = onnx.load(path)
+    onnx.helper.set_model_props(written, describe_images(network, request.inputs))
+    onnx.save(written, path)
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -335,7 +357,10 @@ def _write_openvino(network: nn.Module, request: _Request, path: Path, images: S
 
     source = path.with_suffix(".onnx")
     _write_onnx(network, request, source, images)
-    openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+    converted = openvino.convert_model(source)
+    for key, text in describe_images(network, request.inputs).items():
+        converted.set_rt_info(text, ["model_info", key])
+    openvino.save_model(converted, path, compress_to_fp16=False)
     source.unlink()
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 

@@ -1,6 +1,7 @@
 """Exported files run by their own runtimes, and held against the network that they came from."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,3 +336,22 @@ def test_export_works_on_the_command_line(small: nn.Module, tmp_path: Path) -> N
     with torch.no_grad():
         expected = batude_fx.load(tmp_path / "saved")(images).numpy()
     np.testing.assert_allclose(_onnx(tmp_path / "a.onnx", images.numpy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_files_say_how_images_are_prepared(small: nn.Module, tmp_path: Path) -> None:
+    images = torch.randn(8, 3, 160, 160)
+    written = {
+        "float.onnx": batude_fx.export(small, tmp_path / "float.onnx"),
+        "int8.onnx": batude_fx.export(small, tmp_path / "int8.onnx", int8=images),
+    }
+    batude_fx.export(small, tmp_path / "small.xml")
+    config = small.pretrained_cfg
+    expected = {"mean": list(config["mean"]), "std": list(config["std"]), "input_size": [3, 160, 160]}
+    for name, comparison in written.items():
+        session = onnxruntime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"])
+        metadata = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+        assert metadata.items() >= {**expected, "interpolation": config["interpolation"]}.items()
+        (graph_input,) = session.get_inputs()
+        assert comparison.inputs == {graph_input.name: tuple(map(str, graph_input.shape))}
+    read = openvino.Core().read_model(tmp_path / "small.xml")
+    assert {key: json.loads(read.get_rt_info(["model_info", key]).astype(str)) for key in expected} == expected
