@@ -76,7 +76,7 @@ def new_site_table(title: str, sites: Sequence[ConvSite], *columns: str) -> "Tab
     table = new_table(title=title, padding=(0, 1, 0, 0))
     longest = max((len(site.name) for site in sites), default=0)
     table.add_column("site", overflow="fold", min_width=min(longest, _SITE_WIDTH))
-    table.add_column("convolution", no_wrap=True)
+    table.add_column("convolution", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")  # a star that refers to the notes in the caption

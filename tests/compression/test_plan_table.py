@@ -66,3 +66,11 @@ def test_a_printed_plan_is_plain_text(plan: batude_fx.Plan) -> None:
     text = str(plan)
     assert "\x1b" not in text
     assert all(site.name in text for site in plan.sites)
+
+
+def test_no_column_is_lost_at_80_columns() -> None:
+    model = timm.create_model("tf_efficientnet_b0")
+    plan = batude_fx.plan(model, 0.9, calibration=None)
+    shown = text_of(plan_table(plan), width=80)
+    assert " loss" in shown
+    assert all(f"{loss:.2g}" in shown for loss in plan.losses.values())
