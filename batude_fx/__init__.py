@@ -38,6 +38,11 @@ from batude_fx.zoo.create import create
 
 __version__ = "0.1.0"
 
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 __all__ = [
     "BatudeError",
     "Budget",

@@ -27,7 +27,7 @@ from batude_fx.support.inputs import Inputs
 from batude_fx.support.model_state import private_copy
 from batude_fx.support.numbers import human, milliseconds, percent
 from batude_fx.support.progress import track
-from batude_fx.support.tables import as_text, set_caption
+from batude_fx.support.tables import ShowsTable, set_caption
 from batude_fx.support.user_warning import warn_user
 from batude_fx.support.versions import library_versions
 from batude_fx.tucker.modules import TuckerModule
@@ -42,7 +42,7 @@ _STEPS = (0.8, 0.95)  # the least and the most that remains of a plan's flops wh
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ShowsTable):
     """Which sites get which ranks, and what that costs; made by `plan`.
 
     Attributes:
@@ -298,9 +298,8 @@ class Plan:
         measures = quality_with if self.has_held_back else None
         return measure_sensitivity(self.model_name, self._candidates, measures, measured=measured)
 
-    def __str__(self) -> str:
-        """Return the plan as a table."""
-        return as_text(plan_table(self))
+    def _table(self) -> "Table":
+        return plan_table(self)
 
 
 def _way_out(quality: Quality) -> str:

@@ -17,7 +17,7 @@ from batude_fx.report.record import SHARES, SiteSensitivity
 from batude_fx.support.arrays import Floats
 from batude_fx.support.numbers import human
 from batude_fx.support.progress import track
-from batude_fx.support.tables import add_row, as_text, new_table, set_caption
+from batude_fx.support.tables import ShowsTable, add_row, new_table, set_caption
 from batude_fx.tucker.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _LEAST_FOR_CORRELATION = 3
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(ShowsTable):
     """The sensitivity of all sites that can be replaced, the most expensive ones first; it prints as a table.
 
     Attributes:
@@ -57,9 +57,8 @@ class Sensitivity:
             return None
         return float(np.atleast_2d(np.corrcoef(predicted, measured))[0, 1])
 
-    def __str__(self) -> str:
-        """Return the table as text."""
-        return as_text(sensitivity_table(self))
+    def _table(self) -> "Table":
+        return sensitivity_table(self)
 
 
 def _places(values: Iterable[float | None]) -> Floats:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from batude_fx.graph.flops import dense_cost
 from batude_fx.graph.sites import ConvSite
 from batude_fx.support.numbers import human, percent
-from batude_fx.support.tables import add_row, as_text, new_table, set_caption
+from batude_fx.support.tables import ShowsTable, add_row, new_table, set_caption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +31,7 @@ class Convolution(Protocol):
     def groups(self) -> int: ...  # noqa: D102
 
 
-class Sites(tuple[ConvSite, ...]):  # noqa: SLOT001 - Python gives tuples no slots but the empty ones
+class Sites(ShowsTable, tuple[ConvSite, ...]):  # noqa: SLOT001 - Python gives tuples no slots but the empty ones
     """The sites that `discover` returns, as a tuple that prints as a table.
 
     Attributes:
@@ -52,9 +52,8 @@ class Sites(tuple[ConvSite, ...]):  # noqa: SLOT001 - Python gives tuples no slo
         """Return the sites that can be replaced, by name."""
         return {site.name: site for site in self if site.skip_reason is None}
 
-    def __str__(self) -> str:
-        """Return the table of all sites: sizes, cost, and why some cannot be replaced."""
-        return as_text(sites_table(self, "sites"))
+    def _table(self) -> "Table":
+        return sites_table(self, "sites")
 
 
 def sites_table(sites: Sequence[ConvSite], model_name: str) -> "Table":

@@ -54,6 +54,24 @@ def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> "Table":
     return table
 
 
+class ShowsTable:
+    """What prints as a table, and is shown as one by notebooks."""
+
+    def _table(self) -> "Table":
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Return the table as text, 120 characters wide."""
+        return as_text(self._table())
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=_WIDTH, record=True)
+        console.print(self._table())
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.2">{code}</pre>')
+
+
 def as_text(table: "Table") -> str:
     """Return a table as plain text, for `print` and log files."""
     from rich.console import Console

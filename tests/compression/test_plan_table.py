@@ -1,5 +1,6 @@
 """The table of a plan: its costs are those of the closed formulas and of fvcore, and 80 columns hold it."""
 
+import html
 import re
 
 import pytest
@@ -74,3 +75,14 @@ def test_no_column_is_lost_at_80_columns() -> None:
     shown = text_of(plan_table(plan), width=80)
     assert " loss" in shown
     assert all(f"{loss:.2g}" in shown for loss in plan.losses.values())
+
+
+def test_notebooks_show_the_table(plan: batude_fx.Plan) -> None:
+    for shown in (plan, plan.sites):
+        page = shown._repr_html_()
+        text = html.unescape(re.sub("<[^>]*>", "", page))
+        assert text.strip().split() == str(shown).split()
+
+
+def test_completion_shows_the_public_names() -> None:
+    assert sorted(dir(batude_fx)) == sorted([*batude_fx.__all__, "__version__"])
