@@ -24,6 +24,7 @@ class Reservoir(Generic[ItemT]):
     Args:
         items: Any iterable.
         most: Function from the first item to the largest number of items in the sample.
+        keep: Function from an item to what is kept of it.
 
     Attributes:
         sample: The sample of the items that were yielded so far.
@@ -32,8 +33,14 @@ class Reservoir(Generic[ItemT]):
     11(1), 1985.
     """
 
-    def __init__(self, items: Iterable[ItemT], *, most: Callable[[ItemT], int]) -> None:
-        self._items, self._most = items, most
+    def __init__(
+        self,
+        items: Iterable[ItemT],
+        *,
+        most: Callable[[ItemT], int],
+        keep: Callable[[ItemT], ItemT] = lambda item: item,
+    ) -> None:
+        self._items, self._most, self._keep = items, most, keep
         self.sample: list[ItemT] = []
 
     def __iter__(self) -> Iterator[ItemT]:
@@ -48,9 +55,9 @@ class Reservoir(Generic[ItemT]):
             most = most or self._most(item)
             slot = generator.randrange(index + 1)
             if len(self.sample) < most:
-                self.sample.append(item)
+                self.sample.append(self._keep(item))
             elif slot < most:
-                self.sample[slot] = item
+                self.sample[slot] = self._keep(item)
             yield item
 
 

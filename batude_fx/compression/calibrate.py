@@ -178,7 +178,7 @@ def measure(
     checked = ImageCheck(model, image_batches(calibration, inputs), inputs)
     singles = (image for batch in checked for image in batch.tensors()[0])
     passed = HoldsBack(singles, every=held_back.every, most=held_back.most)
-    seen = Reservoir(passed, most=lambda image: max(BATCH, _MOST_BYTES // max(1, image.nbytes)))
+    seen = Reservoir(passed, most=_sample_of_images, keep=lambda image: image.cpu().clone())  # an image holds its batch
     images = Reservoir(track(batched(seen, inputs), "calibrating"), most=_sample_size)
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.
@@ -190,6 +190,10 @@ def measure(
 
 def _sample_size(_: Inputs) -> int:
     return _SAMPLE
+
+
+def _sample_of_images(image: Tensor) -> int:
+    return max(BATCH, _MOST_BYTES // max(1, image.nbytes))
 
 
 def _measure_synthetic(

@@ -126,9 +126,10 @@ class Plan(ShowsTable):
         if restore:
             self._check_restorable()
         small, plan = self.construct(model)
+        meter = self.quality_meter(model)
         if restore and plan.ranks:
-            small, plan = plan._restored(model, small)  # noqa: SLF001 - of another plan
-        plan = plan._with_quality(model, small)  # noqa: SLF001
+            small, plan = plan._restored(model, small, meter)  # noqa: SLF001 - of another plan
+        plan = plan._with_quality(meter, small)  # noqa: SLF001
         measured = checksum(small) if plan.quality else None
         attach_(small, plan.record().model_copy(update={"weights_measured": measured}))
         return small, plan
@@ -257,24 +258,28 @@ class Plan(ShowsTable):
                 "fewer than 40 images were given, too few to hold some back and to see whether restoring helps; give "
                 "a hundred or more."
             )
+        shapes = {tuple(image.shape) for image in self._measurements.seen}
+        if self._inputs.image is None and len(shapes) > 1:
+            raise CalibrationError(
+                f"inputs of one shape are needed to restore {self.model_name}, and these have {len(shapes)}, such as "
+                f"{min(shapes)} and {max(shapes)}."
+            )
 
-    def _restored(self, model: nn.Module, small: ModelT) -> "tuple[ModelT, Plan]":
+    def _restored(self, model: nn.Module, small: ModelT, meter: QualityMeter) -> "tuple[ModelT, Plan]":
         """Return the network after its original has taught it, and the plan that says so."""
         from batude_fx.training.restore import restore  # accelerate takes a while to import
 
-        meter = self.quality_meter(model)
         before = meter.measure(small)
         if before is None or before.distance is None:
             raise CalibrationError(f"the outputs of {self.model_name} cannot be compared, so it cannot be restored.")
         small, restoration = restore(model, small, self._measurements.seen, self._inputs, meter, before)
         return small, replace(self, restoration=restoration, quality=None)
 
-    def _with_quality(self, model: nn.Module, small: nn.Module) -> "Plan":
+    def _with_quality(self, meter: QualityMeter, small: nn.Module) -> "Plan":
         """Return the plan with the quality of its compressed model, and warn where that is low."""
-        held_back = self._measurements.held_back
-        if self.quality is not None or not held_back:
+        if self.quality is not None or not self.has_held_back:
             return self
-        quality = self.quality_meter(model).measure(small)
+        quality = meter.measure(small)
         if quality and quality.is_low:
             warn_user(f"the compressed {self.model_name} {quality}. {_way_out(quality)}", QualityWarning)
         return replace(self, quality=quality)

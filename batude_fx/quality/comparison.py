@@ -109,7 +109,7 @@ def _scores(outputs: Sequence[Outputs]) -> Tensor:
     return torch.cat([tensor.double() for batch in outputs for tensor in batch.values()])
 
 
-def _log_probabilities(scores: Tensor) -> Tensor:
+def log_probabilities(scores: Tensor) -> Tensor:
     """Return log-probabilities (N, classes); scores that are probabilities already are not normalized again."""
     if (scores >= 0).all() and ((scores.sum(1) - 1).abs() < _ONE).all():
         return scores.clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -124,7 +124,7 @@ def _quality_of_classes(expected: Tensor, actual: Tensor, *, synthetic: bool) ->
         actual: Scores (N, classes) of the network.
         synthetic: Whether the images were generated.
     """
-    log_probs, other_log_probs = _log_probabilities(expected), _log_probabilities(actual)
+    log_probs, other_log_probs = log_probabilities(expected), log_probabilities(actual)
     divergences = F.kl_div(other_log_probs, log_probs, reduction="none", log_target=True).sum(1)  # (N,)
     first, second = log_probs.exp().topk(2).values.unbind(1)
     sure = first - second >= SURE_MARGIN

@@ -196,7 +196,7 @@ class Restoration(_Frozen):
 
     Attributes:
         before: How close it was to its original before.
-        images: Number of images that it was taught with, generated ones included.
+        images: Number of images that it was taught with.
         steps: Number of steps that were done.
         kept: Number of steps after which it was as it is now; 0 if no step brought it closer to its original.
     """

@@ -197,8 +197,9 @@ def _dataset(
         ) from error
     if not section.name and Path(getattr(getattr(dataset, "reader", None), "root", "")) == section.root:
         # Without a folder of this name timm reads the whole of data.root, so that all images would be in this split.
+        content = "with a subfolder per class" if section.labels else "with images in it"
         raise TrainingError(
-            f"{section.root} has no folder {split!r}; give one, with a subfolder per class, or name another by "
+            f"{section.root} has no folder {split!r}; give one, {content}, or name another by "
             f"data.{'train' if training else 'val'}_split."
         )
     if isinstance(reader := getattr(dataset, "reader", None), ReaderImageFolder):

@@ -8,18 +8,21 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ACKNOWLEDGED = b"\nstopping after this step; once more to stop at once, with the last checkpoint\n"
+_ACKNOWLEDGED = b"\nstopping after this step; once more to stop at once\n"
 
 
 class Interruption:
     """Whether the user, or the machine's scheduler, has asked the run to stop.
 
+    Args:
+        signals: The signals that ask for it.
+
     Attributes:
         received: Whether this process was asked.
     """
 
-    def __init__(self) -> None:
-        self.received = False
+    def __init__(self, signals: tuple[signal.Signals, ...] = _SIGNALS) -> None:
+        self.signals, self.received = signals, False
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -31,7 +34,7 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in self.signals}
         handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
         def note(_number: int, _frame: FrameType | None) -> None:

@@ -101,8 +101,10 @@ def _train(session: Session, data: Data | None) -> Result:
         original_accuracy = session.compute_once("original_accuracy", lambda: accuracy(session, model))
     inputs = Inputs((session.to_device(example),))
     teachers = [
-        Teacher(model, inputs, phase.distillation) if phase.distillation and phase.epochs.amount else None
-        for phase in (recipe.one_shot, recipe.finalize)
+        Teacher(model, inputs, section.distillation)
+        if section.distillation and section.epochs.amount and is_pending
+        else None
+        for section, is_pending in ((recipe.one_shot, session.is_pending("one_shot")), (recipe.finalize, True))
     ]
     if not recipe.data.labels:
         session.meter = QualityMeter(copy.deepcopy(model), _EvaluationBatches(session), synthetic=False)

@@ -31,11 +31,13 @@ from batude_fx.training.rounds import Rounds
 from batude_fx.training.session import PHASES, Session
 from batude_fx.training.teacher import Teacher
 
+_PREPARED = "_is_accelerate_prepared", "_original_forward", "forward"  # attributes that accelerate sets
+
 
 def run_phase(
     session: Session, phase: Phase, settings: Training, model: nn.Module, teacher: Teacher | None = None,
     rounds: Rounds | None = None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Train a network for one phase, in place.
 
     A compressed network that is trained without labels ends as it was in the evaluation in which it came closest to the
@@ -49,16 +51,28 @@ def run_phase(
         teacher: What distils the original network.
         rounds: The rounds of BC-ADL, in the phase that learns ranks.
 
+    Returns:
+        The number of steps that are done: all of them, but for a network that is restored.
+
     Raises:
-        TrainingError: When the loss is not finite, a step fails, or the run is interrupted; it can be resumed then.
+        TrainingError: When the loss is not finite, a step fails, or the run is interrupted; it can be resumed then. A
+            network that is restored for `compress` is returned as it came closest instead.
     """
     if session.is_interrupted(0):
+        if session.restores:
+            return 0
         raise TrainingError(f"interrupted before {phase}; {session.way_to_resume}.") from KeyboardInterrupt()
     step_count = settings.epochs.steps(session.steps_per_epoch)
-    trainer = _Trainer(session, phase, settings, model, teacher, rounds)
+    with _trained_parameters(model, settings), _unprepared(model):
+        return _train(_Trainer(session, phase, settings, model, teacher, rounds), step_count)
+
+
+def _train(trainer: "_Trainer", step_count: int) -> int:
+    """Train until the phase ends or is interrupted; return the number of steps that are done."""
+    session, phase, model, rounds = trainer.session, trainer.phase, trainer.model, trainer.rounds
     start = session.restore_checkpoint_(phase, step_count, trainer.parts)
-    bar = Bar(phase, step_count, start, visible=session.accelerator.is_main_process, prints=session.prints)
-    with bar, trainer.ready(), session.explaining(lambda: f"step {bar.done + 1} of {phase}"):
+    bar = Bar(phase, step_count, start, visible=session.accelerator.is_main_process, prints=not session.restores)
+    with bar, session.explaining(lambda: f"step {bar.done + 1} of {phase}"):
         if trainer.closest and not start:
             bar.line(trainer.evaluate(0, None))
         for step, batches in _remaining_steps(session, phase, start, step_count):
@@ -79,6 +93,33 @@ def run_phase(
     if final := trainer.closest or trainer.average:
         model.load_state_dict(final.module.state_dict())
     session.accelerator.free_memory()
+    return bar.done
+
+
+@contextmanager
+def _trained_parameters(model: nn.Module, settings: Training) -> Iterator[None]:
+    """Let no weights have gradients in a block if their learning rate is 0."""
+    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    if getattr(settings, "weights_lr", None) == 0:
+        for parameter, value in needed.items():
+            parameter.requires_grad = value and parameter.ndim <= 1
+    try:
+        yield
+    finally:
+        for parameter, value in needed.items():
+            parameter.requires_grad = value
+
+
+@contextmanager
+def _unprepared(model: nn.Module) -> Iterator[None]:
+    """Remove what accelerate leaves in a network, by which another Accelerator would take it for prepared already."""
+    before = {name: vars(model)[name] for name in _PREPARED if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in _PREPARED:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _evaluate_and_save(trainer: "_Trainer", bar: Bar, step_count: int, loss: Tensor, *, is_stopped: bool) -> None:
@@ -198,7 +239,7 @@ class _Trainer:
         accelerator = session.accelerator
         self.session, self.phase, self.settings = session, phase, settings
         self.model, self.teacher = model.to(accelerator.device), teacher
-        self.lagrangian = rounds.lagrangian if rounds else None
+        self.rounds, self.lagrangian = rounds, rounds.lagrangian if rounds else None
         optimizer = _build_optimizer(settings, model)
         self.scheduler = _build_scheduler(settings, optimizer, session.steps_per_epoch)
         self.distillation: Distillation | None = getattr(settings, "distillation", None)
@@ -216,19 +257,6 @@ class _Trainer:
             "average": self.average and self.average.module, "split": self.lagrangian, "closest": self.closest,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Let only the parameters that are trained have gradients in a block."""
-        needed = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        if getattr(self.settings, "weights_lr", None) == 0:
-            for parameter in needed:
-                parameter.requires_grad = parameter.ndim <= 1
-        try:
-            yield
-        finally:
-            for parameter, value in needed.items():
-                parameter.requires_grad = value
 
     def step(self, step: int, batches: list[Batch]) -> Tensor:
         """Do one step of the optimizer, and return the mean loss of its batches over all processes, a scalar."""
@@ -262,22 +290,23 @@ class _Trainer:
             images, labels = self.mixup(images.clone(), labels)  # in place; labels (n, classes), already smoothed
             smoothing = 0.0
         if self.distillation is None or self.teacher is None:
-            return F.cross_entropy(self._logits(images), labels, label_smoothing=smoothing)
+            return F.cross_entropy(self._logits(self._outputs(images)), labels, label_smoothing=smoothing)
         with self.teacher.observe(self.model) as stages:
-            logits = self._logits(images)
+            outputs = self._outputs(images)
         with self.session.accelerator.autocast():
-            lesson = self.teacher.loss(images, logits, stages)
+            lesson = self.teacher.loss(images, outputs, stages)
         if not self.session.recipe.data.labels:
             return lesson
         weight = self.distillation.weight
-        return (1 - weight) * F.cross_entropy(logits, labels, label_smoothing=smoothing) + weight * lesson
+        loss = F.cross_entropy(self._logits(outputs), labels, label_smoothing=smoothing)
+        return (1 - weight) * loss + weight * lesson
 
-    def _logits(self, images: Tensor) -> Any:  # noqa: ANN401 - whatever a network gives that is no classifier
-        """Return the logits (n, classes) in float32; some networks return more than logits in training mode."""
+    def _outputs(self, images: Tensor) -> Any:  # noqa: ANN401 - whatever a network gives that is no classifier
         with self.session.accelerator.autocast():
-            outputs = self.wrapped(images)
-        if self.teacher and not self.teacher.classifies:
-            return outputs
+            return self.teacher.run(self.wrapped, images) if self.teacher else self.wrapped(images)
+
+    def _logits(self, outputs: object) -> Tensor:
+        """Return the logits (n, classes) in float32; some networks return more than logits in training mode."""
         if not isinstance(outputs, Tensor):
             raise TrainingError(
                 f"in training mode {type(self.model).__name__} gives {type(outputs).__name__}, not logits alone; "
@@ -286,14 +315,14 @@ class _Trainer:
         return outputs.float()
 
     def has_to_end(self, done: int, loss: Tensor, *, is_stopped: bool) -> bool:
-        """Return whether training ends here with the closest network, as there is one and nothing could be resumed.
+        """Return whether restoring ends here, with the closest network.
 
         Args:
             done: Number of steps that are done.
             loss: That of the last step; after one that is not finite, no step would be better.
             is_stopped: Whether the run was interrupted.
         """
-        if self.closest is None or self.session.folder is not None:
+        if not self.session.restores:
             return False
         if is_stopped and loss.isfinite():
             self.evaluate(done, loss)

@@ -384,6 +384,13 @@ class Recipe(_Section):
             return self
         if self.pretrain:
             raise ValueError("pretrain needs labels, and data.labels is false; leave it out")
+        if self.data.mixup or self.data.cutmix:
+            raise ValueError("data.mixup and data.cutmix mix labels, and data.labels is false; leave them out")
+        if self.finalize.batch_norm_images:
+            raise ValueError(
+                "finalize.batch_norm_images would change the network after the closest one was chosen without labels; "
+                "leave it out"
+            )
         for name, phase in (("one_shot", self.one_shot), ("finalize", self.finalize)):
             if phase.epochs.amount and not (phase.distillation and phase.distillation.weight == 1):
                 raise ValueError(f"without labels the original is the only teacher; set {name}.distillation.weight: 1")

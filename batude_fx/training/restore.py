@@ -11,6 +11,7 @@ Source of the training: see `teacher`. Of scales and shifts alone as what is tra
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from operator import itemgetter
 from typing import Literal, TypeVar
@@ -31,17 +32,15 @@ from batude_fx.training.data import Batch, Data, seeded
 from batude_fx.training.duration import Duration
 from batude_fx.training.phase import run_phase
 from batude_fx.training.recipe import DataSection, Distillation, Eval, Finalize, ModelSection, OneShot, Recipe
-from batude_fx.training.session import Session
+from batude_fx.training.session import Session, own_accelerate_state
 from batude_fx.training.teacher import Teacher
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _TOTAL_FLOPS = 1e13  # of the teacher on all images that training looks at: about ten minutes on two cores
 _FLOPS_PER_PIXEL = 20_000  # what an image costs beside the flops of its convolutions
 _FEWEST, _MOST = 2_400, 25_600  # images that training looks at, the same ones again and again
-_ENOUGH_LOOKS, _TOO_FEW_LOOKS = (
-    0.25,
-    0.001,
-)  # per parameter of the original, for weights to move as fast as gains; at all
+_ENOUGH_LOOKS = 0.25  # per parameter of the original: with so many, weights move as fast as gains and biases
+_TOO_FEW_LOOKS = 0.001  # with fewer, weights do not move
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS = 16, 64, 400
 _EVALUATIONS = 10
 _RATE = 1e-3  # of Adam
@@ -63,42 +62,61 @@ def restore(
         before: How close the compressed network is to its original on these.
 
     Returns:
-        The network, in eval mode on the device that it was on, and how it was restored.
+        The network, with the device, flags and memory formats that it had, and how it was restored.
 
     Raises:
-        TrainingError: When a step fails, or the loss is not finite.
+        TrainingError: When a step fails.
 
     Warns:
-        UserWarning: When it was interrupted; what is returned is the best network so far.
+        UserWarning: When it was interrupted, or the loss was not finite; the network is the best so far.
     """
-    device, strides = next(small.parameters()).device, [parameter.stride() for parameter in small.parameters()]
-    recipe = _recipe(original, len(images), inputs)
-    devices = {parameter.device.index or 0 for parameter in small.parameters() if parameter.is_cuda}
-    with (
-        random_states_kept(devices), seeded(recipe.seed), torch.enable_grad(),
-        Session(recipe, None, resume=False, prints=False) as session,
-    ):  # fmt: skip
-        target = session.accelerator.device
-        teacher = Teacher(original, inputs, _DISTILLATION, classifies=before.agreement is not None)
-        teacher.network.to(target)
-        if recipe.model.channels_last:
-            for network in (teacher.network, small):
-                network.to(memory_format=torch.channels_last)
-        compared = [batch.map(lambda tensor: tensor.to(target)) for batch in meter.batches]
-        session.meter = QualityMeter(teacher.network, compared, synthetic=before.synthetic)
-        session.start(_views(images, inputs, recipe))
-        run_phase(session, "finalize", recipe.finalize, small, teacher)
-        done = session.log[-1]["step"]
-        measured = (record for record in session.log if record["distance"] is not None)
-        best = min(measured, key=itemgetter("distance"))  # the first one was measured, or nothing would be restored
-        if session.interruption.received:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with own_accelerate_state(), random_states_kept(devices), seeded(0), torch.enable_grad(), _as_it_was(small):
+        recipe = _recipe(original, len(images), inputs)
+        with Session(recipe, None, resume=False, restores=True) as session:
+            target = session.accelerator.device
+            teacher = Teacher(original, inputs, _DISTILLATION, classifies=before.agreement is not None)
+            teacher.network.to(target)
+            if recipe.model.channels_last:
+                _to_channels_last_(teacher.network)
+                _to_channels_last_(small)
+            compared = [batch.map(lambda tensor: tensor.to(target)) for batch in meter.batches]
+            session.meter = QualityMeter(teacher.network, compared, synthetic=before.synthetic)
+            session.start(_views(images, inputs, recipe))
+            done = run_phase(session, "finalize", recipe.finalize, small, teacher)
             steps = recipe.finalize.epochs.steps(session.steps_per_epoch)
-            warn_user(f"restoring was stopped after {done} of {steps} steps; the network is the best of those.")
-    for parameter, stride in zip(small.to(device).parameters(), strides, strict=True):
-        in_order = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=device)
-        parameter.data = in_order.copy_(parameter.data)
-    small.eval()
-    return small, Restoration(before=before, images=len(images), steps=done, kept=best["step"])
+    if done < steps:
+        reason = "was stopped" if session.interruption.received else "ended, as the loss was not finite,"
+        warn_user(f"restoring {reason} after {done} of {steps} steps; the network is the best of those.")
+    measured = [record for record in session.log if record["distance"] is not None]
+    kept = min(measured, key=itemgetter("distance"))["step"] if measured else 0
+    return small, Restoration(before=before, images=len(images), steps=done, kept=kept)
+
+
+@contextmanager
+def _as_it_was(network: nn.Module) -> Iterator[None]:
+    """Let all parameters of a network be trained in a block, on any device; then restore flags and memory formats."""
+    device = next(network.parameters()).device
+    parameters = [(parameter, parameter.stride(), parameter.requires_grad) for parameter in network.parameters()]
+    training = {module: module.training for module in network.modules()}
+    for parameter, *_ in parameters:
+        parameter.requires_grad = parameter.is_floating_point()
+    try:
+        yield
+    finally:
+        network.to(device)
+        for parameter, stride, needed_gradient in parameters:
+            in_order = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=device)
+            parameter.data = in_order.copy_(parameter.data)
+            parameter.requires_grad, parameter.grad = needed_gradient, None
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _to_channels_last_(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        if parameter.ndim == 4:  # noqa: PLR2004 - (C_out, C_in, H, W)
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def _precision(device: torch.device) -> Literal["fp32", "bf16"]:

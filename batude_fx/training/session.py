@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Any, Self, cast, get_args
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import broadcast
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class Session:
         recipe: The recipe.
         folder: The folder that everything is written to; None writes nothing.
         resume: Whether to continue from the folder's checkpoint.
-        prints: Whether evaluations and rounds are printed; a progress bar is shown in any case.
+        restores: Whether it restores a network for `compress`: then only a progress bar is shown, and Ctrl-C or a loss
+            that is not finite end it with the closest network, where a run would raise an error.
 
     Raises:
         TrainingError: When the folder holds something else, nothing to resume, or a run of another process.
@@ -69,16 +71,16 @@ class Session:
     classes: int = 0
     meter: QualityMeter
 
-    def __init__(self, recipe: Recipe, folder: Path | None, *, resume: bool, prints: bool = True) -> None:
-        self.recipe, self.folder, self.prints = recipe, folder, prints
+    def __init__(self, recipe: Recipe, folder: Path | None, *, resume: bool, restores: bool = False) -> None:
+        self.recipe, self.folder, self.restores = recipe, folder, restores
         self.results: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
         self.log: list[dict[str, Any]] = []
         self.resumed: Checkpoint | None = None
-        self.interruption = Interruption()
+        self.interruption = Interruption((signal.SIGINT,)) if restores else Interruption()
         self._resumes = resume
         with ExitStack() as stack:
-            stack.enter_context(_own_accelerate_state())
+            stack.enter_context(own_accelerate_state())
             self.accelerator = _accelerator(recipe, folder)
             self._stack = stack.pop_all()
 
@@ -246,6 +248,8 @@ class Session:
 
     def _way_out(self) -> str:
         """What a message tells the user to do where the cause may lie in the recipe or outside of it."""
+        if self.restores:
+            return "Mend the cause, or leave out restore"
         if self.folder is None or not (self.folder / CHECKPOINT).is_file():
             place = "" if self.folder is None else " in a new folder"
             return f"Mend the cause, or change the recipe, and begin again{place}"
@@ -375,11 +379,14 @@ def _cannot_write(folder: Path, error: OSError) -> TrainingError:
 
 
 @contextmanager
-def _own_accelerate_state() -> Iterator[None]:
-    """Give accelerate a fresh state, as it has one for the whole process, and restore that of the caller afterwards."""
-    classes = AcceleratorState, GradientState
+def own_accelerate_state() -> Iterator[None]:
+    """Give accelerate a fresh state, as it has one for the whole process, and restore that of the caller afterwards.
+
+    The state of the processes, `PartialState`, is kept; where there is none yet, none is left behind.
+    """
+    classes = AcceleratorState, GradientState, PartialState
     before = [dict(state._shared_state) for state in classes]  # noqa: SLF001 - there is no public access to it
-    for state in classes:
+    for state in classes[:2]:
         state._reset_state()  # noqa: SLF001 - accelerate refuses a second run with another precision
     try:
         yield

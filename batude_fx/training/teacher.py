@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from batude_fx.deploy.fold import fold
 from batude_fx.graph.stages import find_stages
-from batude_fx.quality.comparison import output_tensors
+from batude_fx.quality.comparison import log_probabilities, output_tensors
 from batude_fx.support.hooks import observe_calls
 from batude_fx.support.inputs import Inputs
 from batude_fx.training.recipe import Distillation
@@ -37,8 +37,12 @@ class Teacher:
 
     def __init__(self, original: nn.Module, inputs: Inputs, settings: Distillation, *, classifies: bool = True) -> None:
         self.network = fold(original, inputs).requires_grad_(requires_grad=False)
-        self.settings, self.classifies = settings, classifies
+        self.inputs, self.settings, self.classifies = inputs, settings, classifies
         self._stages = find_stages(self.network, inputs) if settings.stages else []
+
+    def run(self, network: nn.Module, images: Tensor) -> object:
+        """Return the outputs of a network for a copy of the images, as networks may work on their inputs in place."""
+        return self.inputs.with_tensor(images.clone()).run(network)
 
     @contextmanager
     def observe(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -63,12 +67,13 @@ class Teacher:
             The loss, ().
         """
         with torch.no_grad(), self.observe(self.network) as expected_stages:
-            expected = self.network(images)
+            expected = self.run(self.network, images)
         loss = torch.zeros((), device=images.device)
         given = dict(output_tensors(outputs))
         for name, answer in output_tensors(expected):
             if self.classifies:
-                loss = loss + distillation_loss(given[name].float(), answer.float(), self.settings.temperature)
+                scores = log_probabilities(given[name].float()), log_probabilities(answer.float())
+                loss = loss + distillation_loss(*scores, self.settings.temperature)
             elif answer.is_floating_point():
                 loss = loss + _relative_error(given[name], answer)
         for name, answer in expected_stages.items():
@@ -85,8 +90,8 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     the weight of the loss relative to the cross-entropy keeps its meaning when T changes.
 
     Args:
-        student_logits: (n, classes).
-        teacher_logits: (n, classes).
+        student_logits: (n, classes), or logarithms of probabilities.
+        teacher_logits: (n, classes), likewise.
         temperature: The T above; a larger one brings out the similarities that the teacher sees between classes.
     """
     student_log_probs = F.log_softmax(student_logits / temperature, 1)

@@ -60,10 +60,53 @@ def test_the_network_comes_closer_on_images_held_back(plan: batude_fx.Plan) -> N
     assert 0 < record.restoration.kept <= record.restoration.steps == _STEPS
 
 
-def test_memory_formats_and_flags_stay(plan: batude_fx.Plan) -> None:
-    before, after = (dict(plan.apply(_network(), restore=each).named_parameters()) for each in (False, True))
-    assert all(before[name].stride() == value.stride() for name, value in after.items())
-    assert all(parameter.requires_grad for parameter in after.values())
+def test_flags_formats_and_attributes_stay(plan: batude_fx.Plan) -> None:
+    model = _network().requires_grad_(requires_grad=False)
+    model.mix.train()
+    before, after = (plan.apply(model, restore=each) for each in (False, True))
+    for name, value in after.named_parameters():
+        assert value.stride() == before.get_parameter(name).stride()
+        assert not value.requires_grad
+    assert [module.training for module in before.modules()] == [module.training for module in after.modules()]
+    assert vars(before).keys() == vars(after).keys()
+    assert not same_bits(before, after)
+
+
+def test_another_accelerator_prepares_the_network(plan: batude_fx.Plan) -> None:
+    restored = plan.apply(_network(), restore=True)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(restored)
+    assert prepared(EXAMPLE).dtype is torch.float32  # accelerate converts outputs back
+    assert "forward" in vars(prepared)
+
+
+class _InPlace(nn.Module):
+    """Normalizes its input in place, takes it by name, and gives a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _network()
+
+    def forward(self, mask: None = None, image: Tensor | None = None) -> dict[str, Tensor]:
+        assert mask is None
+        return {"logits": self.body(image.sub_(0.5).div_(0.25))}
+
+
+def test_networks_may_change_their_input_take_it_by_name_and_give_a_dict() -> None:
+    plan = batude_fx.plan(_InPlace().eval(), 0.5, example_inputs={"image": EXAMPLE}, calibration=_images(), round_to=2)
+    record = attached_record(plan.apply(_InPlace().eval(), restore=True))
+    assert record.quality.distance < 0.9 * record.restoration.before.distance
+
+
+def test_inputs_that_are_no_images_are_taught_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 16, 5), nn.ReLU(), nn.Conv1d(16, 16, 5), nn.Flatten(), nn.Linear(384, 4)).eval()
+    signals = torch.randn(80, 3, 32, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"example_inputs": signals[:1], "round_to": 2, "restore": True}
+    record = attached_record(batude_fx.compress(model, 0.5, calibration=signals, **options))
+    assert record.quality.distance < record.restoration.before.distance
+    pooled = nn.Sequential(*list(model)[:3], nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
+    with pytest.warns(UserWarning, match="24 and 32"), pytest.raises(CalibrationError, match="inputs of one shape"):
+        batude_fx.compress(pooled, 0.5, calibration=[signals[:40], signals[:40, :, :24]], **options)
 
 
 def test_the_same_call_gives_the_same_bits_and_leaves_everything_else(plan: batude_fx.Plan) -> None:
@@ -107,8 +150,24 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_network_so_far(
         return loss * float("nan") if index == _STEPS // 2 else loss
 
     monkeypatch.setattr(phase._Trainer, "step", diverging)
-    restoration = attached_record(plan.apply(_network(), restore=True)).restoration
-    assert 0 < restoration.kept <= restoration.steps == _STEPS // 2
+    with pytest.warns(UserWarning, match=f"not finite, after {_STEPS // 2 + 1} of {_STEPS} steps"):
+        restoration = attached_record(plan.apply(_network(), restore=True)).restoration
+    assert 0 < restoration.kept < restoration.steps == _STEPS // 2 + 1
+
+
+def test_an_interruption_before_the_first_step_returns_the_network_as_it_is(
+    plan: batude_fx.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = restore.Teacher
+
+    def slow(*arguments: Any, **settings: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return teacher(*arguments, **settings)
+
+    monkeypatch.setattr(restore, "Teacher", slow)
+    with pytest.warns(UserWarning, match=f"stopped after 0 of {_STEPS} steps"):
+        restored = plan.apply(_network(), restore=True)
+    assert same_bits(restored, plan.apply(_network()))
 
 
 def test_an_interruption_returns_the_best_network_so_far(plan: batude_fx.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
