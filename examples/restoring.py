@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     restored, measured = plan.build(model, restore=True)  # `apply` returns the network alone
     for name, network in (("original", model), ("calibrated", calibrated), ("restored", restored)):
         print(f"{name:<10}  {accuracy(network, *held_out):.1%}")
-    print(f"The restored network {measured.restoration}.")
+    print(f"It {measured.restoration}.")
 
 
 if __name__ == "__main__":
