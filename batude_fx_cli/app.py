@@ -433,8 +433,7 @@ def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
-app.command("timm", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(
-    run_timm_script
-)
+_PASSED_ON = {"allow_interspersed_args": False, "ignore_unknown_options": True}  # to the script
+app.command("timm", context_settings=_PASSED_ON)(run_timm_script)
 app.command()(recipe_commands.train)
 app.add_typer(recipe_commands.recipes, name="recipes")
