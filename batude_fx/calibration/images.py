@@ -23,7 +23,7 @@ class Reservoir(Generic[ItemT]):
 
     Args:
         items: Any iterable.
-        most: Function from the first item to the largest number of items in the sample.
+        most: The largest number of items in the sample.
         keep: Function from an item to what is kept of it.
 
     Attributes:
@@ -37,7 +37,7 @@ class Reservoir(Generic[ItemT]):
         self,
         items: Iterable[ItemT],
         *,
-        most: Callable[[ItemT], int],
+        most: int,
         keep: Callable[[ItemT], ItemT] = lambda item: item,
     ) -> None:
         self._items, self._most, self._keep = items, most, keep
@@ -50,13 +50,11 @@ class Reservoir(Generic[ItemT]):
         earlier item was in it with probability m / (n - 1) and stays with probability 1 - 1 / n, which is m / n again.
         """
         generator = random.Random(0)  # noqa: S311 - no secret depends on it
-        most = 0
         for index, item in enumerate(self._items):
-            most = most or self._most(item)
             slot = generator.randrange(index + 1)
-            if len(self.sample) < most:
+            if len(self.sample) < self._most:
                 self.sample.append(self._keep(item))
-            elif slot < most:
+            elif slot < self._most:
                 self.sample[slot] = self._keep(item)
             yield item
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -170,7 +170,7 @@ def measure(
     if calibration is None or not sites:
         return Measurements()
     held_back = _HeldBack.to_show(agreement)
-    synthetic = Reservoir(synthetic_batches(model, inputs), most=_sample_size)
+    synthetic = Reservoir(synthetic_batches(model, inputs), most=_SAMPLE)
     if isinstance(calibration, str):
         metrics, norm_statistics = _measure_synthetic(model, sites, synthetic, draws=SYNTHETIC_DRAWS)
         unseen = synthetic_batches(model, inputs, seed=_SYNTHETIC_SEED, batches=math.ceil(held_back.synthetic / BATCH))
@@ -178,22 +178,15 @@ def measure(
     checked = ImageCheck(model, image_batches(calibration, inputs), inputs)
     singles = (image for batch in checked for image in batch.tensors()[0])
     passed = HoldsBack(singles, every=held_back.every, most=held_back.most)
-    seen = Reservoir(passed, most=_sample_of_images, keep=lambda image: image.cpu().clone())  # an image holds its batch
-    images = Reservoir(track(batched(seen, inputs), "calibrating"), most=_sample_size)
+    most = max(BATCH, _MOST_BYTES // max(1, cast("Tensor", inputs.only_tensor)[0].nbytes))
+    seen = Reservoir(passed, most=most, keep=lambda image: image.cpu().clone())  # an image holds its batch
+    images = Reservoir(track(batched(seen, inputs), "calibrating"), most=_SAMPLE)
     metrics = statistics(model, sites, images)
     # A few images are not all that the network will see, so synthetic ones count as well; noise tells nothing of them.
     if not falls_back_to_noise(inputs):
         metrics = average_metrics(metrics, _measure_synthetic(model, sites, synthetic, draws=1)[0])
     held = tuple(batched(passed.held, inputs))
     return Measurements(metrics, tuple(images.sample), held_back=held, seen=tuple(seen.sample))
-
-
-def _sample_size(_: Inputs) -> int:
-    return _SAMPLE
-
-
-def _sample_of_images(image: Tensor) -> int:
-    return max(BATCH, _MOST_BYTES // max(1, image.nbytes))
 
 
 def _measure_synthetic(

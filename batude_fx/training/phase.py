@@ -193,27 +193,26 @@ class _Closest:
     Attributes:
         module: The copy.
         distance: How far it is from the original; infinite before the first evaluation.
-        step: Number of steps after which it was evaluated.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy.deepcopy(model)
-        self.distance, self.step = math.inf, 0
+        self.distance = math.inf
 
-    def offer(self, model: nn.Module, distance: float | None, step: int) -> None:
+    def offer(self, model: nn.Module, distance: float | None) -> None:
         """Keep the state of a network that is closer than all before."""
         if distance is not None and distance < self.distance:
             self.module.load_state_dict(model.state_dict())
-            self.distance, self.step = distance, step
+            self.distance = distance
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything for checkpoints."""
-        return {"module": self.module.state_dict(), "distance": self.distance, "step": self.step}
+        return {"module": self.module.state_dict(), "distance": self.distance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.module.load_state_dict(state["module"])
-        self.distance, self.step = state["distance"], state["step"]
+        self.distance = state["distance"]
 
 
 def _build_mixup(data: DataSection, classes: int) -> Mixup | None:
@@ -354,7 +353,7 @@ class _Trainer:
             quality = measure_quality(session, model)
             record |= {"distance": quality.distance, "agreement": quality.agreement and quality.agreement.value}
             if self.closest:
-                self.closest.offer(model, quality.distance, done)
+                self.closest.offer(model, quality.distance)
         session.add_to_log(record)
         return training_line(record)
 
